@@ -1,0 +1,63 @@
+"""Networks as pure functions over plain parameter dictionaries.
+
+Flax modules define the layers; everything that is trained, sharded, saved or exported is a nested dict of
+arrays with string keys. ``Network`` is the bridge between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+class Network:
+    """The static part of a module: how to make its parameters and how to bind them.
+
+    ``constructor`` takes ``rngs`` and returns an ``nnx.Module`` that holds ``nnx.Param`` only.
+    """
+
+    def __init__(self, constructor: Callable[[nnx.Rngs], nnx.Module]):
+        self._constructor = constructor
+        module = nnx.eval_shape(lambda: constructor(nnx.Rngs(0)))
+        self._graph, parameters, rest = nnx.split(module, nnx.Param, ...)
+        if nnx.to_flat_state(rest):
+            kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(rest)})
+            raise TypeError(f"{type(module).__name__} holds state other than nnx.Param: {kinds}")
+        self._paths = [path for path, _ in nnx.to_flat_state(parameters)]
+        self.abstract: Params = _plain(parameters)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters: a nested dict with string keys."""
+        module = self._constructor(nnx.Rngs(key))
+        return _plain(nnx.state(module, nnx.Param))
+
+    def bind(self, params: Params) -> nnx.Module:
+        """The module with these parameters in it, ready to be called."""
+        flat = []
+        for path in self._paths:
+            leaf = params
+            for key in path:
+                leaf = leaf[str(key)]
+            flat.append((path, nnx.Param(leaf)))
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+
+def _plain(state: nnx.State) -> Params:
+    tree: Params = {}
+    for path, leaf in nnx.to_flat_state(state):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(str(key), {})
+        node[str(path[-1])] = leaf[...] if isinstance(leaf.get_value(), jax.Array) else leaf.get_value()
+    return tree
+
+
+def parameter_count(tree: Params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return int(sum(np.prod(leaf.shape, dtype=np.int64) for leaf in jax.tree.leaves(tree)))
