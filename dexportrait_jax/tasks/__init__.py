@@ -1,0 +1,62 @@
+"""What each stage trains. A task gives the loop in `train.py` its networks, phases and evaluation."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_collections
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import Network
+from dexportrait_jax.step import Phase
+
+_STAGES = {
+    "motion": "motion",
+    "autoencoder": "autoencoder",
+    "animator_image": "animator",
+    "animator_video": "animator",
+}
+
+
+class Task(Protocol):
+    """What the loop asks of a stage.
+
+    Attributes:
+      networks: parameter group -> network; groups in no phase are frozen.
+      phases: what is trained, in order.
+      ema_groups: groups of which a moving average is kept.
+      frames: whether batches hold clips, whose frames may be spread over the mesh's `context` axis.
+    """
+
+    networks: dict[str, Network]
+    phases: tuple[Phase, ...]
+    ema_groups: tuple[str, ...]
+    frames: bool
+
+    def pretrained(self) -> dict[str, Any]:
+        """Groups that start from saved weights, as host arrays."""
+
+    def constants(self) -> dict[str, Any]:
+        """Groups that losses need but checkpoints do not hold, because they come from assets."""
+
+    def evaluate(self, state: dict[str, Any], constants: dict[str, Any], workdir: Path, step: int) -> None:
+        """Writes a picture of what the model does now to `WORKDIR/samples` and figures beside it."""
+
+
+def task_module(stage: str):
+    """The module of a stage; it has `build_networks(config)` and `make(config) -> Task`."""
+    if stage not in _STAGES:
+        raise UserError(f"config.stage is one of {', '.join(_STAGES)}, not {stage!r}")
+    return importlib.import_module(f"dexportrait_jax.tasks.{_STAGES[stage]}")
+
+
+def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
+    """All parameter groups of the config's stage, without making a single parameter."""
+    return task_module(config.stage).build_networks(config)
+
+
+def make_task(config: ml_collections.ConfigDict) -> Task:
+    """The task of the config's stage."""
+    return task_module(config.stage).make(config)

@@ -1,0 +1,233 @@
+"""`dexportrait <job>`: reads the command line and calls one function a job.
+
+Exit codes: 0 the job did its work; 1 it could not, and one line says why; 2 the command line is wrong;
+75 stopped by SIGTERM after saving, start the same command again; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from dexportrait_jax import __version__
+from dexportrait_jax.errors import UserError
+
+USAGE_ERROR, FAILED, FAULT = 2, 1, 70
+
+
+class Job(NamedTuple):
+    """One job: what it is for, an example, its flags, and where its function lives."""
+
+    summary: str
+    example: str
+    flags: Callable[[argparse.ArgumentParser], None]
+    function: str  # "module:function"; imported only when the job runs
+    takes_config: bool = False
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options) -> None:
+    parser.add_argument(f"--{name}", help=help, **options)
+
+
+def _demo(parser):
+    _flag(parser, "workdir", "where everything goes (default: %(default)s)", default="runs/demo")
+
+
+def _assets(parser):
+    _flag(parser, "fetch", "fetch what is not here yet", action="store_true")
+
+
+def _prepare(parser):
+    _flag(parser, "videos", "files to read, as a glob pattern in quotes", required=True)
+    _flag(parser, "out", "directory of the new dataset", required=True)
+    _flag(parser, "size", "side of the square frames in pixels (default: %(default)s)", type=int, default=512)
+    _flag(parser, "holdout", "what validation keeps: some people, or the end of every clip (default: %(default)s)",
+          choices=("identity", "time"), default="identity")
+    _flag(parser, "holdout_fraction", "how much of it (default: %(default)s)", type=float, default=0.1)
+    _flag(parser, "max_frames", "frames to read of each video (default: all)", type=int, default=None)
+    _flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
+    _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
+
+
+def _inspect(parser):
+    parser.add_argument("path", help="a dataset, run, export, video or config")
+    _flag(parser, "out", "where to write a contact sheet (PNG), for datasets", default=None)
+
+
+def _train(parser):
+    _flag(parser, "config", "config file and variant, such as configs/motion.py:tiny", required=True)
+    _flag(parser, "workdir", "the run's directory; an existing run goes on", required=True)
+    _flag(parser, "distributed", "join other processes (default: %(default)s, if the environment names them)",
+          choices=("auto", "on", "off"), default="auto")
+
+
+def _animate(parser):
+    _flag(parser, "weights", "an exported model", required=True)
+    _flag(parser, "source", "the portrait: an image, or a video whose first frame is taken", required=True)
+    _flag(parser, "out", "the video to write, .mp4", required=True)
+    _flag(parser, "driving", "video that gives both pose and expression", default=None)
+    _flag(parser, "pose", "video, image or JSON such as '{\"yaw\":20}' that gives the pose alone", default=None)
+    _flag(parser, "expression", "video or image that gives the expression alone", default=None)
+    _flag(parser, "relative_pose", "add the driver's motion to the source's pose: all, or a comma-separated "
+          "choice of rotation,translation,scale", nargs="?", const="all", default="")
+    _flag(parser, "smooth", "smoothing of the driven pose (default: %(default)s)",
+          choices=("none", "gaussian", "one_euro"), default="none")
+    _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
+    _flag(parser, "side_by_side", "also write source, drivers and result beside each other to this .mp4", default=None)
+    _flag(parser, "seed", "of the noise; same seed, same video (default: %(default)s)", type=int, default=0)
+    _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
+    _flag(parser, "guidance", "guidance scale (default: the config's)", type=float, default=None)
+    _flag(parser, "hybrid_steps", "steps S of the progressive guidance (default: the config's)", type=int, default=None)
+    _flag(parser, "expression_null", "what 'without expression' means (default: the config's)",
+          choices=("learned", "zero", "source"), default=None)
+    _flag(parser, "max_frames", "frames to make (default: all of the driver's)", type=int, default=None)
+    _flag(parser, "overwrite", "replace a video that is there", action="store_true")
+
+
+def _evaluate(parser):
+    _flag(parser, "weights", "an exported model", required=True)
+    _flag(parser, "data", "a prepared dataset", required=True)
+    _flag(parser, "protocol", "what to measure", choices=("self", "cross", "disentangled"), required=True)
+    _flag(parser, "out", "directory for metrics.json and pictures", required=True)
+    _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
+    _flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
+    _flag(parser, "seed", "of the noise (default: %(default)s)", type=int, default=0)
+    _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
+    _flag(parser, "overwrite", "replace results that are there", action="store_true")
+
+
+def _export(parser):
+    _flag(parser, "workdir", "a training run", required=True)
+    _flag(parser, "out", "directory of the exported model", required=True)
+    _flag(parser, "overwrite", "replace an export that is there", action="store_true")
+
+
+JOBS = {
+    "demo": Job("the whole day in miniature; ends in report.html",
+                "dexportrait demo", _demo, "dexportrait_jax.demo:run_demo"),
+    "assets": Job("inputs and weights by hash, and where they may come from",
+                  "dexportrait assets --fetch", _assets, "dexportrait_jax.assets:run_assets"),
+    "prepare": Job("face videos -> dataset, with a report of what was dropped",
+                   "dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=512",
+                   _prepare, "data_pipelines.prepare.job:run_prepare"),
+    "inspect": Job("a dataset, run, export, video or config, said in words and pictures",
+                   "dexportrait inspect data/faces", _inspect, "dexportrait_jax.inspection:run_inspect"),
+    "train": Job("one stage; every config key can be set with --config.KEY=VALUE",
+                 "dexportrait train --config=configs/motion.py:tiny --workdir=runs/motion --config.num_steps=500",
+                 _train, "dexportrait_jax.train:run_train", True),
+    "animate": Job("a portrait and drivers -> video",
+                   "dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 "
+                   "--expression=b.mp4 --out=result.mp4",
+                   _animate, "dexportrait_jax.animate:run_animate"),
+    "evaluate": Job("figures and pictures on held-out data",
+                    "dexportrait evaluate --weights=exports/video --data=data/faces --protocol=self --out=results",
+                    _evaluate, "dexportrait_jax.evaluation.protocols:run_evaluate"),
+    "export": Job("a run's weights as safetensors, in PyTorch's names and layout",
+                  "dexportrait export --workdir=runs/video --out=exports/video",
+                  _export, "dexportrait_jax.weights.exporting:run_export"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the `dexportrait` command; ends the process with the job's exit code."""
+    raise SystemExit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one job and returns its exit code; people's errors are printed in one line."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] == "--version":
+        print(f"dexportrait {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in JOBS:
+        close = difflib.get_close_matches(name, JOBS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"dexportrait: there is no job {name!r}{hint} Jobs: {', '.join(JOBS)}", file=sys.stderr)
+        return USAGE_ERROR
+    job = JOBS[name]
+    try:
+        flags, debug = _parse(name, job, arguments[1:])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        _silence_native_logs()
+        module, _, function = job.function.partition(":")
+        getattr(importlib.import_module(module), function)(**flags)
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"dexportrait {name}: {_in_words(error, name)}", file=sys.stderr)
+        return FAILED if isinstance(error, UserError | OSError | ImportError) else FAULT
+    except KeyboardInterrupt:
+        print(f"dexportrait {name}: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def _parse(name: str, job: Job, arguments: list[str]) -> tuple[dict, bool]:
+    parser = _Parser(
+        prog=f"dexportrait {name}", description=job.summary, epilog=f"example: {job.example}",
+        allow_abbrev=False,
+    )
+    job.flags(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    overrides = []
+    if job.takes_config:
+        overrides = [text.removeprefix("--config.") for text in arguments if text.startswith("--config.")]
+        arguments = [text for text in arguments if not text.startswith("--config.")]
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+    flags = vars(parsed)
+    debug = flags.pop("debug")
+    if job.takes_config:
+        flags["overrides"] = overrides
+    if "distributed" in flags:
+        flags["distributed_mode"] = flags.pop("distributed")
+    return flags, debug
+
+
+def _overview() -> str:
+    lines = [f"dexportrait {__version__}: portrait animation with explicit pose and latent expression", ""]
+    lines += [f"  dexportrait {name:<9} {job.summary}" for name, job in JOBS.items()]
+    return "\n".join([*lines, "", "Each job has --help with an example."])
+
+
+def _in_words(error: Exception, name: str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"the disk is full ({error.filename or 'while writing'}); free some space and run it again"
+    if isinstance(error, OSError):
+        return text
+    if isinstance(error, ModuleNotFoundError):
+        extra = "prepare" if name in ("prepare", "animate", "evaluate", "demo") else "test"
+        return f"package {error.name!r} is missing; install it with pip install 'dexportrait-jax[{extra}]'"
+    return f"fault in the program: {type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+def _silence_native_logs() -> None:
+    # MediaPipe's and XLA's native code write INFO and WARNING lines that say nothing to the user.
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,159 @@
+"""Configs: a Python file with `get_config(variant)`, addressed as `configs/motion.py:tiny`.
+
+Every knob of a run stands in one ConfigDict. Overrides come from the command line as `--config.a.b=value`;
+a key that does not exist or a value of another type is an error that names the nearest key.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from dexportrait_jax.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_config(address: str, overrides: list[str] | None = None) -> ml_collections.ConfigDict:
+    """Reads `file.py[:variant]`, applies `a.b=value` overrides, and locks the result.
+
+    Args:
+      address: path of a config file, relative to the working directory or to the project's root, and
+        the variant after a colon; without one, the file's default.
+      overrides: `dotted.key=value` strings (what follows `--config.` on the command line).
+
+    Raises:
+      UserError: the file, the variant or a key does not exist, or a value has the wrong type.
+    """
+    path_text, _, variant = address.partition(":")
+    path = _find(path_text)
+    spec = importlib.util.spec_from_file_location(f"dexportrait_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise UserError(f"config {path} cannot be read as Python: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config {path} has no function get_config(variant); is it a config file?")
+    known = getattr(module, "VARIANTS", None)
+    if variant and known is not None and variant not in known:
+        raise UserError(
+            f"config {path_text} has no variant {variant!r}; it has {', '.join(known)}"
+            + _nearest(variant, known)
+        )
+    takes_variant = bool(inspect.signature(module.get_config).parameters)
+    config = module.get_config(variant) if variant and takes_variant else module.get_config()
+    config.lock()
+    for override in overrides or []:
+        apply_override(config, override)
+    return config
+
+
+def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
+    """Sets one `a.b=value` in place; the value is read as a Python literal, else as a string."""
+    dotted, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--config.{dotted} has no value; write --config.{dotted}=VALUE")
+    node: Any = config
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(["config", *parts[:depth]])
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise UserError(f"--config.{dotted}: {here} is a single value and has no keys")
+        if part not in node:
+            raise UserError(
+                f"--config.{dotted}: {here} has no key {part!r}"
+                + (_nearest(part, node.keys()) or f"; its keys are {', '.join(sorted(node.keys()))}")
+            )
+        if depth < len(parts) - 1:
+            node = node[part]
+    old = node[parts[-1]]
+    if isinstance(old, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config.{dotted} is a group of keys; set one of {', '.join(sorted(old.keys()))}"
+        )
+    node[parts[-1]] = _read(text, old, dotted)
+
+
+def _read(text: str, old: Any, dotted: str) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if old is None or value is None:
+        return value
+    if isinstance(old, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(old, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(old, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(old, tuple | list):
+        if isinstance(value, tuple | list):
+            return type(old)(value)
+    elif isinstance(value, type(old)):
+        return value
+    raise UserError(f"--config.{dotted}={text}: expected {type(old).__name__}, like {old!r}")
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict(), default=list))
+
+
+def from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A locked config from what `to_json` gave; lists become tuples, as configs write them."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return tuple(tuples(item) for item in value)
+        return value
+
+    config = ml_collections.ConfigDict(tuples(values))
+    config.lock()
+    return config
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """The (dotted key, old, new) of every value that differs between two JSON configs."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((prefix + key, a, b))
+    return found
+
+
+def _find(text: str) -> Path:
+    for candidate in (Path(text), PROJECT_ROOT / text):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted(
+        f"configs/{path.name}"
+        for path in (PROJECT_ROOT / "configs").glob("*.py")
+        if path.stem not in ("__init__", "common")
+    )
+    raise UserError(f"no config file {text}; the project has {', '.join(known)}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

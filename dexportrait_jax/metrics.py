@@ -1,0 +1,128 @@
+"""Records of a run: one JSON line a step, and progress for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Appends to `WORKDIR/metrics.jsonl`.
+
+    Rows stay on the device until `flush`, so that recording never makes a step wait. After a restart the rows
+    past the restored step are taken away first: the record has no step twice and no gap.
+
+    Args:
+      workdir: the run's directory.
+      resume_step: steps already done; rows of later steps are dropped.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int):
+        self.path = Path(workdir) / FILE
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        if self.path.exists():
+            kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.replace(self.path)
+        self._file = self.path.open("a")
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Keeps a row for the next flush. `step` counts finished steps, from 1."""
+        self._waiting.append((step, metrics))
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Fetches the waiting rows from the device, writes them to disk and returns them."""
+        waiting, self._waiting = self._waiting, []
+        rows = []
+        for step, metrics in waiting:
+            values = {name: _number(value) for name, value in jax.device_get(metrics).items()}
+            rows.append({"step": step, **values})
+            # JSON has no NaN; a missing measurement is null.
+            clean = {k: (v if math.isfinite(v) else None) for k, v in rows[-1].items()}
+            self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return rows
+
+    def close(self) -> None:
+        """Writes what waits and closes the file."""
+        self.flush()
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line torn by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _number(value: Any) -> float | int:
+    value = value.item() if hasattr(value, "item") else value
+    # Seven digits are all a float32 holds; more would only make the file longer.
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+class Progress:
+    """One line that renews itself on a terminal; a plain line now and then elsewhere.
+
+    Args:
+      label: what is being done.
+      total: number of units.
+      done: units done before this process started; they do not count for the rate.
+      unit: name of a unit, for the rate.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step", every: float = 15.0):
+        self.label, self.total, self.unit = label, total, unit
+        self._first = self._done = done
+        self._start = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.2 if self._terminal else every
+        self._next = self._start + (0 if self._terminal else every / 3)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Tells that `done` units are finished; `note` is shown behind the rate."""
+        self._done = done
+        now = time.monotonic()
+        if now < self._next and done < self.total:
+            return
+        self._next = now + self._every
+        elapsed = max(now - self._start, 1e-6)
+        rate = (done - self._first) / elapsed
+        left = (self.total - done) / rate if rate > 0 else float("nan")
+        text = f"{self.label}: {done}/{self.total} {self.unit}s"
+        if rate > 0:
+            speed = f"{rate:.2f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.2f} s/{self.unit}"
+            text += f", {speed}"
+            text += f", {_duration(left)} left" if done < self.total else f", {_duration(elapsed)}"
+        text += f", {note}" if note else ""
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

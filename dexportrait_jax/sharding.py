@@ -1,0 +1,105 @@
+"""Meshes and where every array lives on them.
+
+Axes: `data` (replicas), `fsdp` (parameters and batch), `context` (frames of a clip), `tensor` (heads and
+feed-forward widths). Parameters: the first rule whose pattern matches, else the largest dimension that
+`fsdp` divides. Optimizer state and moving averages follow their parameters, because their paths end alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dexportrait_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Attention heads and feed-forward widths over `tensor`: columns of the first matrix, rows of the second.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r".*/(to_q|to_k|to_v)/kernel", (None, "tensor")),
+    (r".*/to_out/0/kernel", ("tensor", None)),
+    (r".*/ff/net/0/proj/kernel", (None, "tensor")),
+    (r".*/ff/net/2/kernel", ("tensor", None)),
+)
+# Below this, gathering costs more than the memory it saves.
+SMALLEST_SHARDED = 2**14
+
+
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all); one axis may be -1 and takes what is left."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config[axis] for axis in AXES]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) > 1:
+        raise UserError("config.mesh: only one axis may be -1")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+        wanted = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
+        raise UserError(
+            f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be equal"
+        )
+    # Automatic axes: the compiler places what we do not name. (The default is explicit since jax 0.9.)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where the array at `path` ("a/b/kernel") of this shape goes."""
+    axes: list[str | None] = [None] * len(shape)
+    for pattern, spec in RULES:
+        if re.fullmatch(pattern, path) and len(spec) == len(shape):
+            for dimension, axis in enumerate(spec):
+                if axis and shape[dimension] % mesh.shape[axis] == 0 and mesh.shape[axis] > 1:
+                    axes[dimension] = axis
+            break
+    size = mesh.shape["fsdp"]
+    if size > 1 and np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
+        for dimension in sorted(range(len(shape)), key=lambda d: -shape[d]):
+            if axes[dimension] is None and shape[dimension] % size == 0:
+                axes[dimension] = "fsdp"
+                break
+    return PartitionSpec(*axes)
+
+
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A tree of shardings like `tree` (arrays or shapes)."""
+
+    def place(path, leaf):
+        names = "/".join(
+            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+        )
+        return NamedSharding(mesh, parameter_spec(names, tuple(leaf.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(batch: dict[str, Any], mesh: Mesh, frames: bool) -> dict[str, NamedSharding]:
+    """Sources over data and fsdp; with `frames`, the second axis of every `target_*` over context."""
+
+    def place(name):
+        if frames and name.startswith("target_"):
+            return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
+        return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    return {name: place(name) for name in batch}
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh, frames: bool) -> dict[str, jax.Array]:
+    """The global batch on the mesh, from the part that this process loaded."""
+    shardings = batch_shardings(batch, mesh, frames)
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], value)
+        for name, value in batch.items()
+    }

@@ -1,0 +1,185 @@
+"""The one train step, for every stage.
+
+A stage is a sequence of phases. Each phase differentiates one loss with respect to some parameter groups and
+updates them with its own optimizer: a GAN is two phases, a diffusion stage is one. A group in no phase is
+frozen: it has no gradient and no optimizer state.
+
+Randomness comes from `fold_in(seed, step)`, so a resumed run draws what the uninterrupted run would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+class Outputs(NamedTuple):
+    """What a loss gives beside its value.
+
+    Attributes:
+      metrics: scalars to record.
+      shared: arrays handed to the later phases of the same step (a generated picture, say); gradients do
+        not flow through them.
+    """
+
+    metrics: dict[str, jax.Array]
+    shared: dict[str, jax.Array]
+
+
+class Phase(NamedTuple):
+    """These groups are differentiated by this loss with this optimizer.
+
+    Attributes:
+      name: prefix of its metrics and key of its optimizer state.
+      groups: the parameter groups it trains.
+      loss: `(params, batch, key, step, shared) -> (scalar, Outputs)`; params holds every group and the
+        constants.
+      tx: the optax transformation.
+      every: it runs in steps divisible by this.
+      start: and from this step on.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    loss: Callable[..., tuple[jax.Array, Outputs]]
+    tx: optax.GradientTransformation
+    every: int = 1
+    start: int = 0
+
+
+def init_optimizers(phases: Sequence[Phase], params: dict[str, Tree]) -> dict[str, Tree]:
+    """The optimizer state of every phase, with its counts of skipped steps."""
+    return {
+        phase.name: {
+            "tx": phase.tx.init({group: params[group] for group in phase.groups}),
+            "skipped": jnp.zeros((), jnp.int32),
+            "skipped_in_a_row": jnp.zeros((), jnp.int32),
+        }
+        for phase in phases
+    }
+
+
+def make_step(
+    phases: Sequence[Phase],
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int = 1,
+) -> Callable[[Tree, Tree, Tree], tuple[Tree, dict[str, jax.Array]]]:
+    """Builds the pure function `(state, batch, constants) -> (state, metrics)`.
+
+    Args:
+      phases: run in this order on the same batch.
+      seed: of everything random in the losses.
+      ema_decay: decay of the moving average of `state["ema"]`'s groups, warmed up as min(decay, (1+n)/(10+n)).
+      accumulate: the batch is cut into this many parts along its first axis and the gradients averaged.
+
+    A step whose loss or gradient is not finite leaves the phase's parameters and optimizer as they were and
+    is counted in `opt[phase]["skipped"]` and `["skipped_in_a_row"]`.
+    """
+
+    def step_function(state, batch, constants):
+        step = state["step"]
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        params, opt = dict(state["params"]), dict(state["opt"])
+        metrics: dict[str, jax.Array] = {}
+        shared: dict[str, jax.Array] = {}
+
+        for index, phase in enumerate(phases):
+            phase_key = jax.random.fold_in(key, index)
+
+            def run(params, opt_state, shared, phase=phase, phase_key=phase_key):
+                return _run_phase(
+                    phase, params, opt_state, constants, batch, phase_key, step, shared, accumulate
+                )
+
+            if phase.every == 1 and phase.start == 0:
+                trained, opt[phase.name], phase_metrics, given = run(params, opt[phase.name], shared)
+                shared |= given
+            else:
+                due = (step >= phase.start) & (step % phase.every == 0)
+                shapes = jax.eval_shape(run, params, opt[phase.name], shared)[2]
+
+                def idle(params, opt_state, shared, phase=phase, shapes=shapes):
+                    kept = {group: params[group] for group in phase.groups}
+                    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+                    return kept, opt_state, zeros
+
+                # A phase that does not always run gives nothing to later phases.
+                trained, opt[phase.name], phase_metrics = jax.lax.cond(
+                    due, lambda *args: run(*args)[:3], idle, params, opt[phase.name], shared
+                )
+            params |= trained
+            metrics |= {f"{phase.name}/{name}": value for name, value in phase_metrics.items()}
+            metrics[f"{phase.name}/skipped"] = opt[phase.name]["skipped"]
+            metrics[f"{phase.name}/skipped_in_a_row"] = opt[phase.name]["skipped_in_a_row"]
+
+        count = step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
+        ema = {
+            group: jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), tree, params[group])
+            for group, tree in state["ema"].items()
+        }
+        return {"step": step + 1, "params": params, "opt": opt, "ema": ema}, metrics
+
+    return step_function
+
+
+def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, accumulate):
+    trained = {group: params[group] for group in phase.groups}
+    frozen = {group: tree for group, tree in params.items() if group not in phase.groups} | constants
+
+    def loss_of(trained, batch, key):
+        value, outputs = phase.loss(frozen | trained, batch, key, step, shared)
+        return value.astype(jnp.float32), outputs
+
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+    if accumulate == 1:
+        (value, outputs), gradients = differentiate(trained, batch, key)
+        metrics, given = outputs
+    else:
+        value, metrics, gradients = _accumulated(differentiate, trained, batch, key, accumulate)
+        given = {}
+
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    updates, new_tx = phase.tx.update(gradients, opt_state["tx"], trained)
+    updated = optax.apply_updates(trained, updates)
+
+    def keep_if_finite(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    new_opt = {
+        "tx": keep_if_finite(new_tx, opt_state["tx"]),
+        "skipped": opt_state["skipped"] + jnp.where(finite, 0, 1),
+        "skipped_in_a_row": jnp.where(finite, 0, opt_state["skipped_in_a_row"] + 1),
+    }
+    metrics = {"loss": value, "gradient_norm": norm} | metrics
+    return keep_if_finite(updated, trained), new_opt, metrics, jax.lax.stop_gradient(given)
+
+
+def _accumulated(differentiate, trained, batch, key, parts):
+    """Mean loss, metrics and gradients over `parts` equal pieces of the batch, one piece at a time."""
+    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+    def body(total, piece):
+        index, piece_batch = piece
+        (value, outputs), gradients = differentiate(
+            trained, piece_batch, jax.random.fold_in(key, index)
+        )
+        return jax.tree.map(jnp.add, total, (value, outputs.metrics, gradients)), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], cut)
+    shapes = jax.eval_shape(differentiate, trained, first, key)
+    (value, outputs), gradients = shapes
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, outputs.metrics, gradients)
+    )
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(parts), cut))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
