@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from dexportrait_jax import driving
+from dexportrait_jax import driving, pose_transfer
 from dexportrait_jax.errors import UserError
 
 
 def pose(pitch=0.0, yaw=0.0, roll=0.0, x=0.0, y=0.0, scale=1.0):
-    rotation = driving.euler_rotation(pitch, yaw, roll)
-    return driving.join_pose(rotation, np.array([x, y, 0.0]), np.array(scale))
+    rotation = pose_transfer.euler_rotation(pitch, yaw, roll)
+    return pose_transfer.join_pose(rotation, np.array([x, y, 0.0]), np.array(scale))
 
 
 @pytest.mark.parametrize(
@@ -39,80 +39,85 @@ def test_no_driver_is_an_error():
 
 def test_split_and_join_are_inverse():
     p = pose(10, -25, 5, 0.1, -0.2, 1.3)
-    rotation, translation, scale = driving.split_pose(p)
+    rotation, translation, scale = pose_transfer.split_pose(p)
     np.testing.assert_allclose(scale, 1.3, rtol=1e-6)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
-    np.testing.assert_allclose(driving.join_pose(rotation, translation, scale), p, atol=1e-6)
-    np.testing.assert_allclose(driving.euler_degrees(rotation), (10, -25, 5), atol=1e-4)
+    np.testing.assert_allclose(pose_transfer.join_pose(rotation, translation, scale), p, atol=1e-6)
+    np.testing.assert_allclose(pose_transfer.euler_degrees(rotation), (10, -25, 5), atol=1e-4)
 
 
 def test_host_poses_agree_with_geometry():
     geometry = pytest.importorskip("dexportrait_jax.geometry")
     rotation = geometry.euler_to_rotation(10.0, -25.0, 5.0)
-    np.testing.assert_allclose(rotation, driving.euler_rotation(10, -25, 5), atol=1e-6)
+    np.testing.assert_allclose(rotation, pose_transfer.euler_rotation(10, -25, 5), atol=1e-6)
     p = pose(10, -25, 5, 0.1, -0.2, 1.3)
-    for mine, theirs in zip(driving.split_pose(p), geometry.decompose(p), strict=True):
+    for mine, theirs in zip(pose_transfer.split_pose(p), geometry.decompose(p), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_absolute_pose_is_the_driver():
     driver = np.stack([pose(yaw=5), pose(yaw=15, x=0.1, scale=2.0)])
-    np.testing.assert_allclose(driving.transfer_pose(pose(yaw=40), driver), driver, atol=1e-6)
+    np.testing.assert_allclose(pose_transfer.transfer_pose(pose(yaw=40), driver), driver, atol=1e-6)
 
 
 def test_relative_pose_starts_at_the_source_and_moves_by_the_same_amount():
     source = pose(yaw=30, x=0.2, scale=1.5)
     driver = np.stack([pose(yaw=10, x=-0.1, scale=0.8), pose(yaw=25, x=0.1, y=0.3, scale=0.4)])
-    moved = driving.transfer_pose(source, driver, driving.COMPONENTS)
+    moved = pose_transfer.transfer_pose(source, driver, pose_transfer.COMPONENTS)
     np.testing.assert_allclose(moved[0], source, atol=1e-6)
     np.testing.assert_allclose(moved[1], pose(yaw=45, x=0.4, y=0.3, scale=0.75), atol=1e-6)
 
 
 def test_relative_rotation_turns_about_the_heads_own_axes():
     source, driver = pose(yaw=60), np.stack([pose(yaw=-60), driving_nod()])
-    moved = driving.transfer_pose(source, driver, ("rotation",))
-    expected = driving.euler_rotation(0, 60, 0) @ driving.euler_rotation(12, 0, 0)
+    moved = pose_transfer.transfer_pose(source, driver, ("rotation",))
+    expected = pose_transfer.euler_rotation(0, 60, 0) @ pose_transfer.euler_rotation(12, 0, 0)
     np.testing.assert_allclose(moved[1, :, :3], expected, atol=1e-6)
 
 
 def driving_nod():
-    rotation = driving.euler_rotation(0, -60, 0) @ driving.euler_rotation(12, 0, 0)
-    return driving.join_pose(rotation, np.zeros(3), np.array(1.0))
+    rotation = pose_transfer.euler_rotation(0, -60, 0) @ pose_transfer.euler_rotation(12, 0, 0)
+    return pose_transfer.join_pose(rotation, np.zeros(3), np.array(1.0))
 
 
-@pytest.mark.parametrize("component", driving.COMPONENTS)
+@pytest.mark.parametrize("component", pose_transfer.COMPONENTS)
 def test_each_component_can_be_relative_alone(component):
     source = pose(yaw=30, x=0.2, scale=1.5)
     driver = np.stack([pose(yaw=10, x=-0.1, scale=0.8), pose(yaw=25, x=0.1, scale=0.4)])
-    rotation, translation, scale = driving.split_pose(
-        driving.transfer_pose(source, driver, (component,))[1]
+    rotation, translation, scale = pose_transfer.split_pose(
+        pose_transfer.transfer_pose(source, driver, (component,))[1]
     )
     expected = {"rotation": 45 if component == "rotation" else 25}
-    assert driving.euler_degrees(rotation)[1] == pytest.approx(expected["rotation"], abs=1e-3)
+    assert pose_transfer.euler_degrees(rotation)[1] == pytest.approx(expected["rotation"], abs=1e-3)
     assert translation[0] == pytest.approx(0.4 if component == "translation" else 0.1, abs=1e-6)
     assert scale == pytest.approx(0.75 if component == "scale" else 0.4, abs=1e-6)
 
 
 def test_relative_flag():
-    assert driving.relative_components(True) == driving.COMPONENTS
-    assert driving.relative_components("rotation, scale") == ("rotation", "scale")
-    assert driving.relative_components("none") == driving.relative_components(False) == ()
+    assert pose_transfer.relative_components(True) == pose_transfer.COMPONENTS
+    assert pose_transfer.relative_components("rotation, scale") == ("rotation", "scale")
+    assert (
+        pose_transfer.relative_components("none") == pose_transfer.relative_components(False) == ()
+    )
     with pytest.raises(UserError, match="zoom"):
-        driving.transfer_pose(pose(), pose()[None], driving.relative_components("zoom"))
+        pose_transfer.transfer_pose(pose(), pose()[None], pose_transfer.relative_components("zoom"))
 
 
 def test_relative_expression():
     source, codes = np.array([1.0, 2.0]), np.array([[5.0, 5.0], [6.0, 4.0]])
     np.testing.assert_array_equal(driving.transfer_expression(source, codes), codes)
-    np.testing.assert_array_equal(driving.transfer_expression(source, codes, True), [[1, 2], [2, 1]])
+    np.testing.assert_array_equal(
+        driving.transfer_expression(source, codes, True), [[1, 2], [2, 1]]
+    )
 
 
 def noisy_turn(frames=60, seed=0):
     random = np.random.default_rng(seed)
     true = np.stack([pose(yaw=30 * np.sin(i / 12), x=0.1 * np.sin(i / 10)) for i in range(frames)])
     noise = [
-        driving.join_pose(
-            driving.split_pose(p)[0] @ driving.rotation_from_vector(random.normal(0, 0.03, 3)),
+        pose_transfer.join_pose(
+            pose_transfer.split_pose(p)[0]
+            @ pose_transfer.rotation_from_vector(random.normal(0, 0.03, 3)),
             p[:, 3] + random.normal(0, 0.02, 3),
             np.exp(random.normal(0, 0.02)),
         )
@@ -124,10 +129,12 @@ def noisy_turn(frames=60, seed=0):
 @pytest.mark.parametrize("kind", ["gaussian", "one_euro"])
 def test_smoothing_brings_noise_down_and_keeps_rotations(kind):
     true, noisy = noisy_turn()
-    smooth = driving.smooth_poses(noisy, kind)
-    rotation, _, _ = driving.split_pose(smooth)
+    smooth = pose_transfer.smooth_poses(noisy, kind)
+    rotation, _, _ = pose_transfer.split_pose(smooth)
     np.testing.assert_allclose(
-        rotation @ rotation.transpose(0, 2, 1), np.broadcast_to(np.eye(3), rotation.shape), atol=1e-5
+        rotation @ rotation.transpose(0, 2, 1),
+        np.broadcast_to(np.eye(3), rotation.shape),
+        atol=1e-5,
     )
     jitter = lambda poses: np.abs(np.diff(poses, 2, axis=0)).mean()  # noqa: E731
     assert jitter(smooth) < 0.5 * jitter(noisy)
@@ -138,15 +145,15 @@ def test_smoothing_brings_noise_down_and_keeps_rotations(kind):
 @pytest.mark.parametrize("kind", ["none", "gaussian", "one_euro"])
 def test_smoothing_leaves_a_still_head_alone(kind):
     still = np.repeat(pose(10, 20, 30, 0.1, 0.2, 1.2)[None], 9, axis=0)
-    np.testing.assert_allclose(driving.smooth_poses(still, kind), still, atol=1e-6)
+    np.testing.assert_allclose(pose_transfer.smooth_poses(still, kind), still, atol=1e-6)
     with pytest.raises(UserError, match="gaussian"):
-        driving.smooth_poses(still, "kalman")
+        pose_transfer.smooth_poses(still, "kalman")
 
 
 def test_rotation_vector_round_trip():
     for vector in ([0, 0, 0], [1e-9, 0, 0], [0.3, -0.2, 1.0], [0, 3.0, 0]):
-        matrix = driving.rotation_from_vector(np.array(vector, float))
-        np.testing.assert_allclose(driving.rotation_vector(matrix), vector, atol=1e-6)
+        matrix = pose_transfer.rotation_from_vector(np.array(vector, float))
+        np.testing.assert_allclose(pose_transfer.rotation_vector(matrix), vector, atol=1e-6)
 
 
 def test_typed_pose_keeps_what_it_does_not_name():
@@ -156,17 +163,21 @@ def test_typed_pose_keeps_what_it_does_not_name():
 
 
 def test_typed_keyframes_are_interpolated_and_held():
-    text = '[{"frame": 1, "yaw": -20, "scale": 1}, {"frame": 3, "yaw": 20}, {"frame": 5, "scale": 4}]'
+    text = (
+        '[{"frame": 1, "yaw": -20, "scale": 1}, {"frame": 3, "yaw": 20}, {"frame": 5, "scale": 4}]'
+    )
     typed = driving.typed_poses(driving.parse_typed_pose(text), pose(roll=7), 7)
-    yaw = [driving.euler_degrees(driving.split_pose(p)[0])[1] for p in typed]
+    yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in typed]
     np.testing.assert_allclose(yaw, [-20, -20, 0, 20, 20, 20, 20], atol=1e-3)
-    scale = driving.split_pose(typed)[2]
+    scale = pose_transfer.split_pose(typed)[2]
     np.testing.assert_allclose(scale, [1, 1, 2**0.5, 2, 2**1.5, 4, 4], rtol=1e-5)
 
 
 def test_typed_pose_relative():
     keyframes = driving.parse_typed_pose('{"yaw": 20, "scale": 0.5, "x": 0.1}')
-    typed = driving.typed_poses(keyframes, pose(yaw=10, x=0.2, scale=3), 1, driving.COMPONENTS)
+    typed = driving.typed_poses(
+        keyframes, pose(yaw=10, x=0.2, scale=3), 1, pose_transfer.COMPONENTS
+    )
     np.testing.assert_allclose(typed[0], pose(yaw=30, x=0.3, scale=1.5), atol=1e-6)
 
 

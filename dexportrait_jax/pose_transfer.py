@@ -1,0 +1,189 @@
+"""Head poses on the host: taking them apart, handing them from driver to source, smoothing them.
+
+Plain numpy, float64 inside: what `geometry` does for networks on the device is done here for the
+few hundred poses of a clip, without compiling anything. P = [sR|t], p' = s R p + t, column vectors
+(method.md 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from dexportrait_jax.errors import UserError
+
+COMPONENTS = ("rotation", "translation", "scale")
+
+
+def split_pose(
+    pose: Float[np.ndarray, "*n 3 4"],
+) -> tuple[Float[np.ndarray, "*n 3 3"], Float[np.ndarray, "*n 3"], Float[np.ndarray, "*n"]]:
+    """P = [sR|t] -> (R, t, s), float64, for P of a rotation with positive scale."""
+    pose = np.asarray(pose, np.float64)
+    scale = np.cbrt(np.linalg.det(pose[..., :3]))
+    return pose[..., :3] / scale[..., None, None], pose[..., 3], scale
+
+
+def join_pose(
+    rotation: Float[np.ndarray, "*n 3 3"],
+    translation: Float[np.ndarray, "*n 3"],
+    scale: Float[np.ndarray, "*n"],
+) -> Float[np.ndarray, "*n 3 4"]:
+    """(R, t, s) -> P = [sR|t], float32, t_z = 0 (method.md 2)."""
+    translation = np.array(translation, np.float64)
+    translation[..., 2] = 0.0
+    scaled = np.asarray(scale, np.float64)[..., None, None] * rotation
+    return np.concatenate([scaled, translation[..., None]], axis=-1).astype(np.float32)
+
+
+def transfer_pose(
+    source: Float[np.ndarray, "3 4"],
+    driving: Float[np.ndarray, "frames 3 4"],
+    relative: Sequence[str] = (),
+    reference: Float[np.ndarray, "3 4"] | None = None,
+) -> Float[np.ndarray, "frames 3 4"]:
+    """The pose of every frame: the driver's, each component absolute or relative to its first
+    frame.
+
+    ``relative`` names components of COMPONENTS; ``reference`` is the driver's resting pose
+    (default: its first frame). Relative rotation is R_s R_0^T R_i, the source's head turned about
+    its own axes as the driver's is: LivePortrait's R_i R_0^T R_s, which is written for row vectors,
+    transposed. Relative scale is s_s s_i / s_0, relative translation t_s + t_i - t_0 (method.md
+    7.3).
+    """
+    unknown = sorted(set(relative) - set(COMPONENTS))
+    if unknown:
+        raise UserError(
+            f"--relative_pose: no component {unknown[0]!r}; there are {', '.join(COMPONENTS)}"
+        )
+    rotation_s, translation_s, scale_s = split_pose(source)
+    rotation, translation, scale = split_pose(driving)
+    rotation_0, translation_0, scale_0 = split_pose(driving[0] if reference is None else reference)
+    if "rotation" in relative:
+        rotation = rotation_s @ rotation_0.T @ rotation
+    if "translation" in relative:
+        translation = translation_s + translation - translation_0
+    if "scale" in relative:
+        scale = scale_s * scale / scale_0
+    return join_pose(rotation, translation, scale)
+
+
+def relative_components(flag: bool | str | Sequence[str] | None) -> tuple[str, ...]:
+    """``--relative_pose`` as components: True or "all" = all three, "rotation,scale" = these, empty
+    = none.
+    """
+    if not flag or flag == "none":
+        return ()
+    if flag is True or flag == "all":
+        return COMPONENTS
+    return tuple(part.strip() for part in flag.split(",")) if isinstance(flag, str) else tuple(flag)
+
+
+# --- smoothing ------------------------------------------------------------------------
+
+
+def smooth_poses(
+    poses: Float[np.ndarray, "frames 3 4"],
+    kind: str,
+    *,
+    fps: float = 25.0,
+    strength: float | None = None,
+) -> Float[np.ndarray, "frames 3 4"]:
+    """Poses with less jitter, smoothed on (rotation, t, log s).
+
+    ``kind``: "none"; "gaussian" (``strength`` = sigma in frames, default 1.5; looks ahead, no lag);
+    "one_euro" (``strength`` = lowest cut-off in Hz, default 1.5; causal, follows fast turns).
+    """
+    if kind == "none" or len(poses) < 2:
+        return np.asarray(poses, np.float32)
+    rotation, translation, scale = split_pose(poses)
+    if kind == "gaussian":
+        return _gaussian(
+            rotation, translation, np.log(scale), 1.5 if strength is None else strength
+        )
+    if kind == "one_euro":
+        return _one_euro(
+            rotation, translation, np.log(scale), fps, 1.5 if strength is None else strength
+        )
+    raise UserError(f"--smoothing={kind}: there are none, gaussian and one_euro")
+
+
+def _gaussian(rotation, translation, log_scale, sigma):
+    offsets = np.arange(len(rotation))
+    weights = np.exp(-0.5 * ((offsets[:, None] - offsets[None]) / max(sigma, 1e-6)) ** 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    mean = np.einsum("ij,jkl->ikl", weights, rotation)
+    return join_pose(_nearest_rotation(mean), weights @ translation, np.exp(weights @ log_scale))
+
+
+def _nearest_rotation(matrix: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 3 3"]:
+    left, _, right = np.linalg.svd(matrix)
+    sign = np.linalg.det(left @ right)
+    left[..., 2] *= sign[..., None]
+    return left @ right
+
+
+def _one_euro(rotation, translation, log_scale, fps, cutoff, beta=0.5, derivative_cutoff=1.0):
+    """Casiez et al. 2012, on the vector (t, log s) and, along geodesics, on the rotation."""
+
+    def gain(frequency):
+        rate = 2 * math.pi * frequency / fps
+        return rate / (rate + 1)
+
+    values = np.concatenate([translation, log_scale[:, None]], axis=1)
+    smooth_values, smooth_rotation = [values[0]], [rotation[0]]
+    speed, angular_speed = np.zeros(values.shape[1]), 0.0
+    for index in range(1, len(values)):
+        change = values[index] - values[index - 1]
+        speed += gain(derivative_cutoff) * (change * fps - speed)
+        step = gain(cutoff + beta * np.linalg.norm(speed))
+        smooth_values.append(smooth_values[-1] + step * (values[index] - smooth_values[-1]))
+        turn = rotation_vector(rotation[index - 1].T @ rotation[index])
+        angular_speed += gain(derivative_cutoff) * (np.linalg.norm(turn) * fps - angular_speed)
+        step = gain(cutoff + beta * angular_speed)
+        lag = rotation_vector(smooth_rotation[-1].T @ rotation[index])
+        smooth_rotation.append(smooth_rotation[-1] @ rotation_from_vector(step * lag))
+    smooth_values = np.stack(smooth_values)
+    return join_pose(np.stack(smooth_rotation), smooth_values[:, :3], np.exp(smooth_values[:, 3]))
+
+
+def rotation_vector(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, " 3"]:
+    """Axis times angle (radians) of a rotation, angle in [0, pi)."""
+    angle = math.acos(float(np.clip((np.trace(rotation) - 1) / 2, -1, 1)))
+    axis = np.array(
+        [
+            rotation[2, 1] - rotation[1, 2],
+            rotation[0, 2] - rotation[2, 0],
+            rotation[1, 0] - rotation[0, 1],
+        ]
+    )
+    return axis / 2 if angle < 1e-7 else axis * (angle / (2 * math.sin(angle)))
+
+
+def rotation_from_vector(vector: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "3 3"]:
+    """Rodrigues' formula: the inverse of rotation_vector."""
+    angle = float(np.linalg.norm(vector))
+    x, y, z = vector / angle if angle > 1e-12 else np.zeros(3)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+
+def euler_rotation(pitch: float, yaw: float, roll: float) -> Float[np.ndarray, "3 3"]:
+    """R_z(roll) R_y(yaw) R_x(pitch), degrees: geometry.euler_to_rotation on the host."""
+    pitch, yaw, roll = np.radians([pitch, yaw, roll])
+    return (
+        rotation_from_vector(np.array([0, 0, roll]))
+        @ rotation_from_vector(np.array([0, yaw, 0]))
+        @ rotation_from_vector(np.array([pitch, 0, 0]))
+    )
+
+
+def euler_degrees(rotation: Float[np.ndarray, "3 3"]) -> tuple[float, float, float]:
+    """(pitch, yaw, roll) in degrees of R_z(roll) R_y(yaw) R_x(pitch); yaw in [-90, 90]."""
+    yaw = math.asin(float(np.clip(-rotation[2, 0], -1, 1)))
+    pitch = math.atan2(rotation[2, 1], rotation[2, 2])
+    roll = math.atan2(rotation[1, 0], rotation[0, 0])
+    return math.degrees(pitch), math.degrees(yaw), math.degrees(roll)

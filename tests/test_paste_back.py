@@ -1,0 +1,77 @@
+"""paste_back.py: where the mask is zero nothing changes, where it is one the result is shown, no
+seam between.
+"""
+
+import numpy as np
+import pytest
+
+from dexportrait_jax import paste_back
+
+
+def ellipse(x=0.0, y=0.0, radius=0.4, points=40):
+    angle = np.linspace(0, 2 * np.pi, points)
+    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle), 0 * angle], axis=1)
+
+
+def test_mask_covers_every_face_and_vanishes_at_the_border():
+    mask = paste_back.face_mask([ellipse(), ellipse(y=0.3)], 100)
+    assert mask.min() == 0.0 and mask.max() == pytest.approx(1.0)
+    assert (
+        mask[50, 50] > 0.99 and mask[76, 50] > 0.99
+    )  # centre and, at y = 0.53, the second face's chin
+    for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
+        assert edge.max() == 0.0
+    wide = paste_back.face_mask([ellipse(radius=2.0)], 64)  # a face larger than the crop
+    assert wide[0].max() == 0.0 and wide[32, 32] > 0.99
+
+
+def test_mask_edge_lies_dilated_by_five_percent():
+    mask = paste_back.face_mask([ellipse(radius=0.4)], 200)
+    # radius 40 px + dilation 10 px: half opacity at 50 px from the centre
+    assert abs(int(np.sum(mask[100, 100:] > 0.5)) - 50) <= 2
+
+
+def test_paste_keeps_the_rest_bit_for_bit():
+    random = np.random.default_rng(0)
+    frame = random.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    result = np.full((64, 64, 3), 200, np.uint8)
+    mask = paste_back.face_mask([ellipse(radius=0.3)], 64)
+    pasted = paste_back.paste(frame, result, np.array([40.0, 20.0, 120.0, 100.0]), mask)
+    assert (pasted[60, 80] == 200).all()
+    outside = np.ones((120, 160), bool)
+    outside[20:100, 40:120] = False
+    assert (pasted[outside] == frame[outside]).all()
+    assert (pasted[22:26, 42:118] == frame[22:26, 42:118]).all()
+    assert pasted.shape == frame.shape and pasted.dtype == np.uint8
+
+
+def test_pasting_the_crop_itself_changes_nothing():
+    """The grid of the box is the grid of the pixels: no half-pixel shift."""
+    random = np.random.default_rng(1)
+    frame = random.integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    crop = frame[10:74, 5:69].copy()
+    mask = paste_back.face_mask([ellipse()], 64)
+    pasted = paste_back.paste(frame, crop, np.array([5.0, 10.0, 69.0, 74.0]), mask)
+    assert np.abs(pasted.astype(int) - frame).max() <= 1
+
+
+@pytest.mark.parametrize("size", [32, 300])
+def test_sizes_other_than_the_boxs_keep_a_smooth_picture(size):
+    rows = np.linspace(0, 255, 200)
+    frame = np.repeat(np.repeat(rows[:, None, None], 200, 1), 3, 2).astype(np.uint8)
+    box = np.array([40.0, 40.0, 160.0, 160.0])
+    inside = 40 + (np.arange(size) + 0.5) * 120 / size - 0.5
+    values = np.interp(inside, np.arange(200), rows)
+    result = np.repeat(np.repeat(values[:, None, None], size, 1), 3, 2).astype(np.uint8)
+    pasted = paste_back.paste(frame, result, box, paste_back.face_mask([ellipse()], size))
+    assert np.abs(pasted.astype(int) - frame).max() <= 3
+
+
+def test_box_beyond_the_frame():
+    frame = np.zeros((50, 50, 3), np.uint8)
+    result = np.full((40, 40, 3), 255, np.uint8)
+    mask = np.ones((40, 40), np.float32)
+    pasted = paste_back.paste(frame, result, np.array([-20.0, -20.0, 20.0, 20.0]), mask)
+    assert (pasted[:20, :20] == 255).all() and pasted[20:].max() == 0 and pasted[:, 20:].max() == 0
+    gone = paste_back.paste(frame, result, np.array([80.0, 80.0, 120.0, 120.0]), mask)
+    assert gone.max() == 0
