@@ -1,0 +1,171 @@
+"""Trained weights out to PyTorch users: a directory of safetensors and one JSON that describes it.
+
+An export holds ``model.json`` (format, stage, config, step, crop constants, versions and, for
+every parameter group, its file, sha256 and parameter count) and one ``<group>.safetensors`` per
+group with PyTorch's names and layouts (``names.py``). It is written under a temporary name and
+renamed, so a half-written export never has the final name. Torch is not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import dexportrait_jax
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights import names
+
+FORMAT = "dexportrait-export-1"
+DESCRIPTION = "model.json"
+
+
+def export_groups(
+    out_dir: str | os.PathLike,
+    model: Mapping[str, Any],
+    groups: Mapping[str, names.Params],
+    overwrite: bool = False,
+) -> Path:
+    """Write parameter groups as an export directory.
+
+    Args:
+        out_dir: the directory to make. One that is there is replaced only with ``overwrite``, and
+            only if it is an export.
+        model: what ``model.json`` shall say: "stage", "config" (JSON-able), "step", "ema", "crop".
+        groups: ``{group name: parameter tree}``; arrays keep their types, float32 or bfloat16.
+
+    Returns the directory. Raises UserError when it may not or cannot be written; what was there
+    stays as it was.
+    """
+    out = Path(out_dir)
+    check_replaceable(out, overwrite)
+    lacking = sorted({"stage", "config", "step", "ema", "crop"} - set(model))
+    if lacking:
+        raise ValueError(f"the description of an export lacks {', '.join(lacking)}")
+    with _written_whole(out) as directory:
+        described = {}
+        for name, params in groups.items():
+            tensors = names.to_torch(params)
+            file = directory / f"{name}.safetensors"
+            # PyTorch's loaders look for "format"; the layout lets importing rebuild the tree alone.
+            layout = json.dumps(names.layout_exceptions(params), sort_keys=True)
+            save_file(tensors, file, metadata={"format": "pt", "layout": layout})
+            described[name] = {
+                "file": file.name,
+                "sha256": file_sha256(file),
+                "parameters": int(sum(tensor.size for tensor in tensors.values())),
+            }
+        description = {**model, "format": FORMAT, "groups": described, "versions": _versions()}
+        text = json.dumps(description, indent=2, sort_keys=True, default=_plain)
+        (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    return out
+
+
+def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> None:
+    """Job ``export``: the newest checkpoint of a run, averaged weights where there are any."""
+    check_replaceable(Path(out), overwrite)
+    from dexportrait_jax import checkpoint  # JAX and Orbax load only once the arguments are right
+
+    config, step, groups = checkpoint.load_groups(workdir)
+    model = {
+        "stage": config.get("stage"),
+        "config": config,
+        "step": int(step),
+        "ema": bool(config.get("ema_decay")),
+        "crop": config.get("data", {}).get("crop"),
+    }
+    directory = export_groups(out, model, groups, overwrite)
+    description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+    for name, group in description["groups"].items():
+        print(f"{name}: {group['parameters'] / 1e6:.2f} M parameters, {group['file']}")
+    print(f"exported step {step} of {workdir} to {directory}")
+
+
+def check_replaceable(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless an export may be written at ``out``."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is there and is not a directory; give another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / DESCRIPTION).is_file():
+        raise UserError(f"{out} holds something that is not an export; give an empty or new --out")
+    if not overwrite:
+        raise UserError(f"{out} already holds an export; add --overwrite, or give another --out")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A temporary directory that takes the place of ``out`` when all went well, else vanishes."""
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        temporary.chmod(0o777 & ~_umask())
+        if out.exists():
+            # A directory cannot be renamed onto a full one: the old export steps aside first.
+            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.replace(aside / "export")
+            try:
+                temporary.replace(out)
+            except OSError:
+                (aside / "export").replace(out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.replace(out)
+    except Exception as error:
+        # safetensors reports a full disk as its own error, so the kind alone does not tell.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot write the export {out}: {reason}; free some space or give a writable --out"
+            ) from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _versions() -> dict[str, str]:
+    versions = {"dexportrait_jax": dexportrait_jax.__version__}
+    for package in ("jax", "flax", "numpy", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what a config may hold beside plain values: numpy, nested configs, paths."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return str(value)

@@ -1,0 +1,120 @@
+"""Exported weights back in: every file is checked against the description before it is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights import names
+from dexportrait_jax.weights.exporting import DESCRIPTION, FORMAT, file_sha256
+
+
+def load_groups(
+    path: str | os.PathLike,
+    wanted: Iterable[str] | Mapping[str, names.Params] | None = None,
+    *,
+    stage: str | Iterable[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, names.Params]]:
+    """Read parameter groups of an export directory.
+
+    Args:
+        path: the directory that ``export_groups`` wrote.
+        wanted: names of groups; or ``{name: abstract tree}`` (``Network.abstract``), then every
+            shape is compared and
+            types are cast to those of the tree; or None for all groups as they are in the files.
+        stage: the stage or stages the export may be of; None for any.
+
+    Returns ``(contents of model.json, {group: nested dict of numpy arrays})``.
+
+    Raises UserError, one line, when this is no export, a file is missing or corrupted, the stage
+    is another one, a group is missing, or names and shapes do not fit (all differences are
+    listed).
+    """
+    directory = Path(path)
+    model = read_description(directory)
+    _check_stage(directory, model, stage)
+    wanted_names = list(model["groups"]) if wanted is None else list(wanted)
+    absent = [name for name in wanted_names if name not in model["groups"]]
+    if absent:
+        raise UserError(
+            f"{directory} is an export of stage {model.get('stage')!r} with the groups "
+            f"{', '.join(model['groups'])}; it has no {', '.join(absent)}. Give an export that does"
+        )
+    groups = {}
+    for name in wanted_names:
+        file = _checked_file(directory, name, model["groups"][name])
+        tensors, layout = _read(file)
+        if isinstance(wanted, Mapping):
+            where = f"group {name!r} of {directory}"
+            groups[name] = names.from_torch(tensors, wanted[name], where=where)
+        else:
+            groups[name] = names.from_torch_alone(tensors, layout)
+    return model, groups
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The contents of ``model.json``; UserError when the directory is no export of this format."""
+    file = directory / DESCRIPTION
+    if not file.is_file():
+        raise UserError(
+            f"{directory} holds no {DESCRIPTION}: not exported weights; "
+            "make them with: dexportrait export --workdir=RUN --out=DIR"
+        )
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({_one_line(error)}); export again") from error
+    if not isinstance(model, dict) or model.get("format") != FORMAT:
+        found = model.get("format") if isinstance(model, dict) else type(model).__name__
+        raise UserError(f"{file} has format {found!r}, expected {FORMAT!r}; export again")
+    groups = model.get("groups")
+    if not isinstance(groups, dict) or not all(
+        isinstance(group, dict) and {"file", "sha256"} <= set(group) for group in groups.values()
+    ):
+        raise UserError(f"{file} does not list its parameter groups; export again")
+    return model
+
+
+def _check_stage(directory: Path, model: dict[str, Any], stage: str | Iterable[str] | None) -> None:
+    if stage is None:
+        return
+    accepted = (stage,) if isinstance(stage, str) else tuple(stage)
+    if model.get("stage") not in accepted:
+        raise UserError(
+            f"{directory} is an export of stage {model.get('stage')!r}, needed is "
+            f"{' or '.join(repr(name) for name in accepted)}; give an export of that stage"
+        )
+
+
+def _checked_file(directory: Path, name: str, group: dict[str, Any]) -> Path:
+    # The name comes from a file that may be anybody's: it must not lead out of the directory.
+    file = directory / Path(str(group["file"])).name
+    if not file.is_file():
+        raise UserError(f"{file} (group {name!r}) is missing; copy the whole export directory")
+    found = file_sha256(file)
+    if found != group["sha256"]:
+        raise UserError(
+            f"{file} is corrupted: its sha256 is {found}, {DESCRIPTION} says {group['sha256']}; "
+            "copy or export it again"
+        )
+    return file
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(file, framework="np") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        return tensors, json.loads(metadata.get("layout", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,126 @@
+"""What an export directory holds, and that writing one is all or nothing."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights import exporting
+from dexportrait_jax.weights.exporting import export_groups, run_export
+
+MODEL = {
+    "stage": "motion",
+    "config": {"sizes": (1, 2), "rate": np.float32(0.5)},
+    "step": 7,
+    "ema": True,
+    "crop": {"scale": 1.5},
+}
+
+
+def _groups(width=4):
+    keys = iter(jax.random.split(jax.random.key(width), 9))
+    return {
+        "encoder": {
+            "conv": {
+                "kernel": jax.random.normal(next(keys), (3, 3, 2, width)),
+                "bias": jnp.ones(width),
+            },
+            "norm": {"scale": jax.random.normal(next(keys), (width,)), "bias": jnp.zeros(width)},
+            "token": {"embedding": jax.random.normal(next(keys), (5, width))},
+        },
+        "decoder": {
+            "0": {"kernel": jax.random.normal(next(keys), (width, 2)).astype(jnp.bfloat16)}
+        },
+    }
+
+
+def test_directory_says_what_it_holds_and_torch_reads_it(tmp_path):
+    out = export_groups(tmp_path / "deep" / "export", MODEL, _groups())
+    assert sorted(p.name for p in out.iterdir()) == [
+        "decoder.safetensors",
+        "encoder.safetensors",
+        "model.json",
+    ]
+    model = json.loads((out / "model.json").read_text())
+    assert model["format"] == exporting.FORMAT
+    assert (model["stage"], model["step"], model["ema"], model["crop"]) == (
+        "motion",
+        7,
+        True,
+        {"scale": 1.5},
+    )
+    assert model["config"] == {"sizes": [1, 2], "rate": 0.5}
+    assert model["groups"]["encoder"]["parameters"] == 3 * 3 * 2 * 4 + 4 + 4 + 4 + 20
+    assert model["groups"]["encoder"]["sha256"] == exporting.file_sha256(
+        out / "encoder.safetensors"
+    )
+    assert "jax" in model["versions"]
+    tensors = safetensors.torch.load_file(out / "encoder.safetensors")
+    assert tensors["conv.weight"].shape == (4, 2, 3, 3)
+    assert (
+        safetensors.torch.load_file(out / "decoder.safetensors")["0.weight"].dtype == torch.bfloat16
+    )
+
+
+def test_an_export_is_replaced_only_on_request(tmp_path):
+    out = export_groups(tmp_path / "export", MODEL, _groups())
+    before = (out / "model.json").read_bytes()
+    with pytest.raises(UserError, match="--overwrite"):
+        export_groups(out, {**MODEL, "step": 8}, _groups())
+    assert (out / "model.json").read_bytes() == before
+    export_groups(out, {**MODEL, "step": 8}, _groups(6), overwrite=True)
+    assert json.loads((out / "model.json").read_text())["step"] == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_other_peoples_directories_and_files_are_left_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "file").write_text("x")
+    for name in ("photos", "file"):
+        with pytest.raises(UserError):
+            export_groups(tmp_path / name, MODEL, _groups(), overwrite=True)
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
+
+
+def test_a_failure_leaves_nothing_behind_and_the_old_export_whole(tmp_path, monkeypatch):
+    out = export_groups(tmp_path / "export", MODEL, _groups())
+    before = (out / "model.json").read_bytes()
+
+    def full_disk(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_file", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        export_groups(out, MODEL, _groups(), overwrite=True)
+    assert (out / "model.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_unwritable_place_is_one_line(tmp_path):
+    blocker = tmp_path / "blocker"
+    blocker.write_text("a file where a directory is needed")
+    with pytest.raises(UserError) as error:
+        export_groups(blocker / "export", MODEL, _groups())
+    assert "\n" not in str(error.value)
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        out = export_groups(tmp_path / "export", MODEL, _groups())
+    finally:
+        os.umask(previous)
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_job_refuses_before_it_loads_anything(tmp_path):
+    out = export_groups(tmp_path / "export", MODEL, _groups())
+    with pytest.raises(UserError, match="--overwrite"):
+        run_export(tmp_path / "no_such_run", out)

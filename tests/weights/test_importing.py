@@ -1,0 +1,93 @@
+"""Exports come back exactly, and whatever does not fit is one line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights.exporting import export_groups
+from dexportrait_jax.weights.importing import load_groups
+from tests.weights.test_exporting import MODEL, _groups
+
+
+@pytest.fixture
+def export(tmp_path):
+    return export_groups(tmp_path / "export", MODEL, _groups())
+
+
+def _abstract(groups):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), groups)
+
+
+def _same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("with_networks", [True, False])
+def test_round_trip_is_exact(export, with_networks):
+    groups = _groups()
+    model, loaded = load_groups(export, _abstract(groups) if with_networks else None)
+    assert model["step"] == 7
+    _same(groups, loaded)
+
+
+def test_only_what_is_wanted_is_read(export):
+    (export / "encoder.safetensors").write_bytes(b"not looked at")
+    _, loaded = load_groups(export, ["decoder"], stage=("animator_image", "motion"))
+    _same({"decoder": _groups()["decoder"]}, loaded)
+
+
+def _failure(*arguments, **keywords):
+    with pytest.raises(UserError) as error:
+        load_groups(*arguments, **keywords)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_corrupted_file(export):
+    file = export / "encoder.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert "corrupted" in _failure(export)
+
+
+def test_missing_file(export):
+    (export / "decoder.safetensors").unlink()
+    assert "decoder.safetensors" in _failure(export)
+
+
+def test_another_stage(export):
+    message = _failure(export, stage="animator_video")
+    assert "'motion'" in message and "'animator_video'" in message
+
+
+def test_another_width_names_the_shapes(export):
+    message = _failure(export, {"encoder": _abstract(_groups(width=6)["encoder"])})
+    assert "conv.weight is (4, 2, 3, 3), expected (6, 2, 3, 3)" in message
+
+
+def test_group_that_is_not_there(export):
+    message = _failure(export, ["denoiser"])
+    assert "no denoiser" in message and "decoder, encoder" in message
+
+
+def test_not_an_export(tmp_path, export):
+    assert "model.json" in _failure(tmp_path / "nowhere")
+    (export / "model.json").write_text("{")
+    assert "model.json" in _failure(export)
+    (export / "model.json").write_text(json.dumps({"format": "something else"}))
+    assert "something else" in _failure(export)
+
+
+def test_a_description_cannot_lead_out_of_the_directory(export, tmp_path):
+    model = json.loads((export / "model.json").read_text())
+    (export / "decoder.safetensors").rename(tmp_path / "decoder.safetensors")
+    model["groups"]["decoder"]["file"] = "../decoder.safetensors"
+    (export / "model.json").write_text(json.dumps(model))
+    assert "missing" in _failure(export, ["decoder"])
