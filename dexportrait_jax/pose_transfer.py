@@ -108,7 +108,7 @@ def smooth_poses(
         return _one_euro(
             rotation, translation, np.log(scale), fps, 1.5 if strength is None else strength
         )
-    raise UserError(f"--smoothing={kind}: there are none, gaussian and one_euro")
+    raise UserError(f"--smooth={kind}: there are none, gaussian and one_euro")
 
 
 def _gaussian(rotation, translation, log_scale, sigma):
