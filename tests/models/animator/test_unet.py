@@ -1,0 +1,84 @@
+"""The UNet against diffusers, and its size."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dexportrait_jax.models.animator.transformer import TransformerOptions
+from dexportrait_jax.models.animator.unet import UNet
+from dexportrait_jax.state import Network, parameter_count
+from tests.published import parameters_from_torch, randomise, relative_error
+
+
+def unet_pair(block_channels, layers, heads=4, context=24, groups=8):
+    published = randomise(
+        diffusers.UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=block_channels,
+            down_block_types=("CrossAttnDownBlock2D",) * (len(block_channels) - 1)
+            + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(block_channels) - 1),
+            layers_per_block=layers,
+            cross_attention_dim=context,
+            attention_head_dim=heads,
+            norm_num_groups=groups,
+        )
+    )
+    network = Network(
+        lambda rngs: UNet(
+            block_channels=block_channels,
+            layers_per_block=layers,
+            options=TransformerOptions(heads=heads, cross_attention_features=context),
+            groups=groups,
+            rngs=rngs,
+        )
+    )
+    params = parameters_from_torch(network.abstract, published.state_dict())
+    return published, network, params
+
+
+@pytest.mark.parametrize(("channels", "layers"), [((32, 64, 64), 1), ((16, 32, 48, 48), 2)])
+def test_equals_diffusers(channels, layers):
+    published, network, params = unet_pair(channels, layers)
+    generator = np.random.default_rng(0)
+    latents = generator.normal(size=(2, 16, 16, 4)).astype(np.float32)
+    context = generator.normal(size=(2, 5, 24)).astype(np.float32)
+    timesteps = np.array([3, 953])
+    with torch.no_grad():
+        expected = published(
+            torch.tensor(latents).permute(0, 3, 1, 2),
+            torch.tensor(timesteps),
+            torch.tensor(context),
+        ).sample.permute(0, 2, 3, 1)
+    ours = jax.jit(lambda p, *a: network.bind(p)(*a))(params, latents, timesteps, context)
+    assert np.std(expected.numpy()) > 0.01
+    assert relative_error(ours, expected) <= 1e-4
+
+
+def test_full_size():
+    full = Network(lambda rngs: UNet(rngs=rngs))
+    assert parameter_count(full.abstract) == 859_520_964
+    none = TransformerOptions(cross_attention_features=None)
+    without = Network(lambda rngs: UNet(options=none, rngs=rngs))
+    assert parameter_count(without.abstract) == pytest.approx(815.5e6, rel=1e-3)
+
+
+def test_rematerialised_gradients_are_the_same():
+    sizes = {"block_channels": (8, 16), "layers_per_block": 1, "groups": 4}
+    options = TransformerOptions(heads=2, cross_attention_features=None)
+    networks = [
+        Network(lambda rngs, remat=remat: UNet(**sizes, options=options, remat=remat, rngs=rngs))
+        for remat in (False, True)
+    ]
+    params = networks[0].init(jax.random.key(0))
+    latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    timesteps = jnp.array([10, 500])
+    gradients = [
+        jax.jit(jax.grad(lambda p, n=network: jnp.mean(n.bind(p)(latents, timesteps) ** 2)))(params)
+        for network in networks
+    ]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
