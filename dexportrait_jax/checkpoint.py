@@ -7,9 +7,7 @@ it; when none can be read that is an error, because starting from scratch in sil
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from data_pipelines.files import writing_to
 from dexportrait_jax.errors import UserError
 
 FOLDER = "checkpoints"
@@ -58,14 +57,14 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
-        with _words_for_disk_errors(self.directory):
+        with writing_to(self.directory):
             self._pending = self._checkpointer.save_async(step, state, force=True)
 
     def wait(self) -> None:
         """Blocks until the running save is on disk; raises if it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with _words_for_disk_errors(self.directory):
+            with writing_to(self.directory):
                 pending.result()
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
@@ -152,29 +151,3 @@ def _on_one_device(metadata: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-@contextlib.contextmanager
-def _words_for_disk_errors(directory: Path):
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if "No space left" in text or "ENOSPC" in text or getattr(error, "errno", 0) == 28:
-            raise UserError(
-                f"the disk of {directory} is full: this checkpoint was not saved; free some space and "
-                "run the same command again, it goes on from the checkpoint before"
-            ) from error
-        if isinstance(error, OSError) or "Permission denied" in text:
-            raise UserError(f"cannot write to {directory}: {_first_line(error)}") from error
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ import numpy as np
 
 import dexportrait_jax
 from data_pipelines import loading
+from data_pipelines.files import write_json
 from dexportrait_jax import checkpoint, config as configs, distributed, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
@@ -209,8 +211,6 @@ def _claimed(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]
 
 
 def _same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    import json
-
     path, values = workdir / "config.json", configs.to_json(config)
     if path.exists():
         before = json.loads(path.read_text())
@@ -232,8 +232,8 @@ def _same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
                 "give another --workdir, or the config it was started with"
             )
     if distributed.is_main():
-        checkpoint.write_json(path, values)
-        checkpoint.write_json(
+        write_json(path, values)
+        write_json(
             workdir / "environment.json",
             {
                 "dexportrait_jax": dexportrait_jax.__version__,

@@ -1,0 +1,87 @@
+"""Writing results so that nothing half-written is ever seen, and saying in people's words why writing failed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dexportrait_jax.errors import UserError
+
+_WORDS = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another folder"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
+    errno.EACCES: ("no permission to write there", "choose another folder or change its rights"),
+    errno.EPERM: ("no permission to write there", "choose another folder or change its rights"),
+    errno.EROFS: ("it lies on a read-only disk", "choose another folder"),
+    errno.ENOTDIR: ("a part of that path is a file", "choose another folder"),
+    errno.ENOENT: ("a folder of that path does not exist", "check the path"),
+    errno.EFBIG: ("the file grew larger than the system allows", "choose another folder"),
+    errno.EMFILE: ("too many files are open", "raise `ulimit -n`"),
+}
+
+
+def explain(error: BaseException, path: str | os.PathLike) -> UserError | None:
+    """The UserError for an error met while writing below `path`; None if it is not about the file system.
+
+    Libraries that write from C++ report a full disk as a RuntimeError or ValueError with the system's text in it.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        text = str(error)
+        number = next((n for n in _WORDS if os.strerror(n) in text), None)
+        if number is None:
+            return None
+    what, remedy = _WORDS.get(number, (os.strerror(number), "choose another folder"))
+    return UserError(f"cannot write {path}: {what}; {remedy}")
+
+
+@contextmanager
+def writing_to(path: str | os.PathLike) -> Iterator[None]:
+    """Turns file system errors of the block into a one-line UserError about `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        explained = explain(error, path)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def replace_directory(temporary: Path, final: Path) -> None:
+    """Puts a finished directory in place; an older one there is moved aside first and removed last."""
+    aside = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+    if final.exists():
+        final.rename(aside)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

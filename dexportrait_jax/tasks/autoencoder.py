@@ -1,0 +1,103 @@
+"""A small autoencoder, trained where no pretrained one is at hand; the network is the animator's VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from data_pipelines import loading
+from dexportrait_jax.models.animator.vae import VAE
+from dexportrait_jax.models.perceptual import PerceptualNetwork
+from dexportrait_jax.optim import make_optimizer
+from dexportrait_jax.state import Network
+from dexportrait_jax.step import Outputs, Phase
+from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks.pictures import save_comparison, to_float
+from dexportrait_jax.weights.lpips import load_lpips
+
+
+def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
+    """Group autoencoder."""
+    dtype = jnp.dtype(config.dtype)
+    return {"autoencoder": Network(lambda rngs: VAE(**config.model.autoencoder, dtype=dtype, rngs=rngs))}
+
+
+class AutoencoderTask:
+    """L1 + LPIPS + a weak KL term, and a pull of the latents' moments to 0 and 1.
+
+    The pull makes a scale factor of 1 right: the diffusion stages need latents of about unit variance.
+    """
+
+    frames = False
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.networks = build_networks(config)
+        self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
+        self.ema_groups = ("autoencoder",)
+        self.phases = (
+            Phase(
+                "autoencoder", ("autoencoder",), self.loss,
+                make_optimizer(config.optim.autoencoder, config.num_steps),
+            ),
+        )
+        self._preview = jax.jit(self._reconstruct)
+
+    def pretrained(self) -> dict[str, Any]:
+        """None: this stage exists because there is nothing to start from."""
+        return {}
+
+    def constants(self) -> dict[str, Any]:
+        """Weights of the perceptual network."""
+        return {"perceptual": load_lpips(self.config.loss.perceptual)}
+
+    def loss(self, params, batch, key, step, shared):
+        """All frames of the batch, sources and targets alike."""
+        del step, shared
+        weights = self.config.loss
+        images = to_float(_all_images(batch))
+        autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
+        mean, log_variance = autoencoder.encode(images)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        decoded = autoencoder.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+        perceptual = self.perceptual.bind(params["perceptual"])
+        centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
+        terms = {
+            "l1": (weights.l1, losses.mean_absolute(decoded, images)),
+            "lpips": (weights.lpips, jnp.mean(perceptual.lpips(decoded, images))),
+            "kl": (weights.kl, losses.kullback_leibler(mean, log_variance)),
+            "moments": (weights.moments, jnp.mean(centre**2 + (spread - 1.0) ** 2)),
+        }
+        error = jnp.mean(jnp.square(decoded - images))
+        metrics = {name: value for name, (_, value) in terms.items()}
+        metrics["psnr"] = 10.0 * jnp.log10(4.0 / error)
+        return sum(weight * value for weight, value in terms.values()), Outputs(metrics, {})
+
+    def _reconstruct(self, params, images):
+        autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
+        return autoencoder.decode(autoencoder.encode(images)[0])
+
+    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
+        """A picture of held-out frames beside their reconstructions."""
+        del constants
+        params = state["params"] | state["ema"]
+        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
+            target = batch["target_image"]
+            decoded = self._preview(params, to_float(jnp.asarray(target.reshape(-1, *target.shape[2:]))))
+            save_comparison(
+                workdir / "samples" / f"step_{step:07d}.png", batch["source_image"], target, decoded
+            )
+
+
+def _all_images(batch):
+    target = batch["target_image"]
+    return jnp.concatenate([batch["source_image"], target.reshape(-1, *target.shape[2:])])
+
+
+def make(config: ml_collections.ConfigDict) -> AutoencoderTask:
+    """The task of an autoencoder config."""
+    return AutoencoderTask(config)

@@ -1,0 +1,104 @@
+"""Losses, each a pure function of arrays, each with a value worked out by hand in the tests."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def mean_absolute(prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    """L1 of method.md 3.10, mean over everything."""
+    return jnp.mean(jnp.abs(prediction - target))
+
+
+def masked_absolute(
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Float[Array, "b h w"]
+) -> Float[Array, ""]:
+    """L1 where the mask (0..1) is, mean over all positions, so that its weight does not depend on the mask's area."""
+    return jnp.mean(jnp.abs(prediction - target) * mask[..., None])
+
+
+def gradient_absolute(
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
+    """L1 of the differences between neighbouring pixels: edges, which plain L1 blurs."""
+    error = prediction - target
+    rows = jnp.mean(jnp.abs(error[:, 1:] - error[:, :-1]))
+    columns = jnp.mean(jnp.abs(error[:, :, 1:] - error[:, :, :-1]))
+    return rows + columns
+
+
+def multiscale_absolute(
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"], scales: int = 3
+) -> Float[Array, ""]:
+    """Mean L1 over `scales` halvings of the error: structure that is off by more than a pixel."""
+    error, total = prediction - target, 0.0
+    for _ in range(scales):
+        b, h, w, c = error.shape
+        error = error.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+        total += jnp.mean(jnp.abs(error))
+    return total / scales
+
+
+def generator_adversarial(fake_logits: Float[Array, " b"]) -> Float[Array, ""]:
+    """Non-saturating: softplus(-D(fake)) (method.md 3.10)."""
+    return jnp.mean(jax.nn.softplus(-fake_logits))
+
+
+def discriminator_adversarial(
+    fake_logits: Float[Array, " b"], real_logits: Float[Array, " b"]
+) -> Float[Array, ""]:
+    """softplus(D(fake)) + softplus(-D(real)) (method.md 3.10)."""
+    return jnp.mean(jax.nn.softplus(fake_logits)) + jnp.mean(jax.nn.softplus(-real_logits))
+
+
+def r1_penalty(discriminator, real: Float[Array, "b h w c"]) -> Float[Array, ""]:
+    """Mean over the batch of the squared norm of dD(real)/d(real), without the factor gamma/2."""
+    gradient = jax.grad(lambda images: jnp.sum(discriminator(images)))(real)
+    return jnp.mean(jnp.sum(jnp.square(gradient.astype(jnp.float32)), (1, 2, 3)))
+
+
+def pose_label(
+    predicted: Float[Array, "b 3 4"], label: Float[Array, "b 3 4"]
+) -> Float[Array, ""]:
+    """Distance of poses [sR|t]: squared Frobenius norm of R and squared error of log s and t_x, t_y.
+
+    Fixes the gauge that relative warping leaves free (method.md 2).
+    """
+
+    def parts(pose):
+        scale = jnp.cbrt(jnp.maximum(jnp.linalg.det(pose[..., :3]), 1e-9))
+        return pose[..., :3] / scale[..., None, None], jnp.log(scale), pose[..., :2, 3]
+
+    (rotation, log_scale, shift), (rotation_, log_scale_, shift_) = parts(predicted), parts(label)
+    return (
+        jnp.mean(jnp.sum(jnp.square(rotation - rotation_), (-2, -1)))
+        + jnp.mean(jnp.square(log_scale - log_scale_))
+        + jnp.mean(jnp.sum(jnp.square(shift - shift_), -1))
+    )
+
+
+def decaying_weight(
+    step: Float[Array, ""] | int, initial: float, floor: float, decay_steps: int
+) -> Float[Array, ""]:
+    """Linear from `initial` to `floor` over `decay_steps`, then the floor."""
+    left = jnp.clip(1.0 - jnp.asarray(step, jnp.float32) / max(decay_steps, 1), 0.0, 1.0)
+    return floor + (initial - floor) * left
+
+
+def kullback_leibler(
+    mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
+    """KL divergence of N(mean, exp(log_variance)) from N(0, 1), mean over all latent values."""
+    return 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+
+
+def denoising_error(
+    prediction: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    weights: Float[Array, " b"] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error, each sample times its weight (min-SNR, say); method.md 4.7."""
+    each = jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), (1, 2, 3))
+    return jnp.mean(each if weights is None else each * weights)

@@ -1,0 +1,215 @@
+"""Stage 1: the motion trainer, a GAN that learns appearance, pose and expression encoders (method.md 3).
+
+A source frame and a driving frame of the same person go in; the source's volume is moved rigidly by the
+relative pose, and the decoder, styled by the driving frame's expression latent, paints the driving frame.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Float
+
+from data_pipelines import loading
+from dexportrait_jax import geometry
+from dexportrait_jax.models.motion.appearance import AppearanceEncoder
+from dexportrait_jax.models.motion.decoder import Generator
+from dexportrait_jax.models.motion.discriminator import Discriminator
+from dexportrait_jax.models.motion.expression import ExpressionEncoder
+from dexportrait_jax.models.motion.pose import PoseEncoder
+from dexportrait_jax.models.perceptual import PerceptualNetwork, reduce_maps
+from dexportrait_jax.optim import make_optimizer
+from dexportrait_jax.state import Network
+from dexportrait_jax.step import Outputs, Phase
+from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks.pictures import save_comparison, to_float
+from dexportrait_jax.weights.lpips import load_lpips
+
+BLENDSHAPES = 52
+TRAINED = ("appearance", "pose", "expression", "generator")
+
+
+class LabelHeads(nnx.Module):
+    """Linear read-out of MediaPipe's blendshapes from the expression latent; used by training alone."""
+
+    def __init__(self, latent: int, *, rngs: nnx.Rngs):
+        self.blendshapes = nnx.Linear(latent, BLENDSHAPES, rngs=rngs)
+
+    def __call__(self, latent: Float[Array, "b e"]) -> Float[Array, "b 52"]:
+        return self.blendshapes(latent)
+
+
+def encoder_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
+    """The two groups that the diffusion stages take over: pose and expression."""
+    model, dtype = config.model, jnp.dtype(config.dtype)
+    return {
+        "pose": Network(lambda rngs: PoseEncoder(**model.pose, dtype=dtype, rngs=rngs)),
+        "expression": Network(lambda rngs: ExpressionEncoder(**model.expression, dtype=dtype, rngs=rngs)),
+    }
+
+
+def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
+    """Groups appearance, pose, expression, generator, discriminator, label_heads."""
+    model, dtype = config.model, jnp.dtype(config.dtype)
+    return encoder_networks(config) | {
+        "appearance": Network(lambda rngs: AppearanceEncoder(**model.appearance, dtype=dtype, rngs=rngs)),
+        "generator": Network(lambda rngs: Generator(**model.generator, dtype=dtype, rngs=rngs)),
+        "discriminator": Network(lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)),
+        "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent_dim, rngs=rngs)),
+    }
+
+
+def reenact(
+    networks: dict[str, Network],
+    params: dict[str, Any],
+    source: Float[Array, "s h w 3"],
+    source_pose: Float[Array, "s 3 4"],
+    driving_pose: Float[Array, "b 3 4"],
+    expression: Float[Array, "b e"],
+    padding: str,
+) -> Float[Array, "b h w 3"]:
+    """The picture of every source with driving pose and expression; B = S * targets, source-major."""
+    volume = networks["appearance"].bind(params["appearance"])(source)
+    targets = driving_pose.shape[0] // source.shape[0]
+    volume = jnp.repeat(volume, targets, 0)
+    warped = geometry.warp(volume, jnp.repeat(source_pose, targets, 0), driving_pose, padding)
+    return networks["generator"].bind(params["generator"])(volume, warped, expression)
+
+
+class MotionTask:
+    """The motion trainer for `train.py`."""
+
+    frames = False
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.networks = build_networks(config)
+        self.perceptual = Network(
+            lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs)
+        )
+        self.ema_groups = TRAINED
+        self.phases = (
+            Phase(
+                "generator", (*TRAINED, "label_heads"), self.generator_loss,
+                make_optimizer(config.optim.generator, config.num_steps),
+            ),
+            Phase(
+                "discriminator", ("discriminator",), self.discriminator_loss,
+                make_optimizer(config.optim.discriminator, config.num_steps),
+                start=config.loss.adversarial_start,
+            ),
+        )
+        self._preview = jax.jit(self._predict)
+
+    def pretrained(self) -> dict[str, Any]:
+        """None: every group starts fresh."""
+        return {}
+
+    def constants(self) -> dict[str, Any]:
+        """Weights of the perceptual network."""
+        return {"perceptual": load_lpips(self.config.loss.perceptual)}
+
+    def _predict(self, params, batch):
+        """Predicted targets, with the poses and latents that made them."""
+        pose_images = jnp.concatenate(
+            [batch["source_pose_image"], _flat(batch["target_pose_image"])]
+        )
+        poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        sources = batch["source_image"].shape[0]
+        expression = self.networks["expression"].bind(params["expression"])(
+            to_float(_flat(batch["target_expression_image"]))
+        )
+        image = reenact(
+            self.networks, params, to_float(batch["source_image"]), poses[:sources], poses[sources:],
+            expression, self.config.model.warp_padding,
+        )
+        return image, poses, expression
+
+    def generator_loss(self, params, batch, key, step, shared):
+        """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
+        del key, shared
+        weights = self.config.loss
+        target = to_float(_flat(batch["target_image"]))
+        mask = _flat(batch["target_component_mask"]).astype(jnp.float32) / 255.0
+        image, poses, expression = self._predict(params, batch)
+
+        perceptual = self.perceptual.bind(params["perceptual"])
+        maps = perceptual.distance_maps(
+            perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
+        )
+        terms = {
+            "l1": (weights.l1, losses.mean_absolute(image, target)),
+            "lpips": (weights.lpips, jnp.mean(reduce_maps(maps))),
+            "clpips": (weights.clpips, jnp.mean(reduce_maps(maps, mask, weights.clpips_reduction))),
+            "masked_l1": (weights.masked_l1, losses.masked_absolute(image, target, mask)),
+            "gradient_l1": (weights.gradient_l1, losses.gradient_absolute(image, target)),
+            "multiscale_l1": (weights.multiscale_l1, losses.multiscale_absolute(image, target)),
+        }
+        labels = jnp.concatenate([batch["source_head_pose"], _flat(batch["target_head_pose"])])
+        terms["pose_label"] = (
+            losses.decaying_weight(step, **weights.pose_label), losses.pose_label(poses, labels)
+        )
+        read = self.networks["label_heads"].bind(params["label_heads"])(expression)
+        terms["blendshape_label"] = (
+            losses.decaying_weight(step, **weights.blendshape_label),
+            jnp.mean(jnp.square(read - _flat(batch["target_blendshapes"]))),
+        )
+        if weights.adversarial > 0:
+            discriminator = self.networks["discriminator"].bind(params["discriminator"])
+            # Before the discriminator has started it knows nothing; its gradient would be noise.
+            terms["adversarial"] = (
+                weights.adversarial,
+                jax.lax.cond(
+                    step >= weights.adversarial_start,
+                    lambda fake: losses.generator_adversarial(discriminator(fake)),
+                    lambda fake: jnp.zeros(()),
+                    image,
+                ),
+            )
+        total = sum(weight * value for weight, value in terms.values())
+        metrics = {name: value for name, (_, value) in terms.items()}
+        return total, Outputs(metrics, {"image": image})
+
+    def discriminator_loss(self, params, batch, key, step, shared):
+        """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
+        del key
+        weights = self.config.loss
+        real = to_float(_flat(batch["target_image"]))
+        discriminator = self.networks["discriminator"].bind(params["discriminator"])
+        fake_logits, real_logits = discriminator(shared["image"]), discriminator(real)
+        adversarial = losses.discriminator_adversarial(fake_logits, real_logits)
+        r1 = jax.lax.cond(
+            step % weights.r1_every == 0,
+            lambda images: losses.r1_penalty(discriminator, images),
+            lambda images: jnp.zeros(()),
+            real,
+        )
+        total = adversarial + 0.5 * weights.r1_gamma * weights.r1_every * r1
+        metrics = {"r1": r1, "fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
+        return total, Outputs(metrics, {})
+
+    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
+        """A picture of held-out frames: source, driving frame, result."""
+        del constants
+        params = state["params"] | state["ema"]
+        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
+            image, _, _ = self._preview(params, batch)
+            save_comparison(
+                workdir / "samples" / f"step_{step:07d}.png",
+                batch["source_image"], batch["target_image"], image,
+            )
+
+
+def _flat(array: Array) -> Array:
+    """(S, N, ...) -> (S*N, ...), source-major."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def make(config: ml_collections.ConfigDict) -> MotionTask:
+    """The task of a motion config."""
+    return MotionTask(config)

@@ -1,0 +1,45 @@
+"""Images as the networks see them, and the sample pictures that a run writes while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+
+def to_float(image: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """uint8 0..255 -> float32 -1..1."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(image: Float[Array, "..."]) -> UInt8[np.ndarray, "..."]:
+    """float -1..1 -> uint8, rounded and clipped, on the host."""
+    return np.clip(np.rint((np.asarray(image, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def save_comparison(
+    path: Path,
+    source: UInt8[np.ndarray, "s h w 3"],
+    target: UInt8[np.ndarray, "s n h w 3"],
+    result: Float[Array, "b h w 3"],
+    smallest: int = 128,
+) -> None:
+    """A PNG with one row a source: the source, then driving frame and result side by side for each target."""
+    sources, targets = target.shape[:2]
+    made = to_uint8(result).reshape(target.shape)
+    rows = []
+    for s in range(sources):
+        cells = [source[s]]
+        for n in range(targets):
+            cells += [target[s, n], made[s, n]]
+        rows.append(np.concatenate(cells, 1))
+    grid = np.concatenate(rows, 0)
+    factor = max(1, smallest // target.shape[2])
+    grid = cv2.resize(grid, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    cv2.imwrite(str(temporary), cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
+    temporary.replace(path)
