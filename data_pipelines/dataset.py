@@ -1,0 +1,160 @@
+"""A dataset directory as random-access clips, read without TFDS or TensorFlow.
+
+Records are read by number from the ArrayRecord shards. What must be known about all clips at once (length, identity,
+camera, session, time) comes from a small index file, so opening a dataset costs the same however big it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_data_source
+
+from data_pipelines import records
+from dexportrait_jax.errors import UserError
+
+_SHARD = re.compile(r".+-(?P<split>[A-Za-z0-9_]+)\.array_record(-\d+-of-\d+)?")
+
+
+def index_name(split: str) -> str:
+    return f"clip_index-{split}.json"
+
+
+def shards(directory: str | Path) -> dict[str, list[Path]]:
+    """split -> its ArrayRecord files, in order."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path(directory).iterdir()):
+        match = _SHARD.fullmatch(path.name)
+        if match:
+            found.setdefault(match["split"], []).append(path)
+    return found
+
+
+def split_names(directory: str | Path) -> list[str]:
+    return list(shards(directory))
+
+
+def build_index(directory: str | Path, split: str) -> dict[str, list]:
+    """Reads every record of a split and returns its index: one list per key, in record order."""
+    source = array_record_data_source.ArrayRecordDataSource(shards(directory)[split])
+    columns = ("clip_id", "identity", "session", "camera", "frames", "fps", "start", "size")
+    index: dict[str, list] = {name: [] for name in columns}
+    for number in range(len(source)):
+        clip = records.decode(source[number])
+        values = (clip.clip_id, clip.identity, clip.session, clip.camera, len(clip), clip.fps)
+        values += (float(clip.timestamps[0]), clip.size)
+        for name, value in zip(columns, values, strict=True):
+            index[name].append(value)
+    return index
+
+
+class ClipDataset:
+    """The clips of one split by number.
+
+    Cheap to pickle and to send to worker processes: files are opened at the first read.
+
+    Raises:
+        UserError: no such directory or split, or nothing in it.
+    """
+
+    def __init__(self, directory: str | Path, split: str, *, cache_bytes: int = 256 << 20):
+        self.directory = Path(directory).absolute()
+        self.split = split
+        if not self.directory.is_dir():
+            raise UserError(
+                f"no dataset at {self.directory}: make one with `dexportrait prepare --out={directory} ...`"
+            )
+        found = shards(self.directory)
+        if not found:
+            raise UserError(
+                f"{self.directory} holds no ArrayRecord files: it is not a dataset made by `dexportrait prepare`"
+            )
+        if split not in found:
+            raise UserError(
+                f"the dataset {self.directory} has no split '{split}' (it has: {', '.join(found)}); "
+                "prepare it with another --holdout or --holdout_fraction, or choose another split"
+            )
+        self.paths = found[split]
+        self.index = self._read_index()
+        self.frames = np.asarray(self.index["frames"], np.int64)
+        if len(self.frames) == 0:
+            raise UserError(f"split '{split}' of {self.directory} is empty; prepare more videos")
+        self._cache_bytes = cache_bytes
+        self._forget()
+
+    def _read_index(self) -> dict[str, list]:
+        path = self.directory / index_name(self.split)
+        try:
+            if path.exists():
+                return json.loads(path.read_text())
+            return build_index(self.directory, self.split)
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            raise UserError(
+                f"the dataset {self.directory} cannot be read ({error}); prepare it again with --overwrite"
+            ) from error
+
+    def _forget(self) -> None:
+        self._source = None
+        self._cache: collections.OrderedDict[int, tuple[records.Clip, int]] = (
+            collections.OrderedDict()
+        )
+        self._cached = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_source"], state["_cache"], state["_cached"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, number: int) -> records.Clip:
+        """Reads one clip.
+
+        Raises:
+            records.RecordError: the record is damaged.
+        """
+        number = int(number)
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number][0]
+        if self._source is None:
+            self._source = array_record_data_source.ArrayRecordDataSource(self.paths)
+        try:
+            data = self._source[number]
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            raise records.RecordError(f"record {number} cannot be read: {error}") from error
+        clip = records.decode(data)
+        if len(clip) != self.frames[number]:
+            raise records.RecordError(
+                f"record {number}: {len(clip)} frames, the index says otherwise"
+            )
+        self._cache[number] = clip, len(data)
+        self._cached += len(data)
+        while self._cached > self._cache_bytes and len(self._cache) > 1:
+            self._cached -= self._cache.popitem(last=False)[1][1]
+        return clip
+
+    def views(self) -> dict[int, list[int]]:
+        """clip number -> numbers of the clips that show the same session of the same identity from other cameras."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for number, key in enumerate(
+            zip(self.index["identity"], self.index["session"], strict=True)
+        ):
+            groups.setdefault(key, []).append(number)
+        cameras = self.index["camera"]
+        return {
+            number: others
+            for group in groups.values()
+            for number in group
+            if (others := [other for other in group if cameras[other] != cameras[number]])
+        }
