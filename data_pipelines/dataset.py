@@ -1,7 +1,9 @@
 """A dataset directory as random-access clips, read without TFDS or TensorFlow.
 
-Records are read by number from the ArrayRecord shards. What must be known about all clips at once (length, identity,
-camera, session, time) comes from a small index file, so opening a dataset costs the same however big it is.
+Records are read by number from the ArrayRecord shards. What must be known about all clips at once
+(length, identity,
+camera, session, time) comes from a small index file, so opening a dataset costs the same however
+big it is.
 """
 
 from __future__ import annotations
@@ -67,16 +69,18 @@ class ClipDataset:
         self.split = split
         if not self.directory.is_dir():
             raise UserError(
-                f"no dataset at {self.directory}: make one with `dexportrait prepare --out={directory} ...`"
+                f"no dataset at {self.directory}: make one with "
+                f"`dexportrait prepare --videos=... --out={directory}`"
             )
         found = shards(self.directory)
         if not found:
             raise UserError(
-                f"{self.directory} holds no ArrayRecord files: it is not a dataset made by `dexportrait prepare`"
+                f"{self.directory} holds no ArrayRecord files: "
+                "it is not a dataset made by `dexportrait prepare`"
             )
         if split not in found:
             raise UserError(
-                f"the dataset {self.directory} has no split '{split}' (it has: {', '.join(found)}); "
+                f"the dataset {self.directory} has no split '{split}' (only {', '.join(found)}); "
                 "prepare it with another --holdout or --holdout_fraction, or choose another split"
             )
         self.paths = found[split]
@@ -95,7 +99,8 @@ class ClipDataset:
             return build_index(self.directory, self.split)
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(
-                f"the dataset {self.directory} cannot be read ({error}); prepare it again with --overwrite"
+                f"the dataset {self.directory} cannot be read ({error}); "
+                "prepare it again with --overwrite"
             ) from error
 
     def _forget(self) -> None:
@@ -145,7 +150,7 @@ class ClipDataset:
         return clip
 
     def views(self) -> dict[int, list[int]]:
-        """clip number -> numbers of the clips that show the same session of the same identity from other cameras."""
+        """clip number -> clips of the same session and person from other cameras."""
         groups: dict[tuple[str, str], list[int]] = {}
         for number, key in enumerate(
             zip(self.index["identity"], self.index["session"], strict=True)

@@ -1,4 +1,4 @@
-"""Writing results so that nothing half-written is ever seen, and saying in people's words why writing failed."""
+"""Writing so that nothing half-written is ever seen; in people's words why writing failed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ _WORDS = {
 
 
 def explain(error: BaseException, path: str | os.PathLike) -> UserError | None:
-    """The UserError for an error met while writing below `path`; None if it is not about the file system.
+    """The UserError for an error met while writing below `path`; None if it is not about the file
+    system.
 
-    Libraries that write from C++ report a full disk as a RuntimeError or ValueError with the system's text in it.
+    Libraries that write from C++ report a full disk as a RuntimeError or ValueError with the
+    system's text in it.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
@@ -74,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_directory(temporary: Path, final: Path) -> None:
-    """Puts a finished directory in place; an older one there is moved aside first and removed last."""
+    """Puts a finished directory in place; an older one is moved aside first, removed last."""
     aside = final.with_name(f".{final.name}.replaced-{os.getpid()}")
     if final.exists():
         final.rename(aside)

@@ -1,8 +1,11 @@
 """The one record schema: a clip of one face, cropped, with its labels <-> bytes.
 
-A record is a serialized `tf.train.Example`, so TFDS (`tfds.builder_from_directory`) and any other reader of that format
-can use it. Training must not import TensorFlow or TFDS, and a record of 300 frames must not cost a Python loop over half
-a million floats, so this module reads and writes the wire format itself: packed floats become arrays without a copy, and
+A record is a serialized `tf.train.Example`, so TFDS (`tfds.builder_from_directory`) and any other
+reader of that format
+can use it. Training must not import TensorFlow or TFDS, and a record of 300 frames must not cost a
+Python loop over half
+a million floats, so this module reads and writes the wire format itself: packed floats become
+    arrays without a copy, and
 JPEG frames stay bytes until somebody wants them.
 """
 
@@ -16,62 +19,21 @@ from typing import Any
 import numpy as np
 
 LANDMARKS = 478
-BLENDSHAPES = [
-    "_neutral",
-    "browDownLeft",
-    "browDownRight",
-    "browInnerUp",
-    "browOuterUpLeft",
-    "browOuterUpRight",
-    "cheekPuff",
-    "cheekSquintLeft",
-    "cheekSquintRight",
-    "eyeBlinkLeft",
-    "eyeBlinkRight",
-    "eyeLookDownLeft",
-    "eyeLookDownRight",
-    "eyeLookInLeft",
-    "eyeLookInRight",
-    "eyeLookOutLeft",
-    "eyeLookOutRight",
-    "eyeLookUpLeft",
-    "eyeLookUpRight",
-    "eyeSquintLeft",
-    "eyeSquintRight",
-    "eyeWideLeft",
-    "eyeWideRight",
-    "jawForward",
-    "jawLeft",
-    "jawOpen",
-    "jawRight",
-    "mouthClose",
-    "mouthDimpleLeft",
-    "mouthDimpleRight",
-    "mouthFrownLeft",
-    "mouthFrownRight",
-    "mouthFunnel",
-    "mouthLeft",
-    "mouthLowerDownLeft",
-    "mouthLowerDownRight",
-    "mouthPressLeft",
-    "mouthPressRight",
-    "mouthPucker",
-    "mouthRight",
-    "mouthRollLower",
-    "mouthRollUpper",
-    "mouthShrugLower",
-    "mouthShrugUpper",
-    "mouthSmileLeft",
-    "mouthSmileRight",
-    "mouthStretchLeft",
-    "mouthStretchRight",
-    "mouthUpperUpLeft",
-    "mouthUpperUpRight",
-    "noseSneerLeft",
-    "noseSneerRight",
-]
+_BLENDSHAPES = """
+    _neutral browDownLeft browDownRight browInnerUp browOuterUpLeft browOuterUpRight cheekPuff
+    cheekSquintLeft cheekSquintRight eyeBlinkLeft eyeBlinkRight eyeLookDownLeft eyeLookDownRight
+    eyeLookInLeft eyeLookInRight eyeLookOutLeft eyeLookOutRight eyeLookUpLeft eyeLookUpRight
+    eyeSquintLeft eyeSquintRight eyeWideLeft eyeWideRight jawForward jawLeft jawOpen jawRight
+    mouthClose mouthDimpleLeft mouthDimpleRight mouthFrownLeft mouthFrownRight mouthFunnel
+    mouthLeft mouthLowerDownLeft mouthLowerDownRight mouthPressLeft mouthPressRight mouthPucker
+    mouthRight mouthRollLower mouthRollUpper mouthShrugLower mouthShrugUpper mouthSmileLeft
+    mouthSmileRight mouthStretchLeft mouthStretchRight mouthUpperUpLeft mouthUpperUpRight
+    noseSneerLeft noseSneerRight
+"""
+BLENDSHAPES = tuple(_BLENDSHAPES.split())
 
-# Points per named polygon; "left" and "right" are the person's own. Every polygon is closed and in drawing order.
+# Points per named polygon; "left" and "right" are the person's own. Every polygon is closed and in
+# drawing order.
 POLYGONS: dict[str, int] = {
     "right_eye": 16,
     "left_eye": 16,
@@ -105,12 +67,14 @@ class RecordError(ValueError):
 class Clip:
     """One person in one fixed square crop, T frames.
 
-    Crop coordinates are in [-1, 1], x right, y down, z into the scene, x = 2 * (column + 0.5) / size - 1.
+    Crop coordinates are in [-1, 1], x right, y down, z into the scene, x = 2 * (column + 0.5) /
+    size - 1.
 
     Attributes:
         clip_id: unique in a dataset; `video-first-last` with frame numbers of the video.
         identity: who it is; the splits are made by it.
-        session: frames of two clips with the same identity, session and timestamp show the same instant.
+        session: frames of two clips with the same identity, session and timestamp show the same
+            instant.
         camera: which camera of a rig; "0" for ordinary video.
         source: the file the clip came from.
         fps: frames per second.
@@ -122,7 +86,8 @@ class Clip:
         face_boxes: (T, 4) float32, x0 y0 x1 y1 in crop coordinates.
         mask_polygons: name of `POLYGONS` -> (T, points, 2) float32, crop coordinates.
         timestamps: (T,) float32, seconds.
-        crop_box: (4,) float32, x0 y0 x1 y1 of the crop in pixels of the original (may reach beyond it).
+        crop_box: (4,) float32, x0 y0 x1 y1 of the crop in pixels of the original (may reach beyond
+            it).
         original_size: (2,) float32, width and height of the original in pixels.
         settings: constants of the crop and of the preparation.
     """
@@ -165,7 +130,7 @@ class Clip:
 
 
 def to_features(clip: Clip) -> dict[str, Any]:
-    """The clip as a flat dict of what is stored: str, list of bytes, float32 arrays. Checks every shape."""
+    """The clip as a flat dict of str, list of bytes and float32 arrays; every shape is checked."""
     features: dict[str, Any] = {name: getattr(clip, name) for name in _TEXTS if name != "settings"}
     features["settings"] = json.dumps(clip.settings | {"size": clip.size}, sort_keys=True)
     features["frames"] = list(clip.frames)
@@ -231,7 +196,7 @@ def decode(data: bytes) -> Clip:
 
 
 def parse_example(data: bytes) -> dict[str, Any]:
-    """tf.train.Example -> {name: list of bytes | float32 array | int64 array} (one bytes value: a list of one)."""
+    """tf.train.Example -> {name: list of bytes | float32 array | int64 array}."""
     features: dict[str, Any] = {}
     try:
         view = memoryview(data)

@@ -1,4 +1,5 @@
-"""A small dataset of drawn heads, with labels that agree with the drawing: no real people, no detector, no model.
+"""A small dataset of drawn heads, with labels that agree with the drawing: no real people, no
+detector, no model.
 
 `make_dataset` writes it through the same records and builder code as real videos.
 """
@@ -36,7 +37,7 @@ def _ring(centre, radii, points) -> np.ndarray:
 
 
 def drawn_points(blink: float, jaw: float, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """478 points of a drawn head before its pose, and its named polygons; x < 0 is the person's right."""
+    """478 points of a drawn head before its pose, its polygons; x < 0 is the person's right."""
     eye = 0.055 * (1 - 0.85 * blink)
     lips = 0.05 + 0.08 * jaw
     shapes = {
@@ -81,7 +82,7 @@ def draw(points: dict[str, np.ndarray], colours: np.ndarray, size: int) -> np.nd
 def make_clip(
     number: int, frames: int = 12, size: int = 64, *, camera: int = 0, session: str = ""
 ) -> records.Clip:
-    """One drawn clip. The same `number` gives the same person and expressions; `camera` turns the view."""
+    """One drawn clip: `number` gives person and expressions, `camera` turns the view."""
     rng = np.random.default_rng(number)
     colours = rng.uniform((60, 60, 60), (200, 200, 200), (5, 3))
     colours[1] = rng.uniform((170, 130, 100), (250, 210, 180))
@@ -144,7 +145,8 @@ def make_dataset(
     validation_clips: int = 1,
     cameras: int = 1,
 ) -> Path:
-    """Writes a dataset of drawn heads with splits train (`clips` people) and validation; returns its directory.
+    """Writes a dataset of drawn heads with splits train (`clips` people) and validation; returns
+    its directory.
 
     Args:
         cameras: views per person; views of one person share identity, session and timestamps.

@@ -1,7 +1,9 @@
 """Clips -> a dataset directory: ArrayRecord shards written by a TFDS builder, without TensorFlow.
 
-The directory is made beside its final place and renamed when whole. It holds what TFDS expects (`dataset_info.json`,
-`features.json`, the shards) and one small `clip_index-SPLIT.json` per split, read back from the shards, so that a
+The directory is made beside its final place and renamed when whole. It holds what TFDS expects
+(`dataset_info.json`,
+`features.json`, the shards) and one small `clip_index-SPLIT.json` per split, read back from the
+shards, so that a
 training run knows every clip's length and keys without opening all records.
 """
 
@@ -66,7 +68,8 @@ class PortraitClips(tfds.core.GeneratorBasedBuilder):
     """Cropped clips of talking faces. Constructed with the generators of its splits."""
 
     VERSION = tfds.core.Version(VERSION)
-    # Where TFDS would look for checksums of downloads; we have none, and its search needs a package it does not require.
+    # Where TFDS would look for checksums of downloads; we have none, and its search needs a package
+    # it does not require.
     code_path = None
 
     def __init__(self, *, clips: Mapping[str, Callable[[], Iterable[records.Clip]]], **kwargs):
@@ -99,7 +102,8 @@ def write_dataset(
     """Writes a dataset directory that `dataset` and `tfds.builder_from_directory` read.
 
     Args:
-        splits: split name -> function that yields its clips (only one clip is held at a time). Empty ones are left out.
+        splits: split name -> function that yields its clips (only one clip is held at a time).
+            Empty ones are left out.
         out: the directory to make.
         reports: further text files of the directory, name -> content.
         overwrite: replace a directory that is there.
