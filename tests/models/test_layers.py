@@ -1,0 +1,92 @@
+"""Convolution written for a CPU equals XLA's, values and gradients to second order."""
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dexportrait_jax.models import layers
+
+CASES = {
+    "one_by_one": ((2, 6, 5, 8), (1, 1, 8, 4), (1, 1), ((0, 0), (0, 0)), 1),
+    "one_by_one_strided": ((2, 6, 5, 8), (1, 1, 8, 4), (2, 2), ((0, 0), (0, 0)), 1),
+    "blocks": ((2, 9, 8, 3), (4, 4, 3, 8), (4, 4), ((0, 0), (0, 0)), 1),
+    "blocks_3d": ((2, 2, 4, 6, 3), (1, 2, 2, 3, 8), (1, 2, 2), ((0, 0),) * 3, 1),
+    "three_by_three": ((2, 8, 7, 8), (3, 3, 8, 6), (1, 1), ((1, 1), (1, 1)), 1),
+    "large": ((1, 64, 64, 8), (3, 3, 8, 4), (1, 1), ((1, 1), (1, 1)), 1),
+    "large_uneven": ((1, 66, 66, 8), (4, 2, 8, 4), (1, 1), ((1, 2), (0, 1)), 1),
+    "strided": ((2, 8, 9, 8), (3, 3, 8, 6), (2, 2), ((1, 1), (1, 1)), 1),
+    "strided_7": ((2, 16, 16, 3), (7, 7, 3, 6), (2, 2), ((3, 3), (3, 3)), 1),
+    "volume": ((2, 4, 6, 5, 4), (3, 3, 3, 4, 6), (1, 1, 1), ((1, 1),) * 3, 1),
+    "volume_strided": ((2, 4, 6, 8, 4), (3, 3, 3, 4, 6), (2, 2, 2), ((1, 1),) * 3, 1),
+    "volume_flat": ((2, 1, 4, 4, 4), (1, 3, 3, 4, 6), (1, 1, 1), ((0, 0), (1, 1), (1, 1)), 1),
+    "depthwise_small": ((2, 6, 5, 4), (7, 7, 1, 4), (1, 1), ((3, 3), (3, 3)), 4),
+    "depthwise_large": ((1, 20, 18, 4), (7, 7, 1, 4), (1, 1), ((3, 3), (3, 3)), 4),
+    "depthwise_uneven": ((1, 6, 6, 4), (4, 4, 1, 4), (1, 1), ((2, 1), (2, 1)), 4),
+    "grouped": ((2, 6, 5, 8), (3, 3, 4, 6), (1, 1), ((1, 1), (1, 1)), 2),
+}
+
+
+def close(actual, expected, tolerance=1e-5):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matmul_convolution_equals_xla(name):
+    shape, window, strides, pads, groups = CASES[name]
+    keys = jax.random.split(jax.random.key(0), 4)
+    inputs, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], window)
+
+    def run(backend):
+        def penalised(inputs, kernel):
+            output = layers.convolve(inputs, kernel, strides, pads, groups)
+            weights = jax.random.normal(keys[2], output.shape)
+            return jnp.sum(weights * jnp.sin(output / 4)), output
+
+        def gradient_norm(inputs, kernel):  # as R1 needs it: a gradient of a gradient
+            return jnp.sum(jax.grad(penalised, has_aux=True)(inputs, kernel)[0] ** 2)
+
+        def everything(inputs, kernel):
+            gradients, output = jax.grad(penalised, (0, 1), has_aux=True)(inputs, kernel)
+            return output, gradients, jax.grad(gradient_norm, (0, 1))(inputs, kernel)
+
+        with layers.convolution_backend(backend):
+            return jax.jit(everything)(inputs, kernel)
+
+    jax.tree.map(close, run("matmul"), run("xla"))
+
+
+def test_backend_is_what_the_block_says():
+    inputs, kernel = jnp.ones((1, 2, 4, 4, 2)), jnp.ones((3, 3, 3, 2, 2))
+
+    def convolve(inputs, kernel):
+        return layers.convolve(inputs, kernel, (1,) * 3, ((1, 1),) * 3)
+
+    def program(backend):
+        with layers.convolution_backend(backend):
+            return str(jax.make_jaxpr(convolve)(inputs, kernel))
+
+    assert "NDHWC" not in program("matmul") and "concatenate" in program("matmul")
+    assert "concatenate" not in program("xla")
+    assert program("auto") == program("matmul")  # the tests run on a CPU
+    with pytest.raises(ValueError, match="fast"), layers.convolution_backend("fast"):
+        pass
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 2])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_conv_equals_flax(padding, strides):
+    ours = layers.Conv(4, 6, (3, 3), strides=strides, padding=padding, rngs=nnx.Rngs(0))
+    theirs = nnx.Conv(4, 6, (3, 3), strides=strides, padding=padding, rngs=nnx.Rngs(1))
+    ours.bias[...] = jnp.arange(6.0)
+    theirs.kernel[...], theirs.bias[...] = ours.kernel[...], ours.bias[...]
+    inputs = jax.random.normal(jax.random.key(0), (2, 9, 8, 4))
+    close(ours(inputs), theirs(inputs))
+
+
+def test_conv_computes_in_its_dtype():
+    conv = layers.Conv(4, 6, (3, 3), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert conv.kernel[...].dtype == jnp.float32
+    assert conv(jnp.ones((1, 4, 4, 4))).dtype == jnp.bfloat16
