@@ -1,0 +1,116 @@
+"""LPIPS: shapes and invariants with random weights here; against the published package in
+tests/weights/test_lpips.py, where its weights are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dexportrait_jax.models import perceptual
+from dexportrait_jax.models.perceptual import PerceptualNetwork, reduce_maps
+from dexportrait_jax.state import Network, parameter_count
+from dexportrait_jax.weights import names
+
+
+def _network(network):
+    return Network(lambda rngs: PerceptualNetwork(network, rngs=rngs))
+
+
+@pytest.fixture(scope="module")
+def alexnet():
+    network = _network("alexnet")
+    params = network.init(jax.random.key(0))
+    for index in range(5):  # the published heads are not negative
+        kernel = params[f"lin{index}"]["model"]["1"]["kernel"]
+        params[f"lin{index}"]["model"]["1"]["kernel"] = jnp.abs(kernel)
+    return network.bind(params)
+
+
+def _pictures(count=2, size=64, seed=0):
+    random = np.random.default_rng(seed)
+    return jnp.asarray(random.uniform(-1, 1, (count, size, size, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize(("network", "millions"), [("vgg16", 14.716), ("alexnet", 2.471)])
+def test_parameters_and_published_names(network, millions):
+    abstract = _network(network).abstract
+    assert parameter_count(abstract) / 1e6 == pytest.approx(millions, abs=1e-3)
+    keys = {names.torch_key(path) for path, _ in names.flatten(abstract)}
+    first_of_last = {"vgg16": "net.slice5.24.weight", "alexnet": "net.slice5.10.weight"}
+    assert {"net.slice1.0.bias", first_of_last[network], "lin4.model.1.weight"} <= keys
+
+
+def test_equal_pictures_have_no_distance_and_order_does_not_matter(alexnet):
+    x, y = _pictures(seed=1), _pictures(seed=2)
+    np.testing.assert_array_equal(jax.jit(alexnet.lpips)(x, x), 0)
+    forward = jax.jit(alexnet.lpips)(x, y)
+    assert forward.shape == (2,) and np.all(forward > 0)
+    np.testing.assert_allclose(forward, jax.jit(alexnet.lpips)(y, x), rtol=1e-5)
+
+
+def test_masks(alexnet):
+    x, y = _pictures(seed=1), _pictures(seed=2)
+    whole, none = jnp.ones((2, 64, 64)), jnp.zeros((2, 64, 64))
+    plain = jax.jit(alexnet.lpips)(x, y)
+    masked = jax.jit(alexnet.masked_lpips, static_argnames="reduction")
+    for reduction in ("all_positions", "mask_area"):
+        np.testing.assert_allclose(masked(x, y, whole, reduction=reduction), plain, rtol=1e-5)
+        np.testing.assert_array_equal(masked(x, y, none, reduction=reduction), 0)
+    left = whole.at[:, :, 32:].set(0)
+    halves = masked(x, y, left) + masked(x, y, 1 - left)
+    np.testing.assert_allclose(halves, plain, rtol=1e-5)
+
+
+def test_reductions_by_hand():
+    maps = [jnp.asarray([[[1.0, 2.0], [3.0, 4.0]]]), jnp.asarray([[[10.0]]])]
+    mask = (
+        jnp.zeros((1, 4, 4)).at[:, :2, :2].set(1)
+    )  # one cell of four; a quarter of the last layer
+    np.testing.assert_allclose(reduce_maps(maps), [2.5 + 10])
+    np.testing.assert_allclose(reduce_maps(maps, mask), [1 / 4 + 10 / 4])
+    np.testing.assert_allclose(reduce_maps(maps, mask, "mask_area"), [1 + 10])
+    with pytest.raises(ValueError, match="reduction"):
+        reduce_maps(maps, mask, "mean")
+
+
+def test_gradient_is_finite_where_features_vanish(alexnet):
+    state = nnx.state(alexnet, nnx.Param)
+    dead = jax.tree.map(lambda value: value * 0 - 1, state)  # every ReLU shut
+    module = nnx.merge(nnx.graphdef(alexnet), dead)
+    x, y = jnp.ones((1, 64, 64, 3)), _pictures(1)
+    gradient = jax.jit(jax.grad(lambda x: module.lpips(x, y).sum()))(x)
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(("window", "size"), [(2, 8), (2, 9), (3, 15), (3, 16), (3, 7)])
+def test_max_pool_is_torch_s(window, size):
+    x = _pictures(2, size)
+    ours = perceptual._max_pool(x, window)
+    theirs = torch.nn.functional.max_pool2d(
+        torch.tensor(np.asarray(x).transpose(0, 3, 1, 2)), window, 2
+    )
+    np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_max_pool_gradient_is_xla_s(window):
+    x = _pictures(1, 15)
+
+    def xla(x):
+        size = (1, window, window, 1)
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, size, (1, 2, 2, 1), "VALID")
+
+    def squared(pool):
+        return jax.grad(lambda x: jnp.sum(pool(x) ** 2))(x)
+
+    ours = squared(lambda x: perceptual._max_pool(x, window))
+    np.testing.assert_allclose(ours, squared(xla), rtol=1e-6)
+
+
+def test_bad_arguments(alexnet):
+    with pytest.raises(ValueError, match="vgg16, alexnet"):
+        PerceptualNetwork("resnet", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="at least 31 px"):
+        alexnet.lpips(_pictures(size=24), _pictures(size=24))
