@@ -28,6 +28,13 @@ def alexnet():
     return network.bind(params)
 
 
+@pytest.fixture(scope="module")
+def features(alexnet):
+    """Features of two different batches of pictures; compiled once for all tests."""
+    compiled = jax.jit(alexnet.features)
+    return compiled(_pictures(seed=1)), compiled(_pictures(seed=2))
+
+
 def _pictures(count=2, size=64, seed=0):
     random = np.random.default_rng(seed)
     return jnp.asarray(random.uniform(-1, 1, (count, size, size, 3)), jnp.float32)
@@ -42,24 +49,29 @@ def test_parameters_and_published_names(network, millions):
     assert {"net.slice1.0.bias", first_of_last[network], "lin4.model.1.weight"} <= keys
 
 
-def test_equal_pictures_have_no_distance_and_order_does_not_matter(alexnet):
-    x, y = _pictures(seed=1), _pictures(seed=2)
-    np.testing.assert_array_equal(jax.jit(alexnet.lpips)(x, x), 0)
-    forward = jax.jit(alexnet.lpips)(x, y)
+def test_equal_pictures_have_no_distance_and_order_does_not_matter(alexnet, features):
+    fx, fy = features
+    np.testing.assert_array_equal(alexnet.distance(fx, fx), 0)
+    forward = alexnet.distance(fx, fy)
     assert forward.shape == (2,) and np.all(forward > 0)
-    np.testing.assert_allclose(forward, jax.jit(alexnet.lpips)(y, x), rtol=1e-5)
+    np.testing.assert_allclose(forward, alexnet.distance(fy, fx), rtol=1e-6)
 
 
-def test_masks(alexnet):
-    x, y = _pictures(seed=1), _pictures(seed=2)
+def test_short_forms_are_the_distance_of_features(alexnet, features):
+    x, y, mask = _pictures(seed=1), _pictures(seed=2), jnp.ones((2, 64, 64)).at[:, 20:].set(0)
+    both = jax.jit(lambda x, y: (alexnet.lpips(x, y), alexnet.masked_lpips(x, y, mask)))(x, y)
+    np.testing.assert_allclose(both[0], alexnet.distance(*features), rtol=1e-4)
+    np.testing.assert_allclose(both[1], alexnet.distance(*features, mask), rtol=1e-4)
+
+
+def test_masks(alexnet, features):
     whole, none = jnp.ones((2, 64, 64)), jnp.zeros((2, 64, 64))
-    plain = jax.jit(alexnet.lpips)(x, y)
-    masked = jax.jit(alexnet.masked_lpips, static_argnames="reduction")
+    plain = alexnet.distance(*features)
     for reduction in ("all_positions", "mask_area"):
-        np.testing.assert_allclose(masked(x, y, whole, reduction=reduction), plain, rtol=1e-5)
-        np.testing.assert_array_equal(masked(x, y, none, reduction=reduction), 0)
+        np.testing.assert_allclose(alexnet.distance(*features, whole, reduction), plain, rtol=1e-5)
+        np.testing.assert_array_equal(alexnet.distance(*features, none, reduction), 0)
     left = whole.at[:, :, 32:].set(0)
-    halves = masked(x, y, left) + masked(x, y, 1 - left)
+    halves = alexnet.distance(*features, left) + alexnet.distance(*features, 1 - left)
     np.testing.assert_allclose(halves, plain, rtol=1e-5)
 
 
