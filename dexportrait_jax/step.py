@@ -147,7 +147,7 @@ def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, ac
         value, metrics, gradients = _accumulated(differentiate, trained, batch, key, accumulate)
         given = {}
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
     updates, new_tx = phase.tx.update(gradients, opt_state["tx"], trained)
     updated = optax.apply_updates(trained, updates)

@@ -16,8 +16,10 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from data_pipelines import loading
-from dexportrait_jax.diffusion.schedule import make_schedule
-from dexportrait_jax.models.animator.conditioning import Conditions, Denoiser
+from dexportrait_jax.diffusion.schedule import Schedule
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
+from dexportrait_jax.models.animator.denoiser import Denoiser
 from dexportrait_jax.models.animator.image_encoder import ImageEncoder
 from dexportrait_jax.models.animator.reference import ReferenceUNet
 from dexportrait_jax.models.animator.temporal import TemporalModules
@@ -28,26 +30,204 @@ from dexportrait_jax.tasks import autoencoder, losses, motion
 from dexportrait_jax.tasks.pictures import save_comparison, to_float
 from dexportrait_jax.weights.importing import load_groups
 
-FROZEN = ("pose", "expression", "autoencoder")
 IMAGE_TRAINED = ("reference", "denoiser")
 
 
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Groups pose, expression, autoencoder, reference, denoiser[, temporal][, image_encoder]."""
-    model, dtype = config.model, jnp.dtype(config.dtype)
+    model = config.model
+    latents = {"in_channels": model.autoencoder.latent_channels}
+    build = {"dtype": jnp.dtype(config.dtype)}
     networks = motion.encoder_networks(config) | autoencoder.build_networks(config)
     networks["reference"] = Network(
-        lambda rngs: ReferenceUNet(**model.unet, **model.reference, dtype=dtype, rngs=rngs)
+        lambda rngs: ReferenceUNet(
+            **model.unet, **latents, **model.attn2, **model.reference, **build, rngs=rngs
+        )
     )
     networks["denoiser"] = Network(
-        lambda rngs: Denoiser(**model.unet, **model.denoiser, dtype=dtype, rngs=rngs)
+        lambda rngs: Denoiser(
+            **model.unet, **latents, **model.attn2, **model.denoiser, **build, rngs=rngs
+        )
     )
     if config.stage == "animator_video":
         networks["temporal"] = Network(
-            lambda rngs: TemporalModules(**model.unet, **model.temporal, dtype=dtype, rngs=rngs)
+            lambda rngs: TemporalModules(**model.unet, **model.temporal, **build, rngs=rngs)
         )
-    if model.unet.attn2 == "clip_image":
+    if model.attn2.attn2 == "clip_image":
         networks["image_encoder"] = Network(
-            lambda rngs: ImageEncoder(**model.image_encoder, dtype=dtype, rngs=rngs)
+            lambda rngs: ImageEncoder(**model.image_encoder, **build, rngs=rngs)
         )
     return networks
+
+
+class AnimatorTask:
+    """Both animator stages for `train.py`; `config.stage` says which."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.networks = build_networks(config)
+        self.frames = config.stage == "animator_video"
+        self.schedule = Schedule(**config.diffusion)
+        trained = ("temporal",) if self.frames else IMAGE_TRAINED
+        self.ema_groups = trained
+        self.phases = (
+            Phase(
+                "denoise", trained, self.loss, make_optimizer(config.optim.denoise, config.num_steps)
+            ),
+        )
+        self._preview = jax.jit(self._one_step_preview)
+
+    def pretrained(self) -> dict[str, Any]:
+        """What `config.init` names: an export of the image stage, or of the motion trainer and an autoencoder."""
+        init = self.config.init
+        if self.frames:
+            sources = {init.image: [name for name in self.networks if name != "temporal"]}
+        else:
+            sources = {init.motion: ["pose", "expression"], init.autoencoder: ["autoencoder"]}
+        if init.unet:
+            sources[init.unet] = ["reference", "denoiser"]
+        groups = {}
+        for path, names in sources.items():
+            if not path:
+                key = "image" if self.frames else "motion and config.init.autoencoder"
+                raise UserError(
+                    f"config.init.{key} must name the exported weights that this stage starts from"
+                )
+            wanted = {name: self.networks[name].abstract for name in names}
+            groups |= load_groups(path, wanted)[1]
+        return groups
+
+    def constants(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def encode(self, params: dict[str, Any], images: Float[Array, "b h w 3"], key=None):
+        """Scaled latents: the mean, or with a key a sample (method.md 4.1)."""
+        network = self.networks["autoencoder"].bind(params["autoencoder"])
+        mean, log_variance = network.encode(images)
+        if key is not None:
+            mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
+        return mean.astype(jnp.float32) * network.scale_factor
+
+    def conditions(self, params: dict[str, Any], batch: dict[str, Array]) -> Conditions:
+        """Everything but the drops, from a batch: reference bank, poses, expression latents, context."""
+        source = to_float(batch["source_image"])
+        pose_images = jnp.concatenate([batch["source_pose_image"], _flat(batch["target_pose_image"])])
+        poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        expression = self.networks["expression"].bind(params["expression"])(
+            to_float(_flat(batch["target_expression_image"]))
+        )
+        poses, expression = jax.lax.stop_gradient((poses.astype(jnp.float32), expression))
+        sources = source.shape[0]
+        context = None
+        if "image_encoder" in self.networks:
+            encoder = self.networks["image_encoder"].bind(params["image_encoder"])
+            context = encoder(source)[:, None]
+        latents = jax.lax.stop_gradient(self.encode(params, source))
+        bank = self.networks["reference"].bind(params["reference"])(latents, context, poses[:sources])
+        targets = expression.shape[0] // sources
+        return Conditions(
+            reference=bank,
+            source_pose=poses[:sources],
+            driving_pose=poses[sources:],
+            expression=expression,
+            context=None if context is None else jnp.repeat(context, targets, 0),
+        )
+
+    def loss(self, params, batch, key, step, shared):
+        """Mean squared error of the denoiser's prediction, with condition dropout (method.md 4.7)."""
+        del step, shared
+        config = self.config
+        sources, targets = batch["target_image"].shape[:2]
+        keys = jax.random.split(key, 6)
+        latents = jax.lax.stop_gradient(
+            self.encode(params, to_float(_flat(batch["target_image"])), keys[0])
+        )
+        conditions = self.conditions(params, batch)
+
+        # A clip has one noise level and one fate of its conditions; images each have their own.
+        independent = sources if self.frames else sources * targets
+        repeats = sources * targets // independent
+        timesteps = jax.random.randint(keys[1], (independent,), 0, self.schedule.train_steps)
+        timesteps = jnp.repeat(timesteps, repeats)
+        keep = {
+            name: jnp.repeat(value, repeats)
+            for name, value in draw_keeps(keys[2], independent, config.dropout).items()
+        }
+        conditions = conditions.replace(**keep)
+        if config.dropout.reference_tokens > 0:
+            conditions = conditions.replace(
+                reference_token_keep=random_token_keep(
+                    keys[5], conditions.reference, config.dropout.reference_tokens
+                )
+            )
+
+        noise = jax.random.normal(keys[3], latents.shape)
+        if config.noise_offset > 0:
+            shape = (latents.shape[0], 1, 1, latents.shape[-1])
+            noise += config.noise_offset * jax.random.normal(keys[4], shape)
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        temporal = None
+        if self.frames:
+            temporal = self.networks["temporal"].bind(params["temporal"])
+        prediction = self.networks["denoiser"].bind(params["denoiser"])(
+            noisy, timesteps, conditions, temporal=temporal, frames=targets if self.frames else 1
+        )
+        wanted = self.schedule.training_target(latents, noise, timesteps)
+        weights = None
+        if config.min_snr_gamma > 0:
+            weights = self.schedule.min_snr_weights(timesteps, config.min_snr_gamma)
+        return losses.denoising_error(prediction, wanted, weights), Outputs({}, {})
+
+    def _one_step_preview(self, params, batch, key):
+        """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
+        targets = batch["target_image"].shape[1]
+        latents = self.encode(params, to_float(_flat(batch["target_image"])))
+        timesteps = jnp.full((latents.shape[0],), self.schedule.train_steps * 6 // 10)
+        noise = jax.random.normal(key, latents.shape)
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        temporal = self.networks["temporal"].bind(params["temporal"]) if self.frames else None
+        prediction = self.networks["denoiser"].bind(params["denoiser"])(
+            noisy, timesteps, self.conditions(params, batch),
+            temporal=temporal, frames=targets if self.frames else 1,
+        )
+        clean = self.schedule.clean_estimate(noisy, prediction, timesteps)
+        network = self.networks["autoencoder"].bind(params["autoencoder"])
+        return network.decode(clean / network.scale_factor)
+
+    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
+        """A picture of held-out frames beside what one denoising step from 60 % noise makes of them."""
+        del constants
+        params = state["params"] | state["ema"]
+        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
+            result = self._preview(params, batch, jax.random.key(0))
+            save_comparison(
+                workdir / "samples" / f"step_{step:07d}.png",
+                batch["source_image"], batch["target_image"], result,
+            )
+
+
+def draw_keeps(
+    key: Array, count: int, rates: ml_collections.ConfigDict
+) -> dict[str, Float[Array, " count"]]:
+    """Which conditions each sample keeps: everything dropped, expression alone, or pose alone (method.md 4.7)."""
+    draw = jax.random.uniform(key, (count,))
+    everything = draw < rates.everything
+    expression = (draw >= rates.everything) & (draw < rates.everything + rates.expression)
+    floor = rates.everything + rates.expression
+    pose = (draw >= floor) & (draw < floor + rates.pose)
+    return {
+        "keep_reference": 1.0 - everything,
+        "keep_pose": 1.0 - (everything | pose),
+        "keep_expression": 1.0 - (everything | expression),
+    }
+
+
+def _flat(array: Array) -> Array:
+    """(S, N, ...) -> (S*N, ...), source-major."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def make(config: ml_collections.ConfigDict) -> AnimatorTask:
+    """The task of an animator config."""
+    return AnimatorTask(config)

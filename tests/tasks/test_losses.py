@@ -1,0 +1,84 @@
+"""Every loss against a value worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dexportrait_jax import geometry
+from dexportrait_jax.tasks import losses
+
+
+def picture(values):
+    return jnp.asarray(values, jnp.float32)[None, :, :, None]
+
+
+def test_mean_absolute():
+    assert losses.mean_absolute(picture([[1, 2], [3, 4]]), picture([[0, 2], [3, 7]])) == 1.0
+
+
+def test_masked_absolute_is_a_mean_over_all_positions():
+    error = picture([[4, 0], [0, 2]])
+    mask = jnp.array([[[1.0, 0.0], [0.0, 0.5]]])
+    assert losses.masked_absolute(error, 0 * error, mask) == (4 + 1) / 4
+
+
+def test_gradient_absolute():
+    # error rows: [1 3; 0 0]: between rows |-1|,|-3| mean 2; between columns |2|,|0| mean 1
+    assert losses.gradient_absolute(picture([[1, 3], [0, 0]]), picture([[0, 0], [0, 0]])) == 3.0
+
+
+def test_multiscale_absolute():
+    error = np.zeros((4, 4), np.float32)
+    error[0, 0], error[0, 1] = 4, -4  # cancels at the first halving
+    error[2:, 2:] = 1
+    # first halving: cells [0 0; 0 1] mean 1/4; second: 1/4
+    value = losses.multiscale_absolute(picture(error), picture(0 * error), scales=2)
+    assert value == pytest.approx((0.25 + 0.25) / 2)
+
+
+def test_adversarial_losses():
+    zero, one = jnp.zeros((2,)), jnp.ones((2,))
+    assert losses.generator_adversarial(zero) == pytest.approx(np.log(2))
+    assert losses.discriminator_adversarial(zero, zero) == pytest.approx(2 * np.log(2))
+    expected = np.log1p(np.exp(-1)) + np.log1p(np.exp(-1))
+    assert losses.discriminator_adversarial(-one, one) == pytest.approx(expected)
+
+
+def test_r1_of_a_linear_discriminator_is_its_weights_squared_norm():
+    weights = jnp.arange(12.0).reshape(2, 2, 3)
+
+    def discriminator(images):
+        return jnp.sum(images * weights, (1, 2, 3)) ** 1
+
+    assert losses.r1_penalty(discriminator, jnp.ones((4, 2, 2, 3))) == float(jnp.sum(weights**2))
+
+
+def test_pose_label():
+    def pose(yaw, scale, shift):
+        rotation = geometry.euler_to_rotation(*(jnp.array([angle]) for angle in (0.0, yaw, 0.0)))
+        return geometry.pose_matrix(rotation, jnp.array([[*shift, 0.0]]), jnp.array([scale]))
+
+    here = pose(0.0, 1.0, (0.0, 0.0))
+    assert losses.pose_label(here, here) == pytest.approx(0, abs=1e-9)
+    # |R - R'|^2 of a turn by a is 4 (1 - cos a): 90 degrees gives 4
+    assert losses.pose_label(pose(90.0, 1.0, (0, 0)), here) == pytest.approx(4.0, rel=1e-4)
+    assert losses.pose_label(pose(0.0, np.e, (0, 0)), here) == pytest.approx(1.0, rel=1e-4)
+    assert losses.pose_label(pose(0.0, 1.0, (0.3, 0.4)), here) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(("step", "weight"), [(0, 1.0), (50, 0.55), (100, 0.1), (1000, 0.1)])
+def test_decaying_weight(step, weight):
+    assert losses.decaying_weight(step, 1.0, 0.1, 100) == pytest.approx(weight)
+
+
+def test_kullback_leibler():
+    mean, log_variance = jnp.full((1, 1, 1, 2), 2.0), jnp.full((1, 1, 1, 2), np.log(4.0))
+    expected = 0.5 * (4 + 4 - 1 - np.log(4))
+    assert losses.kullback_leibler(mean, log_variance) == pytest.approx(expected, rel=1e-6)
+
+
+def test_denoising_error_weights_samples():
+    prediction = jnp.stack([jnp.ones((2, 2, 1)), 2 * jnp.ones((2, 2, 1))])
+    target = jnp.zeros_like(prediction)
+    assert losses.denoising_error(prediction, target) == 2.5
+    assert losses.denoising_error(prediction, target, jnp.array([1.0, 0.5])) == 1.5

@@ -1,0 +1,37 @@
+"""The record of a run: no step twice, no gap, whatever was torn."""
+
+import json
+
+import jax.numpy as jnp
+
+from dexportrait_jax.metrics import MetricWriter, read_rows
+
+
+def test_rows_wait_until_flush(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.add(1, {"loss": jnp.float32(0.5)})
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    assert writer.flush() == [{"step": 1, "loss": 0.5}]
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
+def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    for step in range(1, 8):
+        writer.add(step, {"loss": jnp.float32(step)})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 8, "lo')
+    writer = MetricWriter(tmp_path, 4)
+    writer.add(5, {"loss": jnp.float32(50)})
+    writer.close()
+    rows = read_rows(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["loss"] == 50
+
+
+def test_non_finite_values_are_null_in_valid_json(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.add(1, {"loss": jnp.float32(jnp.nan)})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}

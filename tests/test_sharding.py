@@ -1,0 +1,52 @@
+"""Where parameters and batches go, on eight devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from dexportrait_jax import sharding
+from dexportrait_jax.errors import UserError
+
+
+def mesh(data=1, fsdp=1, context=1, tensor=1):
+    return sharding.make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, context=context, tensor=tensor)))
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(mesh(data=-1, fsdp=4).shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+
+
+def test_a_mesh_that_does_not_fit_is_an_error():
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        mesh(data=3)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("params/g/conv/kernel", (3, 3, 64, 256), (None, None, None, "fsdp")),
+        ("params/g/conv/kernel", (3, 3, 512, 255), (None, None, "fsdp", None)),
+        ("params/g/conv/bias", (256,), (None,)),
+        ("opt/denoise/tx/1/mu/denoiser/attn1/to_q/kernel", (320, 320), ("fsdp", "tensor")),
+        ("params/denoiser/attn1/to_out/0/kernel", (320, 320), ("tensor", "fsdp")),
+        ("params/g/odd/kernel", (333, 333), (None, None)),
+    ],
+)
+def test_parameter_rule(path, shape, spec):
+    found = sharding.parameter_spec(path, shape, mesh(fsdp=4, tensor=2))
+    assert found == PartitionSpec(*spec)
+
+
+def test_frames_go_over_context():
+    where = sharding.batch_shardings({"source_image": 0, "target_image": 0}, mesh(2, 2, 2), True)
+    assert where["source_image"].spec == PartitionSpec(("data", "fsdp"))
+    assert where["target_image"].spec == PartitionSpec(("data", "fsdp"), "context")
+
+
+def test_put_batch_is_the_batch():
+    batch = {"target_image": np.arange(8 * 2 * 3, dtype=np.uint8).reshape(8, 2, 3)}
+    placed = sharding.put_batch(batch, mesh(2, 2, 2), True)["target_image"]
+    np.testing.assert_array_equal(np.asarray(jax.device_get(placed)), batch["target_image"])
+    assert len({shard.device for shard in placed.addressable_shards}) == 8

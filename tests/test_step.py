@@ -1,0 +1,131 @@
+"""The step on a problem small enough to work out by hand: two scalars playing against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
+
+RATE = 0.1
+
+
+def push(params, batch, key, step, shared):
+    """generator: (g - mean x)^2, d stays."""
+    made = params["g"]["w"] * jnp.ones_like(batch["x"])
+    return jnp.mean((made - batch["x"]) ** 2), Outputs({"made": jnp.mean(made)}, {"made": made})
+
+
+def pull(params, batch, key, step, shared):
+    """discriminator: (d - what the generator made)^2."""
+    return jnp.mean((params["d"]["w"] - shared["made"]) ** 2), Outputs({}, {})
+
+
+def new_state(phases, ema=()):
+    params = {"g": {"w": jnp.float32(1.0)}, "d": {"w": jnp.float32(0.0)}, "frozen": {"w": jnp.float32(7.0)}}
+    return {
+        "step": jnp.int32(0),
+        "params": params,
+        "opt": init_optimizers(phases, params),
+        "ema": {group: params[group] for group in ema},
+    }
+
+
+def two_phases(**second):
+    return (
+        Phase("generator", ("g",), push, optax.sgd(RATE)),
+        Phase("discriminator", ("d",), pull, optax.sgd(RATE), **second),
+    )
+
+
+BATCH = {"x": jnp.array([2.0, 4.0])}
+
+
+def test_two_phases_by_hand():
+    phases = two_phases()
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+    state, metrics = step(new_state(phases, ("g",)), BATCH, {})
+    # d/dg mean((g-x)^2) at g=1, mean x=3: 2*(1-3) = -4; g = 1 + .1*4 = 1.4
+    assert state["params"]["g"]["w"] == pytest.approx(1.4)
+    # The discriminator sees what the generator made before its update: 2*(0-1) = -2; d = .2
+    assert state["params"]["d"]["w"] == pytest.approx(0.2)
+    assert state["params"]["frozen"]["w"] == 7.0
+    assert set(state["opt"]) == {"generator", "discriminator"}
+    assert metrics["generator/loss"] == pytest.approx((1 + 9) / 2)
+    assert metrics["generator/gradient_norm"] == pytest.approx(4.0)
+    # The average warms up: decay min(.5, 1/10) in the first step, so .1*1 + .9*1.4
+    assert state["ema"]["g"]["w"] == pytest.approx(0.1 * 1.0 + 0.9 * 1.4)
+
+
+def test_every_and_start():
+    phases = two_phases(every=2, start=3)
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+    state, moved = new_state(phases), []
+    for _ in range(7):
+        before = state["params"]["d"]["w"]
+        state, _ = step(state, BATCH, {})
+        moved.append(bool(state["params"]["d"]["w"] != before))
+    assert moved == [False, False, False, False, True, False, True]
+
+
+def test_non_finite_step_changes_nothing_but_the_count():
+    phases = two_phases()
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+    state, _ = step(new_state(phases), BATCH, {})
+    bad = {"x": jnp.array([2.0, jnp.nan])}
+    after, _ = step(state, bad, {})
+    assert after["params"]["g"]["w"] == state["params"]["g"]["w"]
+    assert after["opt"]["generator"]["skipped"] == 1
+    assert after["opt"]["generator"]["skipped_in_a_row"] == 1
+    # The other phase was sound and went on.
+    assert after["params"]["d"]["w"] != state["params"]["d"]["w"]
+    good, _ = step(after, BATCH, {})
+    assert good["opt"]["generator"]["skipped"] == 1
+    assert good["opt"]["generator"]["skipped_in_a_row"] == 0
+
+
+def test_accumulation_equals_the_whole_batch():
+    phases = (Phase("generator", ("g",), push, optax.adam(RATE)),)
+    batch = {"x": jnp.arange(8.0)}
+    results = []
+    for parts in (1, 4):
+        step = jax.jit(make_step(phases, seed=0, ema_decay=0.5, accumulate=parts))
+        state = new_state(phases)
+        for _ in range(3):
+            state, metrics = step(state, batch, {})
+        results.append((state["params"]["g"]["w"], metrics["generator/loss"]))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    def noisy(params, batch, key, step, shared):
+        draw = jax.random.normal(key)
+        return params["g"]["w"] * draw, Outputs({"draw": draw}, {})
+
+    phases = (Phase("generator", ("g",), noisy, optax.sgd(RATE)),)
+
+    def draws(seed, start, count):
+        step = jax.jit(make_step(phases, seed=seed, ema_decay=0.5))
+        state = new_state(phases) | {"step": jnp.int32(start)}
+        out = []
+        for _ in range(count):
+            state, metrics = step(state, BATCH, {})
+            out.append(float(metrics["generator/draw"]))
+        return out
+
+    whole = draws(0, 0, 5)
+    assert draws(0, 3, 2) == whole[3:]
+    assert len(set(whole)) == 5
+    assert draws(1, 0, 5) != whole
+
+
+def test_constants_reach_the_loss_and_are_not_trained():
+    def with_constant(params, batch, key, step, shared):
+        return (params["g"]["w"] - params["c"]["w"]) ** 2, Outputs({}, {})
+
+    phases = (Phase("generator", ("g",), with_constant, optax.sgd(RATE)),)
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+    state, _ = step(new_state(phases), BATCH, {"c": {"w": jnp.float32(2.0)}})
+    assert state["params"]["g"]["w"] == pytest.approx(1.0 + RATE * 2.0)
+    assert "c" not in state["params"]
