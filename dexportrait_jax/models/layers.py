@@ -9,7 +9,6 @@ compile a TPU program on a CPU host.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -25,9 +24,8 @@ Pads = tuple[tuple[int, int], ...]
 
 _lecun_normal = nnx.initializers.lecun_normal()
 _BACKENDS = ("auto", "xla", "matmul")
-_backend: contextvars.ContextVar[str] = contextvars.ContextVar(
-    "convolution_backend", default="auto"
-)
+# Part of the key under which JAX keeps what it traced: another choice traces again.
+_backend = jax.make_user_context("auto")
 
 # Sizes of the CPU rule, measured forward + backward on two cores.
 _TOEPLITZ_POSITIONS = 256  # depthwise as a dense matrix per channel up to 16 x 16 positions
@@ -40,16 +38,13 @@ def convolution_backend(backend: str) -> Iterator[None]:
     """Choose how convolutions traced inside the ``with`` block are written.
 
     "xla": one convolution instruction, always. "matmul": the CPU rule, on any platform. "auto" (the
-    default outside any block): the CPU rule where the default backend is a CPU, else "xla". The
-    choice is made while tracing, so a function already traced keeps what it was traced with.
+    default outside any block): the CPU rule where the default backend is a CPU, else "xla".
+    A jitted function called under another choice is traced and compiled again.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"convolution backend {backend!r} is none of {', '.join(_BACKENDS)}")
-    token = _backend.set(backend)
-    try:
+    with _backend(backend):
         yield
-    finally:
-        _backend.reset(token)
 
 
 def convolve(
@@ -72,7 +67,7 @@ def convolve(
     - anything else: XLA's.
     """
     strides, window = tuple(strides), kernel.shape[:-2]
-    backend = _backend.get()
+    backend = _backend.value
     if backend == "xla" or (backend == "auto" and jax.default_backend() != "cpu"):
         return _plain(inputs, kernel, strides, pads, groups)
     positions = _output_shape(inputs.shape[1:-1], window, strides, pads)

@@ -26,6 +26,8 @@ CASES = {
     "depthwise_uneven": ((1, 6, 6, 4), (4, 4, 1, 4), (1, 1), ((2, 1), (2, 1)), 4),
     "grouped": ((2, 6, 5, 8), (3, 3, 4, 6), (1, 1), ((1, 1), (1, 1)), 2),
 }
+# Those whose gradient is written by hand, and one of the others.
+SECOND_ORDER = ("strided", "large_uneven", "depthwise_large")
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -50,6 +52,8 @@ def test_matmul_convolution_equals_xla(name):
 
         def everything(inputs, kernel):
             gradients, output = jax.grad(penalised, (0, 1), has_aux=True)(inputs, kernel)
+            if name not in SECOND_ORDER:
+                return output, gradients
             return output, gradients, jax.grad(gradient_norm, (0, 1))(inputs, kernel)
 
         with layers.convolution_backend(backend):
