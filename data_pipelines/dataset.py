@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,12 @@ class ClipDataset:
             collections.OrderedDict()
         )
         self._cached = 0
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        del state["_source"], state["_cache"], state["_cached"]
+        for name in ("_source", "_cache", "_cached", "_lock"):
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,7 +131,10 @@ class ClipDataset:
         Raises:
             records.RecordError: the record is damaged.
         """
-        number = int(number)
+        with self._lock:  # Grain reads from several threads
+            return self._get(int(number))
+
+    def _get(self, number: int) -> records.Clip:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number][0]

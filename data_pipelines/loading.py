@@ -1,0 +1,335 @@
+"""Batches for training and evaluation: Grain over random-access clips.
+
+The data is a function of (seed, batch number): starting at batch `step` costs nothing, no iterator
+state is saved, and hosts or workers only divide the work. With H hosts, host h makes rows
+[h*B/H, (h+1)*B/H) of the very batch that one host would make.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from absl import flags
+
+from data_pipelines import augment as augmentation
+from data_pipelines import dataset, records
+from dexportrait_jax.errors import UserError
+
+_MODES = ("pairs", "video")
+
+
+def default_data() -> dict[str, Any]:
+    """`config.data` as a plain nested dict."""
+    return {
+        "path": "",
+        "split": "train",
+        "mode": "pairs",
+        "batch_size": 28,  # sources, over all hosts
+        "targets": 4,  # a source, in mode "pairs"
+        "frames": 24,  # a source, in mode "video"
+        "frame_stride": 1,
+        "source_margin": 30,  # frames between source and targets, where the clip is long enough
+        "image_size": 256,
+        "pose_size": 256,
+        "expression_size": 224,
+        "workers": 0,  # processes; 0 reads with threads of this one
+        "cache_megabytes": 256,  # of read clips, a process
+        "motion_filter": {"max_difference": 0.03, "candidates": 8},
+        "augment": augmentation.default_augment(),
+    }
+
+
+def make_loader(
+    config: Mapping[str, Any],
+    *,
+    seed: int,
+    step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """Endless training batches from batch number `step` on.
+
+    Args:
+        config: `config.data`, see `default_data`.
+        seed: of order and augmentation.
+        step: number of the first batch.
+        process_index, process_count: this host and how many there are.
+
+    Returns:
+        Iterator of dicts, to be closed when no more is wanted; S = batch_size / process_count sources, N = targets (or frames):
+        source_image (S, H, W, 3), source_pose_image, source_expression_image, target_image
+        (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
+        (S, N, H, W), all uint8; source_head_pose (S, 3, 4), target_head_pose (S, N, 3, 4),
+        target_blendshapes (S, N, 52) float32.
+
+    Raises:
+        UserError: no such dataset or split, its clips are too short, or an impossible setting.
+    """
+    import grain  # imports jax where it is installed, and this package must stay free of it
+
+    batch = config["batch_size"]
+    if batch < 1 or batch % process_count:
+        raise UserError(
+            f"data.batch_size is {batch}, which {process_count} host(s) cannot share evenly; "
+            "choose a multiple"
+        )
+    examples = Examples(config)
+    local = batch // process_count
+    data = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    data = data.random_map(examples).batch(local)[
+        step * process_count + process_index :: process_count
+    ]
+    workers = config["workers"]
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
+        iterator = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    else:
+        threads = min(4, os.cpu_count() or 1)
+        iterator = data.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+    return Loader(iter(iterator))
+
+
+class Loader(Iterator[dict[str, np.ndarray]]):
+    """An iterator of batches that ends its threads and worker processes when closed or forgotten."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+        self.close = weakref.finalize(self, iterator.close)  # also called when Python ends
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+
+def evaluation_batches(
+    config: Mapping[str, Any], split: str, count: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """`count` batches without augmentation, always the same ones, with the keys of `make_loader`.
+
+    Row r of batch b shows clip (b * batch_size + r) modulo the number of clips: its first frame is
+    the source, the targets are spaced evenly over the rest (mode "pairs") or consecutive (mode
+    "video"). Where clips come again, other targets are taken.
+    """
+    examples = Examples(config, split=split)
+    batch = config["batch_size"]
+    for number in range(count):
+        rows = [examples.evaluation_example(number * batch + row) for row in range(batch)]
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Examples:
+    """(clip number, random generator) -> one example: a source and its targets.
+
+    Damaged records are reported once, over all worker processes, and replaced by the next one.
+    """
+
+    def __init__(self, config: Mapping[str, Any], split: str | None = None):
+        config = _plain(config)
+        if config["mode"] not in _MODES:
+            raise UserError(f"data.mode is '{config['mode']}'; it must be 'pairs' or 'video'")
+        self.config = config
+        self.augment = config["augment"]
+        self.video = config["mode"] == "video"
+        self.sizes = (config["image_size"], config["pose_size"], config["expression_size"])
+        self.clips = dataset.ClipDataset(
+            config["path"], split or config["split"], cache_bytes=config["cache_megabytes"] << 20
+        )
+        self.span = (config["frames"] - 1) * config["frame_stride"] + 1 if self.video else 2
+        self.usable = np.flatnonzero(self.clips.frames >= self.span)
+        if len(self.usable) == 0:
+            raise UserError(
+                f"the clips of split '{self.clips.split}' in {self.clips.directory} have at most "
+                f"{self.clips.frames.max()} frames, but {self.span} are needed in a row; "
+                + (
+                    "lower data.frames or data.frame_stride"
+                    if self.video
+                    else "prepare more frames"
+                )
+            )
+        self.views = self.clips.views()
+        self.reported = Path(tempfile.mkdtemp(prefix="dexportrait-reported-"))
+        owner = os.getpid()
+        weakref.finalize(self, _remove_own, str(self.reported), owner)
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __call__(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """A training example; `rng` alone decides it."""
+        seed = rng.integers(0, 1 << 63)
+        return self._replacing(number, lambda at: self._training(at, np.random.default_rng(seed)))
+
+    def evaluation_example(self, row: int) -> dict[str, np.ndarray]:
+        """A deterministic example, see `evaluation_batches`."""
+        count, passes = len(self), row // len(self)
+        return self._replacing(row % count, lambda at: self._evaluation(at, passes))
+
+    def _replacing(self, number: int, make) -> dict[str, np.ndarray]:
+        for attempt in range(min(len(self), 100)):
+            clip = int(self.usable[(number + attempt) % len(self)])
+            try:
+                return make(clip)
+            except records.RecordError as error:
+                self._report(clip, error)
+        raise UserError(
+            f"the records of {self.clips.directory} are damaged, 100 in a row or all; "
+            "prepare it again"
+        )
+
+    def _report(self, clip: int, error: Exception) -> None:
+        try:
+            (self.reported / str(clip)).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:
+            pass  # no way to know whether it was said: say it
+        print(
+            f"warning: {self.clips.directory}, split {self.clips.split}, record {clip} is damaged "
+            f"and left out: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _training(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        flip = bool(rng.random() < self.augment["flip"]["probability"])
+        source_draw = augmentation.random_draw(rng, self.augment, flip)
+        if self.video:
+            number, source, targets = self._choose_window(number, rng)
+            target_draws = [augmentation.random_draw(rng, self.augment, flip)] * len(targets)
+        else:
+            source, targets = self._choose_pairs(number, rng)
+            target_draws = [augmentation.random_draw(rng, self.augment, flip) for _ in targets]
+        clip = self.clips[number]
+        return self._example(clip, source, targets, source_draw, target_draws, number, rng)
+
+    def _choose_pairs(self, number: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """Source frame and targets, at least `source_margin` apart where the clip allows it."""
+        frames = int(self.clips.frames[number])
+        source = int(rng.integers(frames))
+        distance = np.abs(np.arange(frames) - source)
+        margin = min(self.config["source_margin"], int(distance.max()))
+        far = np.flatnonzero(distance >= max(margin, 1))
+        count = self.config["targets"]
+        if len(far) < count:  # a short clip: the farthest ones there are
+            far = np.argsort(-distance, kind="stable")[: min(count, frames - 1)]
+        return source, rng.choice(far, count, replace=len(far) < count)
+
+    def _choose_window(self, number: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
+        """Clip, source frame and consecutive targets whose background hardly moves.
+
+        Candidates come one after the other from `rng`, the second half of them from the following
+        clips; the first one below the threshold wins, or else the calmest.
+        """
+        knobs = self.config["motion_filter"]
+        position = int(np.searchsorted(self.usable, number))
+        best = None
+        for candidate in range(max(1, knobs["candidates"])):
+            further = max(0, candidate - knobs["candidates"] // 2 + 1)
+            clip = int(self.usable[(position + further) % len(self)])
+            frames = int(self.clips.frames[clip])
+            start = int(rng.integers(frames - self.span + 1))
+            targets = start + self.config["frame_stride"] * np.arange(self.config["frames"])
+            outside = [f for f in range(frames) if f < start or f >= start + self.span]
+            source = int(rng.choice(outside)) if outside else int(rng.integers(frames))
+            motion = background_motion(self.clips[clip], targets)
+            if best is None or motion < best[0]:
+                best = motion, clip, source, targets
+            if motion <= knobs["max_difference"]:
+                break
+        return best[1:]
+
+    def _evaluation(self, number: int, passes: int) -> dict[str, np.ndarray]:
+        clip = self.clips[number]
+        if self.video:
+            starts = len(clip) - self.span + 1
+            start = min(1, starts - 1) if passes == 0 else (passes * self.span + 1) % starts
+            targets = start + self.config["frame_stride"] * np.arange(self.config["frames"])
+        else:
+            count = self.config["targets"]
+            spaced = np.arange(1, count + 1) * (len(clip) - 1) / count - passes
+            targets = 1 + (np.ceil(spaced).astype(int) - 1) % (len(clip) - 1)
+        draw = augmentation.neutral_draw(self.augment)
+        return self._example(clip, 0, targets, draw, [draw] * len(targets), number, None)
+
+    def _example(self, clip, source, targets, source_draw, target_draws, number, rng):
+        one = augmentation.frame_inputs(clip, source, source_draw, self.augment, self.sizes)
+        other = self._other_view(number, rng) if rng and target_draws[0].other_view else None
+        many = [
+            augmentation.frame_inputs(
+                clip,
+                int(target),
+                draw,
+                self.augment,
+                self.sizes,
+                expression_from=self._same_instant(clip, int(target), other, draw),
+            )
+            for target, draw in zip(targets, target_draws, strict=True)
+        ]
+        example = {
+            f"source_{name}": one[name]
+            for name in ("image", "pose_image", "expression_image", "head_pose")
+        }
+        for name in many[0]:
+            example[f"target_{name}"] = np.stack([part[name] for part in many])
+        return example
+
+    def _other_view(self, number: int, rng: np.random.Generator) -> records.Clip | None:
+        others = self.views.get(number)
+        return self.clips[int(rng.choice(others))] if others else None
+
+    @staticmethod
+    def _same_instant(clip, index, other, draw) -> tuple[records.Clip, int] | None:
+        """The frame of the other camera at this frame's time, if it has one (E2)."""
+        if other is None or not draw.other_view:
+            return None
+        apart = np.abs(other.timestamps - clip.timestamps[index])
+        nearest = int(apart.argmin())
+        return (other, nearest) if apart[nearest] <= 0.5 / max(clip.fps, 1.0) else None
+
+
+def background_motion(clip: records.Clip, indices: np.ndarray, side: int = 48) -> float:
+    """Mean absolute difference in [0, 1] of consecutive frames outside head and shoulders.
+
+    0 where the head fills the picture and no background is left to judge (method.md 5).
+    """
+    thumbnails = []
+    for index in indices:
+        gray = cv2.cvtColor(augmentation.decode_frame(clip, int(index)), cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA)
+        thumbnails.append(small.astype(np.float32) / 255)
+    boxes = clip.face_boxes[indices]
+    x0, y0 = boxes[:, :2].min(0)
+    x1, y1 = boxes[:, 2:].max(0)
+    grid = (np.arange(side) + 0.5) * 2 / side - 1
+    width, height = x1 - x0, y1 - y0
+    beside = (grid < x0 - 0.3 * width) | (grid > x1 + 0.3 * width)
+    above, beneath = grid < y0 - 0.5 * height, grid > y1
+    background = (beside[None, :] | above[:, None]) & ~beneath[:, None]
+    if background.mean() < 0.03 or len(indices) < 2:
+        return 0.0
+    return float(np.abs(np.diff(thumbnails, axis=0))[:, background].mean())
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ConfigDict or dict as plain dicts: quick to read and to send to worker processes."""
+    return {
+        name: _plain(value) if isinstance(value, Mapping) or hasattr(value, "items") else value
+        for name, value in config.items()
+    }
+
+
+def _remove_own(directory: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)
