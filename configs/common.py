@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_collections
 from ml_collections import ConfigDict
 
 from data_pipelines.loading import default_data
@@ -17,15 +16,25 @@ def base(stage: str, variant: str) -> ConfigDict:
     config.variant = variant
     config.seed = 0
     config.num_steps = 0
-    config.dtype = "float32" if variant == "tiny" else "bfloat16"  # of the computation; weights are float32
-    config.frozen_dtype = "float32" if variant == "tiny" else "bfloat16"  # of groups that are not trained
+    config.dtype = (
+        "float32" if variant == "tiny" else "bfloat16"
+    )  # of the computation; weights are float32
+    config.frozen_dtype = (
+        "float32" if variant == "tiny" else "bfloat16"
+    )  # of groups that are not trained
     config.accumulate = 1  # parts that a batch is cut into, one after the other
     config.ema_decay = 0.996 if variant == "tiny" else 0.999
     config.max_skipped_in_a_row = 20
-    config.log_every = 10  # rows of metrics.jsonl (one a step) are fetched from the device this often
+    config.log_every = (
+        10  # rows of metrics.jsonl (one a step) are fetched from the device this often
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
-    config.checkpoint = ConfigDict({"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2})
-    config.evaluate = ConfigDict({"every_steps": 0 if variant == "tiny" else 5000, "split": "validation"})
+    config.checkpoint = ConfigDict(
+        {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}
+    )
+    config.evaluate = ConfigDict(
+        {"every_steps": 0 if variant == "tiny" else 5000, "split": "validation"}
+    )
     config.data = ConfigDict(default_data())
     return config
 

@@ -131,14 +131,18 @@ def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
                 context.pytree_options.loading.partial_load = True
                 with context:
                     tree = ocp.load(
-                        (workdir / FOLDER / str(checkpoint.step)).absolute(), wanted,
+                        (workdir / FOLDER / str(checkpoint.step)).absolute(),
+                        wanted,
                         checkpointable_name="state",
                     )
                 tree = jax.device_get(tree)
                 groups = {**tree["params"], **tree["ema"]}
                 return json.loads(config_file.read_text()), checkpoint.step, groups
             except Exception as error:
-                print(f"checkpoint {checkpoint.step} cannot be read: {_first_line(error)}", file=sys.stderr)
+                print(
+                    f"checkpoint {checkpoint.step} cannot be read: {_first_line(error)}",
+                    file=sys.stderr,
+                )
     raise UserError(f"none of the checkpoints in {workdir / FOLDER} can be read")
 
 

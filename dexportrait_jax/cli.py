@@ -45,11 +45,26 @@ def _assets(parser):
 def _prepare(parser):
     _flag(parser, "videos", "files to read, as a glob pattern in quotes", required=True)
     _flag(parser, "out", "directory of the new dataset", required=True)
-    _flag(parser, "size", "side of the square frames in pixels (default: %(default)s)", type=int, default=512)
-    _flag(parser, "holdout", "what validation keeps: some people, or the end of every clip (default: %(default)s)",
-          choices=("identity", "time"), default="identity")
-    _flag(parser, "holdout_fraction", "how much of it (default: %(default)s)", type=float, default=0.1)
-    _flag(parser, "max_frames", "frames to read of each video (default: all)", type=int, default=None)
+    _flag(
+        parser,
+        "size",
+        "side of the square frames in pixels (default: %(default)s)",
+        type=int,
+        default=512,
+    )
+    _flag(
+        parser,
+        "holdout",
+        "what validation keeps: some people, or the end of every clip (default: %(default)s)",
+        choices=("identity", "time"),
+        default="identity",
+    )
+    _flag(
+        parser, "holdout_fraction", "how much of it (default: %(default)s)", type=float, default=0.1
+    )
+    _flag(
+        parser, "max_frames", "frames to read of each video (default: all)", type=int, default=None
+    )
     _flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
     _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
 
@@ -60,39 +75,116 @@ def _inspect(parser):
 
 
 def _train(parser):
-    _flag(parser, "config", "config file and variant, such as configs/motion.py:tiny", required=True)
+    _flag(
+        parser, "config", "config file and variant, such as configs/motion.py:tiny", required=True
+    )
     _flag(parser, "workdir", "the run's directory; an existing run goes on", required=True)
-    _flag(parser, "distributed", "join other processes (default: %(default)s, if the environment names them)",
-          choices=("auto", "on", "off"), default="auto")
+    _flag(
+        parser,
+        "distributed",
+        "join other processes (default: %(default)s, if the environment names them)",
+        choices=("auto", "on", "off"),
+        default="auto",
+    )
 
 
 def _animate(parser):
     _flag(parser, "weights", "an exported model", required=True)
-    _flag(parser, "source", "the portrait: an image, or a video whose first frame is taken", required=True)
-    _flag(parser, "out", "the video to write, .mp4", required=True)
+    _flag(
+        parser,
+        "source",
+        "the portrait: an image, or a video whose first frame is taken",
+        default=None,
+    )
+    _flag(parser, "out", "the video to write, .mp4", default=None)
+    _flag(
+        parser,
+        "jobs",
+        "several videos at once: a JSON list of objects of these flags",
+        default=None,
+    )
     _flag(parser, "driving", "video that gives both pose and expression", default=None)
-    _flag(parser, "pose", "video, image or JSON such as '{\"yaw\":20}' that gives the pose alone", default=None)
+    _flag(
+        parser,
+        "pose",
+        "video, image or JSON such as '{\"yaw\":20}' that gives the pose alone",
+        default=None,
+    )
     _flag(parser, "expression", "video or image that gives the expression alone", default=None)
-    _flag(parser, "relative_pose", "add the driver's motion to the source's pose: all, or a comma-separated "
-          "choice of rotation,translation,scale", nargs="?", const="all", default="")
-    _flag(parser, "smooth", "smoothing of the driven pose (default: %(default)s)",
-          choices=("none", "gaussian", "one_euro"), default="none")
+    _flag(
+        parser,
+        "relative_pose",
+        "add the driver's motion to the source's pose: all, or a comma-separated "
+        "choice of rotation,translation,scale",
+        nargs="?",
+        const="all",
+        default="",
+    )
+    _flag(
+        parser,
+        "smooth",
+        "smoothing of the driven pose (default: %(default)s)",
+        choices=("none", "gaussian", "one_euro"),
+        default="none",
+    )
+    _flag(
+        parser,
+        "length",
+        "when pose and expression drivers differ in length: end with the shortest, or hold "
+        "the last frame (default: %(default)s)",
+        choices=("shortest", "hold"),
+        default="shortest",
+    )
     _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
-    _flag(parser, "side_by_side", "also write source, drivers and result beside each other to this .mp4", default=None)
-    _flag(parser, "seed", "of the noise; same seed, same video (default: %(default)s)", type=int, default=0)
+    _flag(
+        parser,
+        "side_by_side",
+        "also write source, drivers and result beside each other to this .mp4",
+        default=None,
+    )
+    _flag(
+        parser,
+        "seed",
+        "of the noise; same seed, same video (default: %(default)s)",
+        type=int,
+        default=0,
+    )
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
     _flag(parser, "guidance", "guidance scale (default: the config's)", type=float, default=None)
-    _flag(parser, "hybrid_steps", "steps S of the progressive guidance (default: the config's)", type=int, default=None)
-    _flag(parser, "expression_null", "what 'without expression' means (default: the config's)",
-          choices=("learned", "zero", "source"), default=None)
-    _flag(parser, "max_frames", "frames to make (default: all of the driver's)", type=int, default=None)
+    _flag(
+        parser,
+        "hybrid_steps",
+        "steps S of the progressive guidance (default: the config's)",
+        type=int,
+        default=None,
+    )
+    _flag(
+        parser,
+        "expression_null",
+        "what 'without expression' means (default: the config's)",
+        choices=("learned", "zero", "source"),
+        default=None,
+    )
+    _flag(
+        parser,
+        "max_frames",
+        "frames to make (default: all of the driver's)",
+        type=int,
+        default=None,
+    )
     _flag(parser, "overwrite", "replace a video that is there", action="store_true")
 
 
 def _evaluate(parser):
     _flag(parser, "weights", "an exported model", required=True)
     _flag(parser, "data", "a prepared dataset", required=True)
-    _flag(parser, "protocol", "what to measure", choices=("self", "cross", "disentangled"), required=True)
+    _flag(
+        parser,
+        "protocol",
+        "what to measure",
+        choices=("self", "cross", "disentangled"),
+        required=True,
+    )
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)
     _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
     _flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
@@ -108,28 +200,56 @@ def _export(parser):
 
 
 JOBS = {
-    "demo": Job("the whole day in miniature; ends in report.html",
-                "dexportrait demo", _demo, "dexportrait_jax.demo:run_demo"),
-    "assets": Job("inputs and weights by hash, and where they may come from",
-                  "dexportrait assets --fetch", _assets, "dexportrait_jax.assets:run_assets"),
-    "prepare": Job("face videos -> dataset, with a report of what was dropped",
-                   "dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=512",
-                   _prepare, "data_pipelines.prepare.job:run_prepare"),
-    "inspect": Job("a dataset, run, export, video or config, said in words and pictures",
-                   "dexportrait inspect data/faces", _inspect, "dexportrait_jax.inspection:run_inspect"),
-    "train": Job("one stage; every config key can be set with --config.KEY=VALUE",
-                 "dexportrait train --config=configs/motion.py:tiny --workdir=runs/motion --config.num_steps=500",
-                 _train, "dexportrait_jax.train:run_train", True),
-    "animate": Job("a portrait and drivers -> video",
-                   "dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 "
-                   "--expression=b.mp4 --out=result.mp4",
-                   _animate, "dexportrait_jax.animate:run_animate"),
-    "evaluate": Job("figures and pictures on held-out data",
-                    "dexportrait evaluate --weights=exports/video --data=data/faces --protocol=self --out=results",
-                    _evaluate, "dexportrait_jax.evaluation.protocols:run_evaluate"),
-    "export": Job("a run's weights as safetensors, in PyTorch's names and layout",
-                  "dexportrait export --workdir=runs/video --out=exports/video",
-                  _export, "dexportrait_jax.weights.exporting:run_export"),
+    "demo": Job(
+        "the whole day in miniature; ends in report.html",
+        "dexportrait demo",
+        _demo,
+        "dexportrait_jax.demo:run_demo",
+    ),
+    "assets": Job(
+        "inputs and weights by hash, and where they may come from",
+        "dexportrait assets --fetch",
+        _assets,
+        "dexportrait_jax.assets:run_assets",
+    ),
+    "prepare": Job(
+        "face videos -> dataset, with a report of what was dropped",
+        "dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=512",
+        _prepare,
+        "data_pipelines.prepare.job:run_prepare",
+    ),
+    "inspect": Job(
+        "a dataset, run, export, video or config, said in words and pictures",
+        "dexportrait inspect data/faces",
+        _inspect,
+        "dexportrait_jax.inspection:run_inspect",
+    ),
+    "train": Job(
+        "one stage; every config key can be set with --config.KEY=VALUE",
+        "dexportrait train --config=configs/motion.py:tiny --workdir=runs/motion --config.num_steps=500",
+        _train,
+        "dexportrait_jax.train:run_train",
+        True,
+    ),
+    "animate": Job(
+        "a portrait and drivers -> video",
+        "dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 "
+        "--expression=b.mp4 --out=result.mp4",
+        _animate,
+        "dexportrait_jax.animate:run_animate",
+    ),
+    "evaluate": Job(
+        "figures and pictures on held-out data",
+        "dexportrait evaluate --weights=exports/video --data=data/faces --protocol=self --out=results",
+        _evaluate,
+        "dexportrait_jax.evaluation.protocols:run_evaluate",
+    ),
+    "export": Job(
+        "a run's weights as safetensors, in PyTorch's names and layout",
+        "dexportrait export --workdir=runs/video --out=exports/video",
+        _export,
+        "dexportrait_jax.weights.exporting:run_export",
+    ),
 }
 
 
@@ -158,7 +278,9 @@ def run(arguments: list[str]) -> int:
     if name not in JOBS:
         close = difflib.get_close_matches(name, JOBS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        print(f"dexportrait: there is no job {name!r}{hint} Jobs: {', '.join(JOBS)}", file=sys.stderr)
+        print(
+            f"dexportrait: there is no job {name!r}{hint} Jobs: {', '.join(JOBS)}", file=sys.stderr
+        )
         return USAGE_ERROR
     job = JOBS[name]
     try:
@@ -184,20 +306,26 @@ def run(arguments: list[str]) -> int:
 
 def _parse(name: str, job: Job, arguments: list[str]) -> tuple[dict, bool]:
     parser = _Parser(
-        prog=f"dexportrait {name}", description=job.summary, epilog=f"example: {job.example}",
+        prog=f"dexportrait {name}",
+        description=job.summary,
+        epilog=f"example: {job.example}",
         allow_abbrev=False,
     )
     job.flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     overrides = []
     if job.takes_config:
-        overrides = [text.removeprefix("--config.") for text in arguments if text.startswith("--config.")]
+        overrides = [
+            text.removeprefix("--config.") for text in arguments if text.startswith("--config.")
+        ]
         arguments = [text for text in arguments if not text.startswith("--config.")]
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        parser.error(
+            f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "")
+        )
     flags = vars(parsed)
     debug = flags.pop("debug")
     if job.takes_config:
@@ -208,7 +336,10 @@ def _parse(name: str, job: Job, arguments: list[str]) -> tuple[dict, bool]:
 
 
 def _overview() -> str:
-    lines = [f"dexportrait {__version__}: portrait animation with explicit pose and latent expression", ""]
+    lines = [
+        f"dexportrait {__version__}: portrait animation with explicit pose and latent expression",
+        "",
+    ]
     lines += [f"  dexportrait {name:<9} {job.summary}" for name, job in JOBS.items()]
     return "\n".join([*lines, "", "Each job has --help with an example."])
 

@@ -70,7 +70,10 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         if part not in node:
             raise UserError(
                 f"--config.{dotted}: {here} has no key {part!r}"
-                + (_nearest(part, node.keys()) or f"; its keys are {', '.join(sorted(node.keys()))}")
+                + (
+                    _nearest(part, node.keys())
+                    or f"; its keys are {', '.join(sorted(node.keys()))}"
+                )
             )
         if depth < len(parts) - 1:
             node = node[part]

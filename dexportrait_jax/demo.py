@@ -78,8 +78,14 @@ def plan(workdir: Path) -> list[Part]:
     return [
         Part(
             "prepare",
-            ["prepare", f"--videos={workdir / 'inputs' / '*.mp4'}", f"--out={data}", "--size=64",
-             "--holdout=time", "--holdout_fraction=0.2"],
+            [
+                "prepare",
+                f"--videos={workdir / 'inputs' / '*.mp4'}",
+                f"--out={data}",
+                "--size=64",
+                "--holdout=time",
+                "--holdout_fraction=0.2",
+            ],
             [data],
         ),
         train("motion", "motion"),
@@ -109,7 +115,10 @@ def clip_jobs(workdir: Path) -> list[dict]:
         "self": {"source": source, "driving": source},
         "cross": {"source": source, "driving": other, "relative_pose": "all"},
         "disentangled": {
-            "source": source, "pose": other, "expression": third, "relative_pose": "all",
+            "source": source,
+            "pose": other,
+            "expression": third,
+            "relative_pose": "all",
         },
         "expression_only": {"source": source, "expression": third, "paste_back": True},
         "pose_only": {"source": source, "pose": other, "relative_pose": "all"},
@@ -125,6 +134,14 @@ def clip_jobs(workdir: Path) -> list[dict]:
     ]
 
 
+def clip_command(workdir: Path, mode: str) -> str:
+    """What a person types to make one of the five videos again."""
+    job = clip_jobs(workdir)[list(demo_report.MODES).index(mode)]
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in job.items()]
+    weights = f"--weights={workdir / 'exports' / 'video'}"
+    return shlex.join(["dexportrait", "animate", weights, *flags, "--overwrite"])
+
+
 def run_demo(workdir: str = "runs/demo") -> None:
     """The job `demo`."""
     root = Path(workdir)
@@ -137,11 +154,15 @@ def run_demo(workdir: str = "runs/demo") -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another demo is running in {workdir}; wait for it or end it") from error
+            raise UserError(
+                f"another demo is running in {workdir}; wait for it or end it"
+            ) from error
         record = _Record(root / "demo.json")
         with record.timed("inputs"):
             _gather_inputs(root / "inputs")
-        write_json(root / "clips.json", clip_jobs(root))
+        # Clips that are there are whole: they are renamed into place when they are.
+        missing = [job for job in clip_jobs(root) if not Path(job["side_by_side"]).exists()]
+        write_json(root / "clips.json", [job | {"overwrite": True} for job in missing])
         parts = plan(root)
         for number, part in enumerate(parts, 1):
             label = f"[{number}/{len(parts)}] {part.name}"
@@ -151,7 +172,12 @@ def run_demo(workdir: str = "runs/demo") -> None:
             print(f"{label}: {part.command}", flush=True)
             _run(part, record)
         with record.timed("report"):
-            report = demo_report.write(root, parts, record.values)
+            report = demo_report.write(
+                root,
+                parts,
+                {mode: clip_command(root, mode) for mode in demo_report.MODES},
+                record.values,
+            )
         print(f"the demo is finished: open {report}")
 
 
@@ -175,7 +201,9 @@ class _Record:
     def write(self, name: str, seconds: float, memory: float, done: bool) -> None:
         before = self.values.get(name, {}).get("peak_memory_gb", 0.0)
         self.values[name] = {
-            "seconds": round(seconds, 1), "peak_memory_gb": round(max(before, memory), 2), "done": done,
+            "seconds": round(seconds, 1),
+            "peak_memory_gb": round(max(before, memory), 2),
+            "done": done,
         }
         write_json(self.path, self.values)
 
@@ -220,7 +248,8 @@ def _run(part: Part, record: _Record) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "dexportrait_jax", *part.arguments],
-        env=environment, preexec_fn=_die_with_parent,
+        env=environment,
+        preexec_fn=_die_with_parent,
     )
     try:
         while (code := process.poll()) is None:

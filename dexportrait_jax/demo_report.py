@@ -19,8 +19,12 @@ MODES = {
 }
 CURVES = {
     "train_motion": (
-        "generator/loss", "generator/l1", "generator/lpips", "generator/clpips",
-        "generator/adversarial", "discriminator/loss",
+        "generator/loss",
+        "generator/l1",
+        "generator/lpips",
+        "generator/clpips",
+        "generator/adversarial",
+        "discriminator/loss",
     ),
     "train_autoencoder": ("autoencoder/loss", "autoencoder/psnr"),
     "train_image": ("denoise/loss",),
@@ -35,8 +39,17 @@ LIMITS = (
 )
 
 
-def write(workdir: Path, parts: list, record: dict[str, dict[str, Any]]) -> Path:
-    """Writes summary.json and report.html into `workdir` and returns the report's path."""
+def write(
+    workdir: Path, parts: list, clip_commands: dict[str, str], record: dict[str, dict[str, Any]]
+) -> Path:
+    """Writes summary.json and report.html into `workdir` and returns the report's path.
+
+    Args:
+      workdir: of the demo.
+      parts: the demo's parts, with name and command.
+      clip_commands: mode -> the command that makes its video again.
+      record: part -> seconds and peak_memory_gb.
+    """
     summary = summarize(workdir, record)
     write_json(workdir / "summary.json", summary)
     motion, animator = summary["motion"], summary["animator"]
@@ -47,13 +60,21 @@ def write(workdir: Path, parts: list, record: dict[str, dict[str, Any]]) -> Path
         facts=[
             (f"{minutes:.1f} min", "all parts together"),
             (f"{summary['peak_memory_gb']:.1f} GB", "peak memory"),
-            (f"{motion['psnr'] - motion['psnr_copy']:+.1f} dB", "motion trainer over repeating the source"),
-            (f"{animator['psnr'] - animator['psnr_copy']:+.1f} dB", "animator over repeating the source"),
+            (
+                f"{motion['psnr'] - motion['psnr_copy']:+.1f} dB",
+                "motion trainer over repeating the source",
+            ),
+            (
+                f"{animator['psnr'] - animator['psnr_copy']:+.1f} dB",
+                "animator over repeating the source",
+            ),
         ],
         videos=[
             Video(
-                workdir / "clips" / f"{mode}_side_by_side.mp4", title, note,
-                command=_clip_command(workdir, mode),
+                workdir / "clips" / f"{mode}_side_by_side.mp4",
+                title,
+                note,
+                command=clip_commands[mode],
             )
             for mode, (title, note) in MODES.items()
         ],
@@ -117,9 +138,3 @@ def _curves(workdir: Path, part: str) -> list:
         return []
     run = workdir / "runs" / part.removeprefix("train_")
     return read_curves(run / "metrics.jsonl", CURVES[part])
-
-
-def _clip_command(workdir: Path, mode: str) -> str:
-    from dexportrait_jax.demo import clip_command
-
-    return clip_command(workdir, mode)

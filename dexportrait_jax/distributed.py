@@ -7,7 +7,12 @@ import os
 import jax
 
 # Set by launchers of ours, by JAX's own, by Slurm's srun and on Cloud TPU pods.
-_SIGNS = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES")
+_SIGNS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "COORDINATOR_ADDRESS",
+    "SLURM_STEP_NODELIST",
+    "TPU_WORKER_HOSTNAMES",
+)
 
 
 def initialize(mode: str = "auto") -> None:
@@ -19,8 +24,10 @@ def initialize(mode: str = "auto") -> None:
     """
     if mode == "off" or (mode == "auto" and not any(os.environ.get(sign) for sign in _SIGNS)):
         return
-    if mode == "auto" and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ",") and not any(
-        os.environ.get(sign) for sign in _SIGNS[:3]
+    if (
+        mode == "auto"
+        and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ",")
+        and not any(os.environ.get(sign) for sign in _SIGNS[:3])
     ):
         return  # a TPU host on its own
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")

@@ -90,7 +90,9 @@ class Progress:
       unit: name of a unit, for the rate.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "step", every: float = 15.0):
+    def __init__(
+        self, label: str, total: int, done: int = 0, unit: str = "step", every: float = 15.0
+    ):
         self.label, self.total, self.unit = label, total, unit
         self._first = self._done = done
         self._start = time.monotonic()
@@ -115,7 +117,12 @@ class Progress:
             text += f", {_duration(left)} left" if done < self.total else f", {_duration(elapsed)}"
         text += f", {note}" if note else ""
         if self._terminal:
-            print(f"\r\x1b[K{text}", end="\n" if done >= self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{text}",
+                end="\n" if done >= self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -125,4 +132,6 @@ def _duration(seconds: float) -> str:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return (
+        f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    )

@@ -54,7 +54,9 @@ def _plain(state: nnx.State) -> Params:
         node = tree
         for key in path[:-1]:
             node = node.setdefault(str(key), {})
-        node[str(path[-1])] = leaf[...] if isinstance(leaf.get_value(), jax.Array) else leaf.get_value()
+        node[str(path[-1])] = (
+            leaf[...] if isinstance(leaf.get_value(), jax.Array) else leaf.get_value()
+        )
     return tree
 
 

@@ -100,7 +100,9 @@ def make_step(
                 )
 
             if phase.every == 1 and phase.start == 0:
-                trained, opt[phase.name], phase_metrics, given = run(params, opt[phase.name], shared)
+                trained, opt[phase.name], phase_metrics, given = run(
+                    params, opt[phase.name], shared
+                )
                 shared |= given
             else:
                 due = (step >= phase.start) & (step % phase.every == 0)
@@ -123,7 +125,9 @@ def make_step(
         count = step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
         ema = {
-            group: jax.tree.map(lambda old, new: old + (1.0 - decay) * (new - old), tree, params[group])
+            group: jax.tree.map(
+                lambda old, new: old + (1.0 - decay) * (new - old), tree, params[group]
+            )
             for group, tree in state["ema"].items()
         }
         return {"step": step + 1, "params": params, "opt": opt, "ema": ema}, metrics
@@ -133,7 +137,9 @@ def make_step(
 
 def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, accumulate):
     trained = {group: params[group] for group in phase.groups}
-    frozen = {group: tree for group, tree in params.items() if group not in phase.groups} | constants
+    frozen = {
+        group: tree for group, tree in params.items() if group not in phase.groups
+    } | constants
 
     def loss_of(trained, batch, key):
         value, outputs = phase.loss(frozen | trained, batch, key, step, shared)

@@ -27,7 +27,8 @@ import numpy as np
 import dexportrait_jax
 from data_pipelines import loading
 from data_pipelines.files import write_json
-from dexportrait_jax import checkpoint, config as configs, distributed, sharding
+from dexportrait_jax import checkpoint, distributed, sharding
+from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.step import init_optimizers, make_step
@@ -38,7 +39,9 @@ FREE_KEYS = ("num_steps", "log_every", "checkpoint.", "evaluate.", "data.workers
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
 
 
-def run_train(config: str, workdir: str, overrides: list[str], distributed_mode: str = "auto") -> None:
+def run_train(
+    config: str, workdir: str, overrides: list[str], distributed_mode: str = "auto"
+) -> None:
     """The job `train`."""
     distributed.initialize(distributed_mode)
     train(configs.load_config(config, overrides), Path(workdir))
@@ -65,7 +68,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         restored = checkpoints.restore(
             jax.tree.map(
                 lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                abstract, shardings,
+                abstract,
+                shardings,
             )
         )
         if restored is None:
@@ -74,7 +78,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             done, state = restored
             checkpoints.set_aside_after(done)
             if done >= config.num_steps:
-                say(f"{workdir}: already trained to step {done} of {config.num_steps}; nothing to do")
+                say(
+                    f"{workdir}: already trained to step {done} of {config.num_steps}; nothing to do"
+                )
                 checkpoints.close()
                 return state
             say(f"{workdir}: going on from step {done}")
@@ -82,14 +88,20 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # Data: batch number `done` is the next one, whatever happened before.
         loader = loading.make_loader(
-            config.data, seed=config.seed, step=done,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            config.data,
+            seed=config.seed,
+            step=done,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
 
         # The step.
         step_function = jax.jit(
             make_step(
-                task.phases, seed=config.seed, ema_decay=config.ema_decay, accumulate=config.accumulate
+                task.phases,
+                seed=config.seed,
+                ema_decay=config.ema_decay,
+                accumulate=config.accumulate,
             ),
             out_shardings=(shardings, sharding.replicated(mesh)),
             donate_argnums=0,
@@ -120,9 +132,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     last_save = time.monotonic()
                 if stop_asked() and not last:
                     checkpoints.close()
-                    say(f"{config.stage}: stopped at step {step}, saved; start the same command to go on")
+                    say(
+                        f"{config.stage}: stopped at step {step}, saved; start the same command to go on"
+                    )
                     raise SystemExit(RESUME_ME)
-                if last or (config.evaluate.every_steps and step % config.evaluate.every_steps == 0):
+                if last or (
+                    config.evaluate.every_steps and step % config.evaluate.every_steps == 0
+                ):
                     task.evaluate(state, constants, workdir, step)
         writer.close()
         checkpoints.close()
@@ -137,7 +153,9 @@ def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, A
     params = {
         group: network.abstract
         if group in trained
-        else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_type), network.abstract)
+        else jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_type), network.abstract
+        )
         for group, network in task.networks.items()
     }
     return {
@@ -205,7 +223,9 @@ def _claimed(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is training in {workdir}; wait for it or end it") from error
+            raise UserError(
+                f"another process is training in {workdir}; wait for it or end it"
+            ) from error
         _same_run(workdir, config)
         yield
 

@@ -11,7 +11,9 @@ from dexportrait_jax.errors import UserError
 
 
 def mesh(data=1, fsdp=1, context=1, tensor=1):
-    return sharding.make_mesh(ConfigDict(dict(data=data, fsdp=fsdp, context=context, tensor=tensor)))
+    return sharding.make_mesh(
+        ConfigDict(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+    )
 
 
 def test_minus_one_takes_what_is_left():

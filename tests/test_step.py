@@ -23,7 +23,11 @@ def pull(params, batch, key, step, shared):
 
 
 def new_state(phases, ema=()):
-    params = {"g": {"w": jnp.float32(1.0)}, "d": {"w": jnp.float32(0.0)}, "frozen": {"w": jnp.float32(7.0)}}
+    params = {
+        "g": {"w": jnp.float32(1.0)},
+        "d": {"w": jnp.float32(0.0)},
+        "frozen": {"w": jnp.float32(7.0)},
+    }
     return {
         "step": jnp.int32(0),
         "params": params,

@@ -41,7 +41,9 @@ class Task(Protocol):
     def constants(self) -> dict[str, Any]:
         """Groups that losses need but checkpoints do not hold, because they come from assets."""
 
-    def evaluate(self, state: dict[str, Any], constants: dict[str, Any], workdir: Path, step: int) -> None:
+    def evaluate(
+        self, state: dict[str, Any], constants: dict[str, Any], workdir: Path, step: int
+    ) -> None:
         """Writes a picture of what the model does now to `WORKDIR/samples` and figures beside it."""
 
 

@@ -16,7 +16,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from data_pipelines import loading
-from dexportrait_jax.diffusion.schedule import Schedule
+from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
 from dexportrait_jax.models.animator.denoiser import Denoiser
@@ -27,7 +27,7 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import autoencoder, losses, motion
-from dexportrait_jax.tasks.pictures import save_comparison, to_float
+from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.importing import load_groups
 
 IMAGE_TRAINED = ("reference", "denoiser")
@@ -67,12 +67,15 @@ class AnimatorTask:
         self.config = config
         self.networks = build_networks(config)
         self.frames = config.stage == "animator_video"
-        self.schedule = Schedule(**config.diffusion)
+        self.schedule = NoiseSchedule(**config.diffusion)
         trained = ("temporal",) if self.frames else IMAGE_TRAINED
         self.ema_groups = trained
         self.phases = (
             Phase(
-                "denoise", trained, self.loss, make_optimizer(config.optim.denoise, config.num_steps)
+                "denoise",
+                trained,
+                self.loss,
+                make_optimizer(config.optim.denoise, config.num_steps),
             ),
         )
         self._preview = jax.jit(self._one_step_preview)
@@ -105,26 +108,29 @@ class AnimatorTask:
         """Scaled latents: the mean, or with a key a sample (method.md 4.1)."""
         network = self.networks["autoencoder"].bind(params["autoencoder"])
         mean, log_variance = network.encode(images)
-        if key is not None:
-            mean = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
-        return mean.astype(jnp.float32) * network.scale_factor
+        latents = mean if key is None else network.sample(mean, log_variance, key)
+        return latents.astype(jnp.float32) * network.scale
 
     def conditions(self, params: dict[str, Any], batch: dict[str, Array]) -> Conditions:
         """Everything but the drops, from a batch: reference bank, poses, expression latents, context."""
         source = to_float(batch["source_image"])
-        pose_images = jnp.concatenate([batch["source_pose_image"], _flat(batch["target_pose_image"])])
+        pose_images = jnp.concatenate(
+            [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
+        )
         poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
         expression = self.networks["expression"].bind(params["expression"])(
-            to_float(_flat(batch["target_expression_image"]))
+            to_float(flatten_targets(batch["target_expression_image"]))
         )
         poses, expression = jax.lax.stop_gradient((poses.astype(jnp.float32), expression))
         sources = source.shape[0]
         context = None
         if "image_encoder" in self.networks:
             encoder = self.networks["image_encoder"].bind(params["image_encoder"])
-            context = encoder(source)[:, None]
+            context = encoder(_resized(source, self.config.model.image_encoder.image_size))[:, None]
         latents = jax.lax.stop_gradient(self.encode(params, source))
-        bank = self.networks["reference"].bind(params["reference"])(latents, context, poses[:sources])
+        bank = self.networks["reference"].bind(params["reference"])(
+            latents, context, poses[:sources]
+        )
         targets = expression.shape[0] // sources
         return Conditions(
             reference=bank,
@@ -139,16 +145,16 @@ class AnimatorTask:
         del step, shared
         config = self.config
         sources, targets = batch["target_image"].shape[:2]
-        keys = jax.random.split(key, 6)
+        keys = jax.random.split(key, 5)
         latents = jax.lax.stop_gradient(
-            self.encode(params, to_float(_flat(batch["target_image"])), keys[0])
+            self.encode(params, to_float(flatten_targets(batch["target_image"])), keys[0])
         )
         conditions = self.conditions(params, batch)
 
         # A clip has one noise level and one fate of its conditions; images each have their own.
         independent = sources if self.frames else sources * targets
         repeats = sources * targets // independent
-        timesteps = jax.random.randint(keys[1], (independent,), 0, self.schedule.train_steps)
+        timesteps = jax.random.randint(keys[1], (independent,), 0, self.schedule.steps)
         timesteps = jnp.repeat(timesteps, repeats)
         keep = {
             name: jnp.repeat(value, repeats)
@@ -158,14 +164,11 @@ class AnimatorTask:
         if config.dropout.reference_tokens > 0:
             conditions = conditions.replace(
                 reference_token_keep=random_token_keep(
-                    keys[5], conditions.reference, config.dropout.reference_tokens
+                    keys[4], conditions.reference, config.dropout.reference_tokens
                 )
             )
 
-        noise = jax.random.normal(keys[3], latents.shape)
-        if config.noise_offset > 0:
-            shape = (latents.shape[0], 1, 1, latents.shape[-1])
-            noise += config.noise_offset * jax.random.normal(keys[4], shape)
+        noise = training_noise(keys[3], latents.shape, config.noise_offset)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         temporal = None
         if self.frames:
@@ -173,7 +176,7 @@ class AnimatorTask:
         prediction = self.networks["denoiser"].bind(params["denoiser"])(
             noisy, timesteps, conditions, temporal=temporal, frames=targets if self.frames else 1
         )
-        wanted = self.schedule.training_target(latents, noise, timesteps)
+        wanted = self.schedule.target(latents, noise, timesteps)
         weights = None
         if config.min_snr_gamma > 0:
             weights = self.schedule.min_snr_weights(timesteps, config.min_snr_gamma)
@@ -182,18 +185,21 @@ class AnimatorTask:
     def _one_step_preview(self, params, batch, key):
         """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
         targets = batch["target_image"].shape[1]
-        latents = self.encode(params, to_float(_flat(batch["target_image"])))
-        timesteps = jnp.full((latents.shape[0],), self.schedule.train_steps * 6 // 10)
+        latents = self.encode(params, to_float(flatten_targets(batch["target_image"])))
+        timesteps = jnp.full((latents.shape[0],), self.schedule.steps * 6 // 10)
         noise = jax.random.normal(key, latents.shape)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         temporal = self.networks["temporal"].bind(params["temporal"]) if self.frames else None
         prediction = self.networks["denoiser"].bind(params["denoiser"])(
-            noisy, timesteps, self.conditions(params, batch),
-            temporal=temporal, frames=targets if self.frames else 1,
+            noisy,
+            timesteps,
+            self.conditions(params, batch),
+            temporal=temporal,
+            frames=targets if self.frames else 1,
         )
-        clean = self.schedule.clean_estimate(noisy, prediction, timesteps)
+        clean = self.schedule.clean(prediction, noisy, timesteps)
         network = self.networks["autoencoder"].bind(params["autoencoder"])
-        return network.decode(clean / network.scale_factor)
+        return network.decode(clean / network.scale)
 
     def evaluate(self, state, constants, workdir: Path, step: int) -> None:
         """A picture of held-out frames beside what one denoising step from 60 % noise makes of them."""
@@ -203,7 +209,9 @@ class AnimatorTask:
             result = self._preview(params, batch, jax.random.key(0))
             save_comparison(
                 workdir / "samples" / f"step_{step:07d}.png",
-                batch["source_image"], batch["target_image"], result,
+                batch["source_image"],
+                batch["target_image"],
+                result,
             )
 
 
@@ -223,9 +231,8 @@ def draw_keeps(
     }
 
 
-def _flat(array: Array) -> Array:
-    """(S, N, ...) -> (S*N, ...), source-major."""
-    return array.reshape(-1, *array.shape[2:])
+def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
+    return jax.image.resize(images, (images.shape[0], size, size, 3), "bilinear", antialias=True)
 
 
 def make(config: ml_collections.ConfigDict) -> AnimatorTask:

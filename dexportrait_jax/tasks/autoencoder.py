@@ -16,14 +16,16 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
-from dexportrait_jax.tasks.pictures import save_comparison, to_float
+from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.lpips import load_lpips
 
 
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Group autoencoder."""
     dtype = jnp.dtype(config.dtype)
-    return {"autoencoder": Network(lambda rngs: VAE(**config.model.autoencoder, dtype=dtype, rngs=rngs))}
+    return {
+        "autoencoder": Network(lambda rngs: VAE(**config.model.autoencoder, dtype=dtype, rngs=rngs))
+    }
 
 
 class AutoencoderTask:
@@ -41,7 +43,9 @@ class AutoencoderTask:
         self.ema_groups = ("autoencoder",)
         self.phases = (
             Phase(
-                "autoencoder", ("autoencoder",), self.loss,
+                "autoencoder",
+                ("autoencoder",),
+                self.loss,
                 make_optimizer(config.optim.autoencoder, config.num_steps),
             ),
         )
@@ -59,11 +63,12 @@ class AutoencoderTask:
         """All frames of the batch, sources and targets alike."""
         del step, shared
         weights = self.config.loss
-        images = to_float(_all_images(batch))
+        images = to_float(
+            jnp.concatenate([batch["source_image"], flatten_targets(batch["target_image"])])
+        )
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
         mean, log_variance = autoencoder.encode(images)
-        noise = jax.random.normal(key, mean.shape, mean.dtype)
-        decoded = autoencoder.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+        decoded = autoencoder.decode(autoencoder.sample(mean, log_variance, key))
         perceptual = self.perceptual.bind(params["perceptual"])
         centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
         terms = {
@@ -87,15 +92,10 @@ class AutoencoderTask:
         params = state["params"] | state["ema"]
         for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
             target = batch["target_image"]
-            decoded = self._preview(params, to_float(jnp.asarray(target.reshape(-1, *target.shape[2:]))))
+            decoded = self._preview(params, to_float(jnp.asarray(flatten_targets(target))))
             save_comparison(
                 workdir / "samples" / f"step_{step:07d}.png", batch["source_image"], target, decoded
             )
-
-
-def _all_images(batch):
-    target = batch["target_image"]
-    return jnp.concatenate([batch["source_image"], target.reshape(-1, *target.shape[2:])])
 
 
 def make(config: ml_collections.ConfigDict) -> AutoencoderTask:

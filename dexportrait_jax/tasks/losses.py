@@ -7,13 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def mean_absolute(prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]) -> Float[Array, ""]:
+def mean_absolute(
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
     """L1 of method.md 3.10, mean over everything."""
     return jnp.mean(jnp.abs(prediction - target))
 
 
 def masked_absolute(
-    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"], mask: Float[Array, "b h w"]
+    prediction: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    mask: Float[Array, "b h w"],
 ) -> Float[Array, ""]:
     """L1 where the mask (0..1) is, mean over all positions, so that its weight does not depend on the mask's area."""
     return jnp.mean(jnp.abs(prediction - target) * mask[..., None])
@@ -59,9 +63,7 @@ def r1_penalty(discriminator, real: Float[Array, "b h w c"]) -> Float[Array, ""]
     return jnp.mean(jnp.sum(jnp.square(gradient.astype(jnp.float32)), (1, 2, 3)))
 
 
-def pose_label(
-    predicted: Float[Array, "b 3 4"], label: Float[Array, "b 3 4"]
-) -> Float[Array, ""]:
+def pose_label(predicted: Float[Array, "b 3 4"], label: Float[Array, "b 3 4"]) -> Float[Array, ""]:
     """Distance of poses [sR|t]: squared Frobenius norm of R and squared error of log s and t_x, t_y.
 
     Fixes the gauge that relative warping leaves free (method.md 2).

@@ -27,7 +27,7 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
-from dexportrait_jax.tasks.pictures import save_comparison, to_float
+from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.lpips import load_lpips
 
 BLENDSHAPES = 52
@@ -49,7 +49,9 @@ def encoder_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     model, dtype = config.model, jnp.dtype(config.dtype)
     return {
         "pose": Network(lambda rngs: PoseEncoder(**model.pose, dtype=dtype, rngs=rngs)),
-        "expression": Network(lambda rngs: ExpressionEncoder(**model.expression, dtype=dtype, rngs=rngs)),
+        "expression": Network(
+            lambda rngs: ExpressionEncoder(**model.expression, dtype=dtype, rngs=rngs)
+        ),
     }
 
 
@@ -57,9 +59,13 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Groups appearance, pose, expression, generator, discriminator, label_heads."""
     model, dtype = config.model, jnp.dtype(config.dtype)
     return encoder_networks(config) | {
-        "appearance": Network(lambda rngs: AppearanceEncoder(**model.appearance, dtype=dtype, rngs=rngs)),
+        "appearance": Network(
+            lambda rngs: AppearanceEncoder(**model.appearance, dtype=dtype, rngs=rngs)
+        ),
         "generator": Network(lambda rngs: Generator(**model.generator, dtype=dtype, rngs=rngs)),
-        "discriminator": Network(lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)),
+        "discriminator": Network(
+            lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)
+        ),
         "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent_dim, rngs=rngs)),
     }
 
@@ -89,17 +95,19 @@ class MotionTask:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.networks = build_networks(config)
-        self.perceptual = Network(
-            lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs)
-        )
+        self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
         self.phases = (
             Phase(
-                "generator", (*TRAINED, "label_heads"), self.generator_loss,
+                "generator",
+                (*TRAINED, "label_heads"),
+                self.generator_loss,
                 make_optimizer(config.optim.generator, config.num_steps),
             ),
             Phase(
-                "discriminator", ("discriminator",), self.discriminator_loss,
+                "discriminator",
+                ("discriminator",),
+                self.discriminator_loss,
                 make_optimizer(config.optim.discriminator, config.num_steps),
                 start=config.loss.adversarial_start,
             ),
@@ -117,16 +125,21 @@ class MotionTask:
     def _predict(self, params, batch):
         """Predicted targets, with the poses and latents that made them."""
         pose_images = jnp.concatenate(
-            [batch["source_pose_image"], _flat(batch["target_pose_image"])]
+            [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
         )
         poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
         sources = batch["source_image"].shape[0]
         expression = self.networks["expression"].bind(params["expression"])(
-            to_float(_flat(batch["target_expression_image"]))
+            to_float(flatten_targets(batch["target_expression_image"]))
         )
         image = reenact(
-            self.networks, params, to_float(batch["source_image"]), poses[:sources], poses[sources:],
-            expression, self.config.model.warp_padding,
+            self.networks,
+            params,
+            to_float(batch["source_image"]),
+            poses[:sources],
+            poses[sources:],
+            expression,
+            self.config.model.warp_padding,
         )
         return image, poses, expression
 
@@ -134,8 +147,8 @@ class MotionTask:
         """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
         del key, shared
         weights = self.config.loss
-        target = to_float(_flat(batch["target_image"]))
-        mask = _flat(batch["target_component_mask"]).astype(jnp.float32) / 255.0
+        target = to_float(flatten_targets(batch["target_image"]))
+        mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
         image, poses, expression = self._predict(params, batch)
 
         perceptual = self.perceptual.bind(params["perceptual"])
@@ -150,14 +163,17 @@ class MotionTask:
             "gradient_l1": (weights.gradient_l1, losses.gradient_absolute(image, target)),
             "multiscale_l1": (weights.multiscale_l1, losses.multiscale_absolute(image, target)),
         }
-        labels = jnp.concatenate([batch["source_head_pose"], _flat(batch["target_head_pose"])])
+        labels = jnp.concatenate(
+            [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
+        )
         terms["pose_label"] = (
-            losses.decaying_weight(step, **weights.pose_label), losses.pose_label(poses, labels)
+            losses.decaying_weight(step, **weights.pose_label),
+            losses.pose_label(poses, labels),
         )
         read = self.networks["label_heads"].bind(params["label_heads"])(expression)
         terms["blendshape_label"] = (
             losses.decaying_weight(step, **weights.blendshape_label),
-            jnp.mean(jnp.square(read - _flat(batch["target_blendshapes"]))),
+            jnp.mean(jnp.square(read - flatten_targets(batch["target_blendshapes"]))),
         )
         if weights.adversarial > 0:
             discriminator = self.networks["discriminator"].bind(params["discriminator"])
@@ -179,7 +195,7 @@ class MotionTask:
         """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
         del key
         weights = self.config.loss
-        real = to_float(_flat(batch["target_image"]))
+        real = to_float(flatten_targets(batch["target_image"]))
         discriminator = self.networks["discriminator"].bind(params["discriminator"])
         fake_logits, real_logits = discriminator(shared["image"]), discriminator(real)
         adversarial = losses.discriminator_adversarial(fake_logits, real_logits)
@@ -201,13 +217,10 @@ class MotionTask:
             image, _, _ = self._preview(params, batch)
             save_comparison(
                 workdir / "samples" / f"step_{step:07d}.png",
-                batch["source_image"], batch["target_image"], image,
+                batch["source_image"],
+                batch["target_image"],
+                image,
             )
-
-
-def _flat(array: Array) -> Array:
-    """(S, N, ...) -> (S*N, ...), source-major."""
-    return array.reshape(-1, *array.shape[2:])
 
 
 def make(config: ml_collections.ConfigDict) -> MotionTask:

@@ -1,4 +1,4 @@
-"""Images as the networks see them, and the sample pictures that a run writes while it trains."""
+"""Batches as the networks see them, and the sample pictures that a run writes while it trains."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 
-def to_float(image: UInt8[Array, "..."]) -> Float[Array, "..."]:
+def to_float(image: UInt8[Array, ...]) -> Float[Array, ...]:
     """uint8 0..255 -> float32 -1..1."""
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_uint8(image: Float[Array, "..."]) -> UInt8[np.ndarray, "..."]:
+def to_uint8(image: Float[Array, ...]) -> UInt8[np.ndarray, ...]:
     """float -1..1 -> uint8, rounded and clipped, on the host."""
     return np.clip(np.rint((np.asarray(image, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def flatten_targets(array: Array) -> Array:
+    """(S, N, ...) -> (S*N, ...), source-major."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def save_comparison(
