@@ -33,6 +33,8 @@ from dexportrait_jax.models.layers import Conv
 
 Bank = dict[str, Array]
 
+SD15_OPTIONS = TransformerOptions()
+
 
 class Temporal(Protocol):
     """What a UNet asks of the temporal modules: the module that follows a unit, by its path."""
@@ -101,7 +103,7 @@ class UNet(nnx.Module):
         out_channels: int = 4,
         block_channels: Sequence[int] = (320, 640, 1280, 1280),
         layers_per_block: int = 2,
-        options: TransformerOptions = TransformerOptions(),
+        options: TransformerOptions = SD15_OPTIONS,
         extra_channels: int = 0,
         groups: int = 32,
         remat: bool = False,

@@ -1,0 +1,174 @@
+"""DDIM sampling, equal to diffusers' ``DDIMScheduler`` step by step.
+
+The loop runs on the host and the network is the only compiled program: a DDIM step with guidance is a weighted
+sum of arrays whose weights are plain numbers. So nothing is recompiled when the number of steps, the
+scale or the length of the clip changes, and latents may be numpy arrays that never fit a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dexportrait_jax.diffusion.guidance import Branch, GuidancePlan
+from dexportrait_jax.diffusion.schedule import NoiseSchedule
+
+Latents = TypeVar("Latents")
+Denoise = Callable[[Latents, Int[np.ndarray, " batch"], Branch], Latents]
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+def sampling_timesteps(
+    schedule: NoiseSchedule, count: int, *, spacing: Spacing = "leading", offset: int = 1
+) -> Int[np.ndarray, " count"]:
+    """The timesteps of a run, falling. "leading" with offset 1 and 35 steps: 953, 925, ..., 1.
+
+    ``offset`` belongs to "leading" alone. "trailing" starts at the last timestep.
+
+    Raises:
+        ValueError: more steps than the schedule has, or an unknown spacing.
+    """
+    total = schedule.steps
+    if not 0 < count <= total:
+        raise ValueError(f"{count} sampling steps: there must be 1 to {total}")
+    if spacing == "leading":
+        steps = np.arange(count)[::-1] * (total // count) + offset
+    elif spacing == "trailing":
+        steps = np.round(np.arange(total, 0, -total / count)).astype(np.int64) - 1
+    elif spacing == "linspace":
+        steps = np.round(np.linspace(0, total - 1, count))[::-1]
+    else:
+        raise ValueError(f"spacing {spacing!r} is none of leading, trailing, linspace")
+    return np.clip(steps, 0, total - 1).astype(np.int32)
+
+
+def ddim_coefficients(
+    schedule: NoiseSchedule, timestep: int, previous: int, eta: float = 0.0
+) -> tuple[float, float, float]:
+    """Factors of latents, prediction and fresh noise in the step from ``timestep`` to ``previous``.
+
+    A negative ``previous`` is the end of the run. Formulas (12) and (16) of DDIM (2010.02502).
+    """
+    table = schedule.alphas_cumprod
+    now = table[timestep]
+    if previous >= 0:
+        then = table[previous]
+    else:
+        then = 1.0 if schedule.final_alpha_one else table[0]
+    deviation = eta * np.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0))
+    signal, direction = np.sqrt(then), np.sqrt(max(1 - then - deviation**2, 0.0))
+    # clean = a_x * latents + a_p * prediction, noise = b_x * latents + b_p * prediction
+    if schedule.prediction == "epsilon":
+        a_x, a_p, b_x, b_p = 1 / np.sqrt(now), -np.sqrt((1 - now) / now), 0.0, 1.0
+    else:
+        a_x, a_p, b_x, b_p = np.sqrt(now), -np.sqrt(1 - now), np.sqrt(1 - now), np.sqrt(now)
+    return (
+        float(signal * a_x + direction * b_x),
+        float(signal * a_p + direction * b_p),
+        float(deviation),
+    )
+
+
+def ddim_step(
+    schedule: NoiseSchedule,
+    prediction: Latents,
+    latents: Latents,
+    timestep: int,
+    previous: int,
+    *,
+    eta: float = 0.0,
+    noise: Latents | None = None,
+) -> Latents:
+    """One DDIM step; ``noise`` is needed when ``eta`` is above 0."""
+    of_latents, of_prediction, of_noise = ddim_coefficients(schedule, timestep, previous, eta)
+    result = of_latents * latents + of_prediction * prediction
+    return result + of_noise * noise if of_noise else result
+
+
+def sample(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    plan: GuidancePlan,
+    latents: Latents,
+    *,
+    spacing: Spacing = "leading",
+    offset: int = 1,
+    eta: float = 0.0,
+    noise: Callable[[int], Latents] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Latents:
+    """Denoise ``latents`` by the plan: as many DDIM steps as it has.
+
+    Args:
+        denoise: ``denoise(latents, timesteps (batch,) int32, branch)`` -> prediction; usually jitted
+            with the branch's conditions as data (``models.animator.branches``).
+        schedule: the schedule the network was trained with.
+        plan: branches and coefficients of every step.
+        latents: (B, h, w, C) at the noise level of the first timestep, jax or numpy.
+        spacing, offset: see ``sampling_timesteps``.
+        eta: 0 deterministic, 1 as stochastic as DDPM.
+        noise: step number -> noise like ``latents``, for eta above 0.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        ValueError: eta above 0 without noise.
+    """
+    count = len(plan.steps)
+    if eta > 0 and noise is None:
+        raise ValueError("eta above 0 needs noise")
+    timesteps = sampling_timesteps(schedule, count, spacing=spacing, offset=offset)
+    stride = schedule.steps // count
+    for index, (timestep, step) in enumerate(zip(timesteps.tolist(), plan.steps, strict=True)):
+        batch = np.full((latents.shape[0],), timestep, np.int32)
+        predictions = [denoise(latents, batch, branch) for branch in step.branches]
+        guided = step.coefficients[0] * predictions[0]
+        for weight, prediction in zip(step.coefficients[1:], predictions[1:], strict=True):
+            guided = guided + weight * prediction
+        fresh = noise(index) if eta > 0 else None
+        latents = ddim_step(
+            schedule, guided, latents, timestep, timestep - stride, eta=eta, noise=fresh
+        )
+        if progress is not None:
+            progress(index + 1, count)
+    return latents
+
+
+def frame_noise(
+    seed: int, frames: int, shape: tuple[int, ...], *, first: int = 0, step: int = 0
+) -> Float[np.ndarray, "frames ..."]:
+    """Standard normal noise of ``shape`` for each frame: a function of (seed, step, frame number) alone.
+
+    A frame's noise does not depend on the length of the clip nor on how it is cut into windows.
+    """
+    return np.stack(
+        [
+            np.random.default_rng([seed, step, first + frame]).standard_normal(shape, np.float32)
+            for frame in range(frames)
+        ]
+    )
+
+
+def blurred_start(
+    schedule: NoiseSchedule,
+    reference: Float[np.ndarray, "h w c"],
+    noise: Float[np.ndarray, "frames h w c"],
+    timestep: int,
+    *,
+    kernel: int = 9,
+    sigma: float = 18.0,
+) -> Float[np.ndarray, "frames h w c"]:
+    """X-NeMo's start: the blurred source latent with the noise of the first timestep (method.md 7.1).
+
+    With "leading" spacing the first timestep still holds some signal, which pure noise lacks.
+    """
+    reach = min(kernel // 2, min(reference.shape[:2]) - 1)
+    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    window /= window.sum()
+    padded = np.pad(np.asarray(reference), ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    rows = np.apply_along_axis(np.convolve, 0, padded, window, mode="valid")
+    blurred = np.apply_along_axis(np.convolve, 1, rows, window, mode="valid")
+    share = schedule.alphas_cumprod[timestep]
+    return (np.sqrt(share) * blurred + np.sqrt(1 - share) * noise).astype(np.float32)

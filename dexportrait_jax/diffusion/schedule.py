@@ -1,0 +1,132 @@
+"""Noise schedules: how much noise a timestep means, what the network is asked for, how a loss is weighted.
+
+A schedule is a small frozen object; its tables are numpy, so it may be closed over or be a static argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Prediction = Literal["epsilon", "v"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """Scaled-linear betas of Stable Diffusion (method.md 4.7); the defaults are SD1.5's.
+
+    Attributes:
+        steps: number of training timesteps.
+        beta_start, beta_end: ends of the schedule; its square root is linear in between.
+        prediction: what the network predicts, "epsilon" (the noise) or "v".
+        zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2305.08891);
+            needs "v".
+        final_alpha_one: DDIM's last step goes to alpha_bar 1 instead of alpha_bar of timestep 0.
+
+    Raises:
+        ValueError: zero terminal SNR with epsilon prediction, or an unknown prediction.
+    """
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: Prediction = "epsilon"
+    zero_terminal_snr: bool = False
+    final_alpha_one: bool = False
+
+    def __post_init__(self):
+        if self.prediction not in ("epsilon", "v"):
+            raise ValueError(f"prediction {self.prediction!r} is neither 'epsilon' nor 'v'")
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError("zero_terminal_snr leaves no signal to tell noise from: use 'v'")
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> Float[np.ndarray, " steps"]:
+        """alpha_bar of every timestep, float64."""
+        betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps) ** 2
+        cumulative = np.cumprod(1.0 - betas)
+        if not self.zero_terminal_snr:
+            return cumulative
+        root = np.sqrt(cumulative)
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        return root**2
+
+    def signal_and_noise(
+        self, timesteps: Int[Array, " batch"], like: Float[Array, "batch ..."]
+    ) -> tuple[Array, Array]:
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar), shaped to multiply ``like``."""
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        table = np.sqrt(np.stack([self.alphas_cumprod, 1 - self.alphas_cumprod]))
+        chosen = jnp.asarray(table, jnp.float32)[:, timesteps]
+        return chosen[0].reshape(shape), chosen[1].reshape(shape)
+
+    def add_noise(
+        self,
+        latents: Float[Array, "batch ..."],
+        noise: Float[Array, "batch ..."],
+        timesteps: Int[Array, " batch"],
+    ) -> Float[Array, "batch ..."]:
+        """Latents with the noise of their timesteps."""
+        signal, amount = self.signal_and_noise(timesteps, latents)
+        return signal * latents + amount * noise
+
+    def target(
+        self,
+        latents: Float[Array, "batch ..."],
+        noise: Float[Array, "batch ..."],
+        timesteps: Int[Array, " batch"],
+    ) -> Float[Array, "batch ..."]:
+        """What the network should predict."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, amount = self.signal_and_noise(timesteps, latents)
+        return signal * noise - amount * latents
+
+    def clean(
+        self,
+        prediction: Float[Array, "batch ..."],
+        noisy: Float[Array, "batch ..."],
+        timesteps: Int[Array, " batch"],
+    ) -> Float[Array, "batch ..."]:
+        """The clean latents that a prediction implies."""
+        signal, amount = self.signal_and_noise(timesteps, noisy)
+        if self.prediction == "epsilon":
+            return (noisy - amount * prediction) / signal
+        return signal * noisy - amount * prediction
+
+    def snr(self, timesteps: Int[Array, " batch"]) -> Float[Array, " batch"]:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar)."""
+        ratio = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return jnp.asarray(ratio, jnp.float32)[timesteps]
+
+    def min_snr_weights(
+        self, timesteps: Int[Array, " batch"], gamma: float = 5.0
+    ) -> Float[Array, " batch"]:
+        """Loss weights min(snr, gamma) / snr, or / (snr + 1) for v (Hang et al. 2303.09556)."""
+        snr = self.snr(timesteps)
+        return jnp.minimum(snr, gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
+
+SCHEDULES = {
+    "sd15": NoiseSchedule(),
+    "xnemo": NoiseSchedule(beta_end=0.02),
+    "zero_snr": NoiseSchedule(prediction="v", zero_terminal_snr=True),
+}
+
+
+def training_noise(
+    key: Array, shape: tuple[int, ...], offset: float = 0.0
+) -> Float[Array, "batch ..."]:
+    """Gaussian noise, plus ``offset`` times one Gaussian number per sample and channel (noise offset)."""
+    pixels, channels = jax.random.split(key)
+    noise = jax.random.normal(pixels, shape)
+    if offset == 0.0:
+        return noise
+    common = (shape[0],) + (1,) * (len(shape) - 2) + (shape[-1],)
+    return noise + offset * jax.random.normal(channels, common)

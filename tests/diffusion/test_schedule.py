@@ -1,0 +1,80 @@
+"""Noise schedules against diffusers."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dexportrait_jax.diffusion.schedule import SCHEDULES, NoiseSchedule, training_noise
+
+TIMESTEPS = np.array([0, 1, 500, 998])
+
+
+def published(schedule: NoiseSchedule, **settings):
+    return diffusers.DDIMScheduler(
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=schedule.final_alpha_one,
+        steps_offset=1,
+        prediction_type="epsilon" if schedule.prediction == "epsilon" else "v_prediction",
+        rescale_betas_zero_snr=schedule.zero_terminal_snr,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_equals_diffusers(name):
+    schedule = SCHEDULES[name]
+    other = published(schedule)
+    np.testing.assert_allclose(
+        schedule.alphas_cumprod, other.alphas_cumprod.numpy(), rtol=2e-4, atol=1e-7
+    )
+    generator = np.random.default_rng(0)
+    latents, noise = generator.normal(size=(2, 4, 8, 8, 3)).astype(np.float32)
+    arguments = [torch.tensor(latents), torch.tensor(noise), torch.tensor(TIMESTEPS)]
+    noisy = schedule.add_noise(latents, noise, TIMESTEPS)
+    np.testing.assert_allclose(noisy, other.add_noise(*arguments), rtol=1e-4, atol=1e-4)
+    target = schedule.target(latents, noise, TIMESTEPS)
+    if schedule.prediction == "epsilon":
+        np.testing.assert_array_equal(target, noise)
+    else:
+        np.testing.assert_allclose(target, other.get_velocity(*arguments), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        schedule.clean(target, noisy, TIMESTEPS), latents, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_terminal_signal():
+    assert np.sqrt(SCHEDULES["sd15"].alphas_cumprod[-1]) == pytest.approx(0.0683, abs=1e-4)
+    assert np.sqrt(SCHEDULES["xnemo"].alphas_cumprod[-1]) == pytest.approx(0.0152, abs=1e-4)
+    assert SCHEDULES["zero_snr"].alphas_cumprod[-1] == 0.0
+
+
+def test_min_snr_weights():
+    for name in ("sd15", "zero_snr"):
+        schedule = SCHEDULES[name]
+        snr = schedule.alphas_cumprod[TIMESTEPS] / (1 - schedule.alphas_cumprod[TIMESTEPS])
+        below = snr if name == "sd15" else snr + 1
+        expected = np.minimum(snr, 5.0) / below
+        np.testing.assert_allclose(schedule.min_snr_weights(TIMESTEPS, 5.0), expected, rtol=1e-4)
+        np.testing.assert_allclose(schedule.snr(TIMESTEPS), snr, rtol=1e-5)
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="use 'v'"):
+        NoiseSchedule(zero_terminal_snr=True)
+    with pytest.raises(ValueError, match="neither"):
+        NoiseSchedule(prediction="x0")
+
+
+def test_noise_offset_is_common_to_a_channel():
+    shape = (64, 16, 16, 4)
+    plain = training_noise(jax.random.key(0), shape)
+    shifted = training_noise(jax.random.key(0), shape, 0.5) - plain
+    assert float(jnp.std(plain)) == pytest.approx(1.0, abs=0.01)
+    np.testing.assert_allclose(jnp.std(shifted, axis=(1, 2)), 0.0, atol=1e-5)
+    assert float(jnp.std(shifted)) == pytest.approx(0.5, abs=0.07)

@@ -1,0 +1,65 @@
+"""The autoencoder against diffusers, and its size."""
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from dexportrait_jax.models.animator.vae import VAE
+from dexportrait_jax.state import Network, parameter_count
+from tests.published import parameters_from_torch, randomise, relative_error
+
+SMALL = {"block_channels": (16, 32, 32), "layers_per_block": 1, "groups": 8}
+
+
+def test_equals_diffusers():
+    published = randomise(
+        diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=SMALL["block_channels"],
+            layers_per_block=SMALL["layers_per_block"],
+            norm_num_groups=SMALL["groups"],
+        )
+    )
+    network = Network(lambda rngs: VAE(**SMALL, rngs=rngs))
+    params = parameters_from_torch(network.abstract, published.state_dict())
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+
+    def run(params, images):
+        vae = network.bind(params)
+        mean, logvar = vae.encode(images)
+        return mean, logvar, vae.decode(mean)
+
+    mean, logvar, decoded = jax.jit(run)(params, images)
+    with torch.no_grad():
+        expected = published.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist
+        expected_images = published.decode(expected.mean).sample
+    assert mean.shape == (2, 8, 8, 4)
+    assert relative_error(mean, expected.mean.permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(logvar, expected.logvar.permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(decoded, expected_images.permute(0, 2, 3, 1)) <= 1e-4
+
+
+def test_sample_has_the_mean_and_variance():
+    network = Network(lambda rngs: VAE(**SMALL, rngs=rngs))
+    vae = network.bind(network.abstract)
+    mean, logvar = np.full((4, 32, 32, 4), 2.0), np.full((4, 32, 32, 4), np.log(0.25))
+    drawn = vae.sample(mean, logvar, jax.random.key(1))
+    assert float(drawn.mean()) == pytest.approx(2.0, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_size_that_does_not_divide():
+    network = Network(lambda rngs: VAE(**SMALL, rngs=rngs))
+    with pytest.raises(ValueError, match="30x32 do not divide by 4"):
+        jax.eval_shape(lambda p: network.bind(p).encode(np.zeros((1, 30, 32, 3))), network.abstract)
+
+
+def test_full_size():
+    abstract = Network(lambda rngs: VAE(rngs=rngs)).abstract
+    encoder = parameter_count(abstract["encoder"]) + parameter_count(abstract["quant_conv"])
+    decoder = parameter_count(abstract["decoder"]) + parameter_count(abstract["post_quant_conv"])
+    assert encoder == pytest.approx(34.2e6, rel=0.005)
+    assert decoder == pytest.approx(49.5e6, rel=0.005)
