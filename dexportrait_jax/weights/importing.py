@@ -26,8 +26,8 @@ def load_groups(
     Args:
         path: the directory that ``export_groups`` wrote.
         wanted: names of groups; or ``{name: abstract tree}`` (``Network.abstract``), then every
-            shape is compared and
-            types are cast to those of the tree; or None for all groups as they are in the files.
+            shape is compared and types are cast to those of the tree; or None for all groups as
+            they are in the files.
         stage: the stage or stages the export may be of; None for any.
 
     Returns ``(contents of model.json, {group: nested dict of numpy arrays})``.
