@@ -1,8 +1,8 @@
 """How close two pictures are: PSNR, SSIM, LPIPS; one number per picture.
 
 Pictures are (batch, height, width, channels), uint8 or float; ``data_range`` is the distance
-between the smallest and
-the largest possible value (255 for uint8, 2 for [-1, 1], 1 for [0, 1]) and is always stated.
+between the smallest and the largest possible value (255 for uint8, 2 for [-1, 1], 1 for [0, 1]) and
+is always stated.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def psnr(x: Pictures, y: Pictures, *, data_range: float) -> Float[Array, " batch
 def ssim(x: Pictures, y: Pictures, *, data_range: float) -> Float[Array, " batch"]:
     """Structural similarity (Wang et al. 2004), at most 1, for pictures of at least 11 px.
 
-    11x11 gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03, population variances, windows that lie wholly
-    inside the picture, mean over windows and channels (scikit-image's ``structural_similarity`` with
-    ``gaussian_weights=True, use_sample_covariance=False`` per channel).
+    11x11 gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03, population variances, windows that
+    lie wholly inside the picture, mean over windows and channels (scikit-image's
+    ``structural_similarity`` with ``gaussian_weights=True, use_sample_covariance=False``).
     """
     _check_shapes(x, y)
     if min(x.shape[1:3]) < _WINDOW:
@@ -83,8 +83,8 @@ class LearnedDistance:
     def __call__(self, x: Pictures, y: Pictures, *, data_range: float) -> np.ndarray:
         """LPIPS per picture, (batch,) float32; 0 for equal ones.
 
-        Floats of range 2 are taken as [-1, 1], everything else as starting at 0. Raises UserError for pictures the
-        network is too deep for.
+        Floats of range 2 are taken as [-1, 1], everything else as starting at 0. Raises UserError
+        for pictures the network is too deep for.
         """
         _check_shapes(x, y)
         smallest = SMALLEST_SIZE[self.network]

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import dexportrait_jax
+from data_pipelines import files
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.weights import names
 
@@ -76,13 +77,17 @@ def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bo
     check_replaceable(Path(out), overwrite)
     from dexportrait_jax import checkpoint  # JAX and Orbax load only once the arguments are right
 
-    config, step, groups = checkpoint.load_groups(workdir)
+    config, step, groups = checkpoint.load_groups(Path(workdir))
+    crop = _crop_settings(config)
+    if crop is not None:
+        # Whoever uses the model crops as its training data was cropped; that reads the config.
+        config = {**config, "data": {**config["data"], "crop": crop}}
     model = {
-        "stage": config.get("stage"),
+        "stage": config["stage"],
         "config": config,
         "step": int(step),
         "ema": bool(config.get("ema_decay")),
-        "crop": config.get("data", {}).get("crop"),
+        "crop": crop,
     }
     directory = export_groups(out, model, groups, overwrite)
     description = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
@@ -114,36 +119,34 @@ def _written_whole(out: Path) -> Iterator[Path]:
     """A temporary directory that takes the place of ``out`` when all went well, else vanishes."""
     temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        temporary.chmod(0o777 & ~_umask())
-        if out.exists():
-            # A directory cannot be renamed onto a full one: the old export steps aside first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.replace(aside / "export")
-            try:
-                temporary.replace(out)
-            except OSError:
-                (aside / "export").replace(out)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.replace(out)
-    except Exception as error:
-        # safetensors reports a full disk as its own error, so the kind alone does not tell.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"cannot write the export {out}: {reason}; free some space or give a writable --out"
-            ) from error
-        raise
+        with files.writing_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            yield temporary
+            for file in temporary.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            temporary.chmod(0o777 & ~_umask())
+            files.replace_directory(temporary, out)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _crop_settings(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Crop constants of the data a run was trained on; None when the data is not there any more."""
+    from data_pipelines.dataset import ClipDataset
+    from data_pipelines.records import RecordError
+
+    data = config.get("data", {})
+    if data.get("crop"):
+        return data["crop"]
+    try:
+        clip = ClipDataset(data.get("path", ""), data.get("split", "train"))[0]
+    except (UserError, RecordError) as error:
+        print(f"note: the export holds no crop constants, animate will use the defaults ({error})")
+        return None
+    return {**clip.settings, "size": clip.size}
 
 
 def _umask() -> int:

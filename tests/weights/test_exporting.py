@@ -10,9 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from dexportrait_jax import checkpoint
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.weights import exporting
 from dexportrait_jax.weights.exporting import export_groups, run_export
+from dexportrait_jax.weights.importing import load_groups
+from tests import fixtures
 
 MODEL = {
     "stage": "motion",
@@ -97,7 +100,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_export_whole(tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "save_file", full_disk)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="disk is full"):
         export_groups(out, MODEL, _groups(), overwrite=True)
     assert (out / "model.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
@@ -124,3 +127,21 @@ def test_job_refuses_before_it_loads_anything(tmp_path):
     out = export_groups(tmp_path / "export", MODEL, _groups())
     with pytest.raises(UserError, match="--overwrite"):
         run_export(tmp_path / "no_such_run", out)
+
+
+@pytest.mark.parametrize("data_is_there", [True, False])
+def test_job_exports_a_run_with_the_crop_of_its_data(tmp_path, monkeypatch, capsys, data_is_there):
+    config = {
+        "stage": "motion",
+        "ema_decay": 0.99,
+        "data": {"path": str(tmp_path / "data"), "split": "train"},
+    }
+    if data_is_there:
+        fixtures.make_dataset(tmp_path / "data", clips=1, frames=2)
+    monkeypatch.setattr(checkpoint, "load_groups", lambda workdir: (config, 12, _groups()))
+    run_export(tmp_path / "run", tmp_path / "export")
+    model, groups = load_groups(tmp_path / "export", stage="motion")
+    assert (model["step"], model["ema"], set(groups)) == (12, True, {"encoder", "decoder"})
+    crop = {"drawn": True, "size": 64} if data_is_there else None
+    assert model["crop"] == crop and model["config"]["data"].get("crop") == crop
+    assert ("no crop constants" in capsys.readouterr().out) != data_is_there
