@@ -163,8 +163,7 @@ def warp_bank(
     Sampling places depend on the poses and the resolution alone, so the blocks of one
     resolution are warped together, and a source's volume is not copied for its targets.
     """
-    sources, batch = source_pose.shape[0], driving_pose.shape[0]
-    targets = batch // sources
+    targets = driving_pose.shape[0] // source_pose.shape[0]
     groups: dict[tuple[int, int], list[str]] = {}
     for path in paths:
         groups.setdefault(bank[path].shape[1:3], []).append(path)
@@ -175,11 +174,7 @@ def warp_bank(
         coordinates = geometry.source_coordinates(
             jnp.repeat(source_pose, targets, axis=0), driving_pose, (depth, height, width)
         )
-        moved = geometry.warp_volume(
-            jnp.concatenate(volumes, axis=-1),
-            coordinates.reshape(sources, targets * depth, height, width, 3),
-            padding=padding,
-        ).reshape(batch, depth, height, width, -1)
+        moved = geometry.warp_volume(jnp.concatenate(volumes, axis=-1), coordinates, padding)
         splits = np.cumsum([volume.shape[-1] for volume in volumes])[:-1]
         for path, part in zip(members, jnp.split(moved, splits, axis=-1), strict=True):
             warped[path] = _as_features(part).astype(bank[path].dtype)

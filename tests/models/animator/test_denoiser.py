@@ -1,0 +1,290 @@
+"""The denoiser with every branch: what it is at the start, what each condition does, what dropping means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dexportrait_jax import geometry
+from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
+from dexportrait_jax.models.animator.conditioning import (
+    Conditions,
+    random_token_keep,
+    select_frames,
+    warp_bank,
+)
+from dexportrait_jax.models.animator.denoiser import Denoiser
+from dexportrait_jax.models.animator.reference import ReferenceUNet
+from dexportrait_jax.models.animator.temporal import TemporalModules
+from dexportrait_jax.models.animator.transformer import TransformerOptions
+from dexportrait_jax.models.animator.unet import UNet
+from dexportrait_jax.state import Network, parameter_count
+from tests.published import random_like
+
+SIZES = {"block_channels": (16, 32), "layers_per_block": 1, "groups": 4}
+TINY = SIZES | {"heads": 2}
+SMALL = TINY | {"expression_latent": 16, "expression_tokens": (2, 8)}
+SOURCES, TARGETS = 2, 2
+BATCH = SOURCES * TARGETS
+
+
+def poses(count: int, seed: int) -> jnp.ndarray:
+    angles = np.random.default_rng(seed).uniform(-30, 30, (3, count))
+    rotation = geometry.euler_to_rotation(*jnp.asarray(angles))
+    shift = jnp.stack([jnp.linspace(-0.2, 0.2, count)] * 2 + [jnp.zeros(count)], axis=-1)
+    return geometry.pose_matrix(rotation, shift, jnp.linspace(0.9, 1.1, count))
+
+
+class World:
+    """Random networks and conditions that the tests share."""
+
+    def __init__(self):
+        generator = np.random.default_rng(0)
+
+        def normal(*shape):
+            return jnp.asarray(generator.normal(size=shape), jnp.float32)
+
+        self.network = Network(lambda rngs: Denoiser(**SMALL, rngs=rngs))
+        self.params = random_like(self.network.abstract, 1)
+        self.reference = Network(lambda rngs: ReferenceUNet(**TINY, rngs=rngs))
+        bank = self.reference.bind(random_like(self.reference.abstract, 2))(normal(SOURCES, 8, 8, 4))
+        self.latents, self.timesteps = normal(BATCH, 8, 8, 4), jnp.array([1, 200, 700, 953])
+        self.conditions = Conditions(
+            reference=bank,
+            source_pose=poses(SOURCES, 3),
+            driving_pose=poses(BATCH, 4),
+            expression=normal(BATCH, 16),
+        )
+        self._run = jax.jit(lambda *a: self.network.bind(a[0])(*a[1:]))
+
+    def __call__(self, conditions, latents=None, timesteps=None, params=None):
+        return np.asarray(
+            self._run(
+                self.params if params is None else params,
+                self.latents if latents is None else latents,
+                self.timesteps if timesteps is None else timesteps,
+                conditions,
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def differ(one, other):
+    """Per sample: are the two predictions different beyond rounding?"""
+    return np.abs(one - other).max(axis=(1, 2, 3)) > 1e-3
+
+
+@pytest.mark.parametrize("injector", ["in_block", "xnemo"])
+def test_plain_unet_at_initialisation_when_the_reference_is_dropped(world, injector):
+    settings = SMALL | {"expression_injector": injector}
+    network = Network(lambda rngs: Denoiser(**settings, rngs=rngs))
+    options = TransformerOptions(heads=2, cross_attention_features=None)
+    plain = Network(lambda rngs: UNet(**SIZES, options=options, rngs=rngs))
+    temporal = Network(lambda rngs: TemporalModules(**SIZES, heads=2, rngs=rngs))
+    params = network.init(jax.random.key(0))
+
+    def shared(shapes, values):
+        if not isinstance(shapes, dict):
+            # The new input channels lie behind the latents.
+            return values[tuple(slice(n) for n in shapes.shape)]
+        return {name: shared(shapes[name], values[name]) for name in shapes}
+
+    conditions = world.conditions.replace(keep_reference=jnp.zeros(BATCH))
+
+    @jax.jit
+    def run(params, temporal_params):
+        modules = temporal.bind(temporal_params)
+        return network.bind(params)(
+            world.latents, world.timesteps, conditions, temporal=modules, frames=TARGETS
+        )
+
+    expected = jax.jit(lambda p: plain.bind(p)(world.latents, world.timesteps))(
+        shared(plain.abstract, params)
+    )
+    ours = run(params, temporal.init(jax.random.key(1)))
+    assert float(jnp.std(expected)) > 0.01
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_each_condition_matters_and_is_dropped_per_sample(world):
+    everything = world(world.conditions)
+    keep = jnp.array([1.0, 0.0, 1.0, 0.0])
+    for name in ("keep_reference", "keep_pose", "keep_expression"):
+        dropped = world(world.conditions.replace(**{name: keep}))
+        assert differ(dropped, everything).tolist() == [False, True, False, True], name
+
+
+def test_dropping_everything_is_having_nothing(world):
+    nothing = jnp.zeros(BATCH)
+    masked = world(
+        world.conditions.replace(
+            keep_reference=nothing, keep_pose=nothing, keep_expression=nothing
+        )
+    )
+    np.testing.assert_allclose(masked, world(Conditions()), rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_conditions_cannot_be_seen(world):
+    keep = jnp.zeros(BATCH)
+    other = world.conditions.replace(
+        reference=jax.tree.map(lambda x: -x, world.conditions.reference),
+        expression=-world.conditions.expression,
+        driving_pose=poses(BATCH, 9),
+    )
+    for name in ("reference", "pose", "expression"):
+        field = {"reference": "reference", "pose": "driving_pose", "expression": "expression"}[name]
+        dropped = world.conditions.replace(**{f"keep_{name}": keep})
+        changed = dropped.replace(**{field: getattr(other, field)})
+        np.testing.assert_allclose(world(dropped), world(changed), rtol=1e-4, atol=1e-5)
+
+
+def test_targets_of_a_source_are_independent(world):
+    """One source with two targets equals the source repeated for each of them."""
+    conditions = world.conditions.replace(
+        reference=jax.tree.map(lambda x: jnp.repeat(x, TARGETS, 0), world.conditions.reference),
+        source_pose=jnp.repeat(world.conditions.source_pose, TARGETS, 0),
+    )
+    np.testing.assert_allclose(world(world.conditions), world(conditions), rtol=1e-4, atol=1e-5)
+
+
+def test_cached_conditions_give_the_same(world):
+    expected = world(world.conditions)
+    for residuals in (True, False):
+        cached = jax.jit(
+            lambda p, c, r=residuals: world.network.bind(p).cache(c, residuals=r)
+        )(world.params, world.conditions)
+        assert (cached.reference is None) == residuals
+        np.testing.assert_allclose(world(cached), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_reference_tokens(world):
+    bank = world.conditions.reference
+    none = random_token_keep(jax.random.key(0), bank, 1.0)
+    everything = random_token_keep(jax.random.key(0), bank, 0.0)
+    some = random_token_keep(jax.random.key(0), bank, 0.3)
+    assert 0.5 < float(jnp.mean(next(iter(some.values())))) < 0.9
+    without_pose = world.conditions.replace(keep_pose=jnp.zeros(BATCH))
+    hidden = world(without_pose.replace(reference_token_keep=none))
+    dropped = world(without_pose.replace(keep_reference=jnp.zeros(BATCH)))
+    np.testing.assert_allclose(hidden, dropped, rtol=1e-4, atol=1e-5)
+    shown = world(without_pose.replace(reference_token_keep=everything))
+    np.testing.assert_allclose(shown, world(without_pose), rtol=1e-4, atol=1e-5)
+    assert differ(world(without_pose.replace(reference_token_keep=some)), shown).all()
+
+
+def test_frames_of_a_clip(world):
+    clip = Conditions(
+        reference=jax.tree.map(lambda x: x[:1], world.conditions.reference),
+        source_pose=world.conditions.source_pose[:1],
+        driving_pose=world.conditions.driving_pose,
+        expression=world.conditions.expression,
+    )
+    frames = np.array([2, 0, 1, 3])
+    chosen = world(select_frames(clip, frames), world.latents[frames], world.timesteps[frames])
+    np.testing.assert_allclose(chosen, world(clip)[frames], rtol=1e-4, atol=1e-5)
+
+
+def test_warped_bank(world):
+    bank, source = world.conditions.reference, world.conditions.source_pose
+    still = warp_bank(bank, bank, source, jnp.repeat(source, TARGETS, 0), padding="zeros")
+    for path, features in bank.items():
+        np.testing.assert_array_equal(still[path], np.repeat(features, TARGETS, axis=0))
+    # One block alone, its volume written out: channel = ch * depth + d.
+    path = "down_blocks.0.attentions.0.transformer_blocks.0"
+    moved = warp_bank(bank, bank, source, world.conditions.driving_pose, padding="border")[path]
+    depth = bank[path].shape[1] // 2
+    volume = np.stack([bank[path][..., d::depth] for d in range(depth)], axis=1)
+    sources = jnp.repeat(source, TARGETS, 0)
+    expected = geometry.warp(
+        jnp.repeat(volume, TARGETS, 0), sources, world.conditions.driving_pose, "border"
+    )
+    for d in range(depth):
+        np.testing.assert_allclose(moved[..., d::depth], expected[:, d], rtol=1e-4, atol=1e-5)
+
+
+def test_branches_of_the_guidance(world):
+    full = branch_conditions(world.conditions, "full")
+    reduced = branch_conditions(world.conditions, "reduced")
+    assert jax.tree.structure(full) == jax.tree.structure(reduced)
+    np.testing.assert_array_equal(world(full), world(world.conditions))
+    dropped = world(world.conditions.replace(keep_expression=jnp.zeros(BATCH)))
+    np.testing.assert_array_equal(world(reduced), dropped)
+    null = world(branch_conditions(world.conditions, "null"))
+    np.testing.assert_allclose(null, world(Conditions()), rtol=1e-4, atol=1e-5)
+    alone = world(branch_conditions(world.conditions, "expression"))
+    bare = Conditions(expression=world.conditions.expression)
+    np.testing.assert_allclose(alone, world(bare), rtol=1e-4, atol=1e-5)
+
+    source = jnp.ones((1, 16))
+    reading = NullReading(expression="source", reference="kept", pose="source")
+    null = branch_conditions(world.conditions, "null", reading, source)
+    still = jnp.repeat(world.conditions.source_pose, TARGETS, 0)
+    expected = world.conditions.replace(expression=jnp.ones((BATCH, 16)), driving_pose=still)
+    np.testing.assert_allclose(world(null), world(expected), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="source's expression"):
+        branch_conditions(world.conditions, "null", reading)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"raymap": "plucker6", "raymap_w": 0, "warp_kernel": 1, "warp_padding": "border"},
+        {"raymap": "none", "warp_kernel": 0, "expression_injector": "xnemo", "expression_heads": 4},
+        {"attn2": "clip_image", "cross_attention_features": 12, "expression_null": "zero"},
+        {"attn2": "null_text", "cross_attention_features": 12, "expression_injector": "none"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_choice_runs(world, settings):
+    network = Network(lambda rngs: Denoiser(**(SMALL | settings), rngs=rngs))
+    conditions = world.conditions
+    if settings.get("attn2") == "clip_image":
+        conditions = conditions.replace(context=jnp.ones((BATCH, 1, 12)))
+    nothing = {f"keep_{name}": jnp.zeros(BATCH) for name in ("reference", "pose", "expression")}
+    params = random_like(network.abstract)
+    run = jax.jit(lambda p, c: network.bind(p)(world.latents, world.timesteps, c))
+    full, none = run(params, conditions), run(params, conditions.replace(**nothing))
+    assert differ(np.asarray(full), np.asarray(none)).all()
+    np.testing.assert_allclose(none, run(params, Conditions()), rtol=1e-3, atol=1e-4)
+
+
+def test_reference_with_ray_map_and_context():
+    network = Network(
+        lambda rngs: ReferenceUNet(
+            **TINY,
+            attn2="clip_image",
+            cross_attention_features=12,
+            raymap_reference=True,
+            rngs=rngs,
+        )
+    )
+    params, latents = random_like(network.abstract), jnp.ones((2, 8, 8, 4))
+    run = jax.jit(lambda *a: network.bind(params)(*a))
+    banks = [
+        run(latents, jnp.full((2, 1, 12), value), poses(2, seed))
+        for value, seed in ((1.0, 0), (2.0, 0), (1.0, 1))
+    ]
+    last = "up_blocks.1.attentions.1.transformer_blocks.0"
+    assert banks[0][last].shape == (2, 8, 8, 16)
+    assert np.abs(banks[0][last] - banks[1][last]).max() > 1e-3
+    assert np.abs(banks[0][last] - banks[2][last]).max() > 1e-3
+
+
+def count(constructor, **settings) -> float:
+    network = Network(lambda rngs: constructor(**settings, rngs=rngs))
+    return parameter_count(network.abstract) / 1e6
+
+
+def test_full_sizes():
+    """method.md 4.6, in millions."""
+    assert count(ReferenceUNet) == pytest.approx(815.5, rel=0.005)
+    assert count(ReferenceUNet, attn2="clip_image") == pytest.approx(859.5, rel=0.005)
+    assert count(Denoiser) == pytest.approx(952.3, rel=0.005)
+    assert count(Denoiser, attn2="clip_image") == pytest.approx(996.3, rel=0.005)
+    assert count(Denoiser, warp_kernel=0) == pytest.approx(840.8, rel=0.005)
+    injector = count(Denoiser, expression_injector="xnemo", warp_kernel=0) - count(ReferenceUNet)
+    assert injector == pytest.approx(372, rel=0.005)
