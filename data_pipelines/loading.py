@@ -65,7 +65,8 @@ def make_loader(
         process_index, process_count: this host and how many there are.
 
     Returns:
-        Iterator of dicts, to be closed when no more is wanted; S = batch_size / process_count sources, N = targets (or frames):
+        Iterator of dicts, to be closed when no more is wanted; S = batch_size / process_count
+        sources, N = targets (or frames):
         source_image (S, H, W, 3), source_pose_image, source_expression_image, target_image
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
         (S, N, H, W), all uint8; source_head_pose (S, 3, 4), target_head_pose (S, N, 3, 4),
@@ -106,11 +107,13 @@ class Loader(Iterator[dict[str, np.ndarray]]):
     """An iterator of batches that ends its threads and worker processes when closed or forgotten."""
 
     def __init__(self, iterator):
-        self._iterator = iterator
-        self.close = weakref.finalize(self, iterator.close)  # also called when Python ends
+        self._holder = [iterator]
+        self.close = weakref.finalize(self, _let_go, self._holder)  # also called when Python ends
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        if not self._holder:
+            raise StopIteration
+        return next(self._holder[0])
 
 
 def evaluation_batches(
@@ -328,6 +331,11 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain(value) if isinstance(value, Mapping) or hasattr(value, "items") else value
         for name, value in config.items()
     }
+
+
+def _let_go(holder: list) -> None:
+    # Dropped here too: Grain's iterators cannot be deleted once Python has taken its modules down.
+    holder.pop().close()
 
 
 def _remove_own(directory: str, owner: int) -> None:

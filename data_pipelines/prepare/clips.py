@@ -1,0 +1,175 @@
+"""Videos and pictures -> clips: look at every frame, find the good runs, crop them, label them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines import records, video
+from data_pipelines.prepare import crop, detect, filters, head_pose, masks
+from dexportrait_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """Keys of the clips of one video; without a rig, one session and one camera."""
+
+    name: str
+    identity: str
+    session: str
+    camera: str = "0"
+
+    @classmethod
+    def of(cls, path: str | os.PathLike) -> Naming:
+        stem = Path(path).stem
+        return cls(stem, stem, stem)
+
+
+def clips_from_video(
+    path: str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings,
+    *,
+    max_frames: int | None = None,
+    naming: Naming | None = None,
+) -> tuple[list[records.Clip], filters.Verdict]:
+    """All usable clips of a video.
+
+    The video is decoded twice: its frames do not fit into memory and the crop of a clip is known only
+    once all its frames were seen.
+
+    Raises:
+        UserError: it cannot be read as a video at all.
+    """
+    naming = naming or Naming.of(path)
+    observations, picture = _observe(path, landmarker, settings, max_frames)
+    runs, verdict = filters.segments(observations, os.fspath(path), settings)
+    boxes = [
+        crop.crop_box(
+            np.stack([observations[i].face.box for i in range(first, last)]), picture, settings
+        )
+        for first, last in runs
+    ]
+    jpegs: list[list[bytes]] = [[] for _ in runs]
+    at = 0
+    last_frame = runs[-1][1] if runs else 0
+    for index, frame in enumerate(video.read_frames(path, max_frames=last_frame) if runs else ()):
+        while at < len(runs) and index >= runs[at][1]:
+            at += 1
+        if at < len(runs) and index >= runs[at][0]:
+            picked = crop.extract(frame.image, boxes[at], settings.size)
+            jpegs[at].append(crop.encode_jpeg(picked, settings.jpeg_quality))
+    clips = []
+    for (first, last), box, frames in zip(runs, boxes, jpegs, strict=True):
+        seen = observations[first:last]
+        clip_id = f"{naming.name}-{first:06d}-{last - 1:06d}"
+        clips.append(_clip(clip_id, naming, path, seen, frames, box, picture, settings))
+    return clips, verdict
+
+
+def clip_from_video(
+    path: str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings | None = None,
+    *,
+    max_frames: int | None = None,
+) -> records.Clip:
+    """The longest usable run of frames of a video as one clip, for driving and measuring.
+
+    Raises:
+        UserError: it cannot be read, or shows no usable face; the message says why.
+    """
+    settings = dataclasses.replace(settings or crop.Settings(), min_frames=1, clip_frames=1 << 30)
+    clips, verdict = clips_from_video(path, landmarker, settings, max_frames=max_frames)
+    if not clips:
+        raise UserError(f"{path} cannot be used: {verdict.reason}")
+    return max(clips, key=len)
+
+
+def clip_from_image(
+    image: np.ndarray | str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings | None = None,
+) -> records.Clip:
+    """A portrait as a clip of one frame: the same crop, checks and labels as for a video.
+
+    Args:
+        image: uint8 RGB (H, W, 3), or the path of a picture (or of a video: its first frame).
+
+    Raises:
+        UserError: it cannot be read, or shows no usable face; the message says why.
+    """
+    settings = settings or crop.Settings()
+    path = "the picture" if isinstance(image, np.ndarray) else os.fspath(image)
+    if not isinstance(image, np.ndarray):
+        image = video.read_image(image)
+    seen = _look(image, 0.0, landmarker, settings, ask_mirror=True)
+    if seen.verdict == filters.GOOD and seen.mirror_error > settings.mirror_error:
+        seen = seen._replace(verdict=filters.NOT_HUMAN)
+    if seen.verdict:
+        raise UserError(
+            f"{path} cannot be used: {seen.verdict}; choose a picture of one person, face in view"
+        )
+    picture = (image.shape[1], image.shape[0])
+    box = crop.crop_box(seen.face.box[None], picture, settings)
+    jpeg = crop.encode_jpeg(crop.extract(image, box, settings.size), settings.jpeg_quality)
+    naming = Naming.of(path)
+    return _clip(
+        f"{naming.name}-000000-000000", naming, path, [seen], [jpeg], box, picture, settings
+    )
+
+
+def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Observation:
+    height, width = image.shape[:2]
+    face, verdict = filters.judge(landmarker.detect(image), (width, height), settings)
+    error = None
+    if ask_mirror and face is not None:
+        error = filters.mirror_error(face, landmarker.detect(image[:, ::-1]), width)
+    return filters.Observation(time, face, verdict, False, error)
+
+
+def _observe(path, landmarker, settings, max_frames):
+    observations: list[filters.Observation] = []
+    thumbnail, picture, asked = None, (0, 0), 0
+    for index, frame in enumerate(video.read_frames(path, max_frames=max_frames)):
+        picture = (frame.image.shape[1], frame.image.shape[0])
+        ask = index >= asked
+        seen = _look(frame.image, frame.time, landmarker, settings, ask_mirror=ask)
+        if ask and seen.mirror_error is not None:
+            asked = index + settings.mirror_every
+        now = filters.thumbnail(frame.image)
+        if observations:
+            difference = float(np.abs(now - thumbnail).mean())
+            cut = filters.is_cut(observations[-1], seen.face, frame.time, difference, settings)
+            seen = seen._replace(cut=cut)
+        observations.append(seen)
+        thumbnail = now
+    return observations, picture
+
+
+def _clip(clip_id, naming, path, seen, frames, box, picture, settings) -> records.Clip:
+    landmarks = crop.to_crop(np.stack([one.face.landmarks for one in seen]), box)
+    times = np.array([one.time for one in seen], np.float32)
+    length = float(times[-1] - times[0])
+    return records.Clip(
+        clip_id=clip_id,
+        identity=naming.identity,
+        session=naming.session,
+        camera=naming.camera,
+        source=Path(path).name,
+        fps=(len(seen) - 1) / length if length > 0 else 25.0,
+        size=settings.size,
+        frames=frames,
+        landmarks=landmarks,
+        blendshapes=np.stack([one.face.blendshapes for one in seen]),
+        head_pose=head_pose.head_pose(landmarks, np.stack([one.face.transform for one in seen])),
+        face_boxes=np.concatenate([landmarks[..., :2].min(1), landmarks[..., :2].max(1)], axis=1),
+        mask_polygons=masks.polygons(landmarks),
+        timestamps=times,
+        crop_box=box.astype(np.float32),
+        original_size=np.array(picture, np.float32),
+        settings=dataclasses.asdict(settings),
+    )

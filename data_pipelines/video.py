@@ -1,0 +1,244 @@
+"""Video in and out: frames of any file FFmpeg reads, and H.264 that every browser plays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import cv2
+import numpy as np
+
+from data_pipelines import files
+from dexportrait_jax.errors import UserError
+
+
+class Frame(NamedTuple):
+    """One decoded frame: uint8 RGB (H, W, 3), upright, and its time in seconds from the first."""
+
+    image: np.ndarray
+    time: float
+
+
+class VideoInfo(NamedTuple):
+    """What the file says of itself; `frames` is 0 where it does not say."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+
+
+def probe(path: str | os.PathLike) -> VideoInfo:
+    """Reads the header of a video; width and height are of the upright picture.
+
+    Raises:
+        UserError: it is missing or not a video.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise UserError(f"{path} holds no video frames")
+        height, width = _upright(frame).shape[:2]
+        return VideoInfo(width, height, _rate(stream), stream.frames)
+
+
+def read_frames(path: str | os.PathLike, *, max_frames: int | None = None) -> Iterator[Frame]:
+    """Decodes a video from its start.
+
+    Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, and
+    times are those of the file, so a variable rate is told truthfully. A file that is damaged in
+    the middle ends there.
+
+    Raises:
+        UserError: it is missing, not a video, or not one frame can be decoded.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        rate = _rate(stream)
+        number, first, last = 0, None, -1.0
+        try:
+            for frame in container.decode(stream):
+                if max_frames is not None and number >= max_frames:
+                    return
+                time = frame.time if frame.time is not None else number / rate
+                first = time if first is None else first
+                time = time - first
+                if time <= last:  # some files repeat or drop time stamps
+                    time = last + 1 / rate
+                last = time
+                yield Frame(_upright(frame), time)
+                number += 1
+        except av.error.FFmpegError as error:
+            if number == 0:
+                raise UserError(
+                    f"{path} cannot be decoded ({error.strerror}); is it complete?"
+                ) from error
+        if number == 0:
+            raise UserError(f"{path} holds no video frames")
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """A picture file, or the first frame of a video, as uint8 RGB (H, W, 3); alpha lies on white.
+
+    Raises:
+        UserError: it is missing or neither a picture nor a video.
+    """
+    data = _read(path)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if picture is None:
+        try:
+            return next(read_frames(path, max_frames=1)).image
+        except UserError as error:
+            raise UserError(
+                f"{path} is neither a picture nor a video that can be read; give a JPEG, PNG or MP4"
+            ) from error
+    if data[:4] == b"\x89PNG":
+        raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
+            alpha = raw[..., 3:].astype(np.float32) / np.iinfo(raw.dtype).max
+            picture = np.round(picture * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+class VideoWriter:
+    """Writes an MP4 (H.264, yuv420p, index at the front) that is there whole or not at all.
+
+    It is written under a temporary name and renamed when the `with` block ends without error.
+
+    Args:
+        path: the file to make, ending in .mp4.
+        fps: frames per second.
+        metadata: container tags, such as `comment` and `title`.
+        quality: x264's constant rate factor, 0 (lossless) to 51.
+        overwrite: replace a file that is there.
+
+    Raises:
+        UserError: the file exists, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: float,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        quality: int = 18,
+        overwrite: bool = False,
+    ):
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise UserError(f"{path}: videos are written as MP4; give a name that ends in .mp4")
+        if self.path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another name or pass --overwrite")
+        self._rate = Fraction(fps).limit_denominator(60000)
+        self._metadata = dict(metadata or {})
+        self._quality = quality
+        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        self._container = None
+        self._stream = None
+        self._shape: tuple[int, ...] | None = None
+
+    def __enter__(self) -> VideoWriter:
+        with files.writing_to(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.touch()
+        return self
+
+    def write(self, image: np.ndarray) -> None:
+        """Adds one frame, uint8 RGB (H, W, 3); odd sides are padded by one pixel."""
+        with files.writing_to(self.path):
+            if self._container is None:
+                self._start(image.shape)
+            if image.shape != self._shape or image.dtype != np.uint8:
+                raise ValueError(f"frame {image.shape} {image.dtype}, expected {self._shape} uint8")
+            height, width = image.shape[:2]
+            image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p",
+                dst_colorspace="ITU709",
+                src_color_range="JPEG",
+                dst_color_range="MPEG",
+            )
+            self._container.mux(self._stream.encode(frame))
+
+    def _start(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        options = {"movflags": "+faststart"}
+        self._container = av.open(os.fspath(self._temporary), "w", format="mp4", options=options)
+        for key, value in self._metadata.items():
+            self._container.metadata[key] = value
+        stream = self._container.add_stream("libx264", rate=self._rate)
+        stream.height, stream.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(self._quality), "preset": "medium"}
+        context = stream.codec_context  # say which YUV it is, or players guess by the size
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = 1
+        self._stream = stream
+
+    def __exit__(self, kind, value, traceback) -> None:
+        try:
+            with files.writing_to(self.path):
+                if self._container is not None:
+                    if kind is None:
+                        self._container.mux(self._stream.encode())
+                    self._container.close()
+                if kind is None:
+                    if self._container is None:
+                        raise UserError(f"{self.path}: no frame was written to the video")
+                    self._temporary.replace(self.path)
+        except Exception:
+            if kind is None:  # an error of the block is the one to be told
+                raise
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _open(path: str | os.PathLike):
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a video")
+    try:
+        container = av.open(os.fspath(path), metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        what = "it is empty" if path.stat().st_size == 0 else getattr(error, "strerror", error)
+        raise UserError(f"{path} is not a video that can be read ({what})") from error
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path} has no picture in it, only sound or data")
+    return container
+
+
+def _rate(stream) -> float:
+    rate = stream.average_rate or stream.base_rate or stream.guessed_rate
+    return float(rate) if rate else 25.0
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    image = frame.to_ndarray(format="rgb24")
+    aspect = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else None
+    if aspect and aspect != 1:
+        width = max(1, round(image.shape[1] * float(aspect)))
+        image = cv2.resize(image, (width, image.shape[0]), interpolation=cv2.INTER_AREA)
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
