@@ -27,13 +27,15 @@ TYPED_KEYS = ("pitch", "yaw", "roll", "x", "y", "scale")
 
 @dataclass(frozen=True)
 class Drivers:
-    """Where pose and expression come from: a path, a typed pose (JSON text), or None = the source's
-    own.
+    """Where pose and expression come from: a path, a typed pose (JSON), or None = the source's own.
+
+    ``source_drives``: the source is a driver too, so all its frames must be cut by one box.
     """
 
     mode: str
     pose: str | None
     expression: str | None
+    source_drives: bool = False
 
     @property
     def pose_is_typed(self) -> bool:
@@ -56,13 +58,18 @@ def choose_drivers(
             "nothing drives the portrait: give --driving=VIDEO, or --pose=VIDEO|IMAGE|JSON and/or "
             "--expression=VIDEO|IMAGE"
         )
+    source_drives = any(
+        _same_file(driver, source)
+        for driver in (pose, expression)
+        if driver and not is_typed_pose(driver)
+    )
     if expression is None:
-        return Drivers("pose_only", pose, None)
+        return Drivers("pose_only", pose, None, source_drives)
     if pose is None:
-        return Drivers("expression_only", None, expression)
+        return Drivers("expression_only", None, expression, source_drives)
     if is_typed_pose(pose) or not _same_file(pose, expression):
-        return Drivers("disentangled", pose, expression)
-    return Drivers("self" if _same_file(pose, source) else "cross", pose, expression)
+        return Drivers("disentangled", pose, expression, source_drives)
+    return Drivers("self" if source_drives else "cross", pose, expression, source_drives)
 
 
 def _same_file(first: str, second: str) -> bool:

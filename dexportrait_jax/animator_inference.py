@@ -1,0 +1,246 @@
+"""The diffusion animator at work: source encoded once, clips denoised in windows, latents decoded
+in chunks.
+
+DDIM with the progressive hybrid guidance (method.md 7.1, 7.2), windows as in 7.4. The reference,
+the windows' warped features, the denoiser and the decoder are compiled once each; a clip's length
+changes none of their shapes, and what lies on the device does not grow with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dexportrait_jax.diffusion.guidance import GuidancePlan, guidance_plan
+from dexportrait_jax.diffusion.sampler import blurred_start, frame_noise, sample, sampling_timesteps
+from dexportrait_jax.diffusion.schedule import NoiseSchedule
+from dexportrait_jax.diffusion.windows import windowed
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
+from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
+from dexportrait_jax.models.animator.conditioning import Conditions
+from dexportrait_jax.models.animator.denoiser import Denoiser
+from dexportrait_jax.state import Network
+from dexportrait_jax.tasks.pictures import to_float, to_uint8
+
+WINDOW_CACHE_BYTES = 512 << 20  # warped features of windows that are kept between denoising steps
+
+
+class AnimatorModel(PortraitModel):
+    """An export of the image stage (every frame alone) or the video stage (windows of frames)."""
+
+    groups = (
+        "pose",
+        "expression",
+        "autoencoder",
+        "reference",
+        "denoiser",
+        "temporal",
+        "image_encoder",
+    )
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.schedule = NoiseSchedule(**self.config.diffusion)
+        self._source = jax.jit(self._encode_source)
+        self._decode = jax.jit(self._decode_batch)
+        self._denoisers: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def clip_length(self) -> int:
+        return self.config.data.frames if "temporal" in self.networks else 1
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Length of a window and the overlap of two."""
+        if "temporal" not in self.networks:
+            return BATCH, 0
+        length = self.config.data.frames
+        return length, min(self.config.sampling.overlap, length - 1)
+
+    # --- settings ---------------------------------------------------------------------
+
+    def plan(self, sampling: Sampling) -> GuidancePlan:
+        """The guidance of every step.
+
+        Where only the number of steps is given, S keeps its share of them (5 of 35). UserError
+        where 2 S is more than the steps.
+        """
+        settings = self._chosen(sampling)
+        if 2 * settings["hybrid_steps"] > settings["steps"]:
+            raise UserError(
+                f"--hybrid_steps={settings['hybrid_steps']} must be at most half of the "
+                f"{settings['steps']} denoising steps"
+            )
+        if settings["steps"] > self.schedule.steps:
+            raise UserError(f"--steps={settings['steps']}: at most {self.schedule.steps}")
+        return guidance_plan(
+            settings["steps"],
+            scale=settings["guidance"],
+            hold=settings["hybrid_steps"],
+            reading=self.config.sampling.reading,
+        )
+
+    def _chosen(self, sampling: Sampling) -> dict[str, Any]:
+        default = self.config.sampling
+        steps = default.steps if sampling.steps is None else sampling.steps
+        hold = sampling.hybrid_steps
+        if hold is None:
+            hold = round(default.hybrid_steps * steps / default.steps)
+        null = sampling.expression_null or default.expression_null
+        trained = self.config.model.denoiser.get("expression_null", "learned")
+        if null == "learned" and trained != "learned":
+            raise UserError(
+                f"--expression_null=learned: this model was trained with {trained!r} and has no "
+                "null tokens; use zero or source"
+            )
+        guidance = default.guidance if sampling.guidance is None else sampling.guidance
+        return {
+            "steps": steps,
+            "guidance": guidance,
+            "hybrid_steps": hold,
+            "expression_null": null,
+        }
+
+    def settings(self, sampling: Sampling) -> dict[str, Any]:
+        return {"seed": sampling.seed, **self._chosen(sampling)}
+
+    # --- compiled parts ---------------------------------------------------------------
+
+    def _encode_source(self, params, source, source_pose):
+        """Scaled latent of the source (the mean), the reference bank, and the context of attn2."""
+        autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
+        image = to_float(source)
+        latent = autoencoder.encode(image)[0].astype(jnp.float32) * autoencoder.scale
+        context = None
+        if "image_encoder" in self.networks:
+            encoder = self.networks["image_encoder"].bind(params["image_encoder"])
+            shape = (1, encoder.image_size, encoder.image_size, 3)
+            context = encoder(jax.image.resize(image, shape, "bilinear"))[:, None]
+        bank = self.networks["reference"].bind(params["reference"])(latent, context, source_pose)
+        return latent, bank, context
+
+    def _decode_batch(self, params, latents):
+        autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
+        return autoencoder.decode(latents / autoencoder.scale)
+
+    def _denoiser(self, null: str) -> tuple[Any, Any]:
+        """(conditions of a window with everything fixed computed, prediction), compiled."""
+        zero = null == "zero"
+        if zero not in self._denoisers:
+            network = self._denoiser_network(zero)
+            length, _ = self.window
+            temporal = self.networks.get("temporal")
+            frames = length if temporal else 1
+
+            def cache(params, conditions):
+                return network.bind(params["denoiser"]).cache(conditions)
+
+            def predict(params, latents, timesteps, conditions):
+                modules = temporal.bind(params["temporal"]) if temporal else None
+                return network.bind(params["denoiser"])(
+                    latents, timesteps, conditions, temporal=modules, frames=frames
+                )
+
+            self._denoisers[zero] = jax.jit(cache), jax.jit(predict)
+        return self._denoisers[zero]
+
+    def _denoiser_network(self, zero: bool) -> Network:
+        if not zero:
+            return self.networks["denoiser"]
+        # The same weights read by a denoiser whose null tokens are zero; it leaves the learned ones
+        # aside.
+        model = self.config.model
+        arguments = {**model.unet, **model.attn2, **model.denoiser, "expression_null": "zero"}
+        arguments["in_channels"] = model.autoencoder.latent_channels
+        arguments["dtype"] = jnp.dtype(self.config.dtype)
+        return Network(lambda rngs: Denoiser(**arguments, rngs=rngs))
+
+    # --- a clip -----------------------------------------------------------------------
+
+    def animate(self, source, drive, sampling, report=lambda part, note: None):
+        settings, plan = self._chosen(sampling), self.plan(sampling)
+        latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
+        windows = _Windows(self, drive, bank, context, settings["expression_null"])
+        length, overlap = self.window
+        latents = self._start(np.asarray(latent)[0], len(drive), plan, sampling.seed)
+        share = 0.95  # of the work; the rest is decoding
+        latents = sample(
+            windowed(windows.predict, len(drive), length=length, overlap=overlap),
+            self.schedule,
+            plan,
+            latents,
+            spacing=self.config.sampling.spacing,
+            offset=self.config.sampling.offset,
+            eta=self.config.sampling.eta,
+            noise=lambda step: frame_noise(
+                sampling.seed, len(drive), latents.shape[1:], step=step + 1
+            ),
+            progress=lambda done, total: report(share * done / total, f"step {done} of {total}"),
+        )
+        for first in range(0, len(latents), BATCH):
+            chunk = latents[first : first + BATCH]
+            images = self._decode(self.params, padded(chunk, BATCH))
+            done = (first + len(chunk)) / len(latents)
+            yield to_uint8(images[: len(chunk)])
+            report(share + (1 - share) * done, "")
+
+    def _start(
+        self, source: Float[np.ndarray, "h w c"], frames: int, plan: GuidancePlan, seed: int
+    ) -> Float[np.ndarray, "frames h w c"]:
+        """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1)."""
+        noise = frame_noise(seed, frames, source.shape)
+        if self.config.sampling.start == "noise":
+            return noise
+        options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}
+        first = sampling_timesteps(self.schedule, len(plan.steps), **options)[0]
+        return blurred_start(self.schedule, source, noise, int(first))
+
+
+class _Windows:
+    """Predictions for windows of one clip; the parts that no step changes are kept while they fit."""
+
+    def __init__(
+        self, model: AnimatorModel, drive: Drive, bank: dict[str, Array], context, null: str
+    ):
+        self.model, self.drive, self.bank, self.context = model, drive, bank, context
+        self.cache, self.denoise = model._denoiser(null)
+        self.reading = NullReading(expression="source" if null == "source" else "null")
+        self._kept: dict[bytes, Conditions] = {}
+        self._bytes = 0
+
+    def predict(self, latents, timesteps, branch, frames) -> Array:
+        """The prediction of one branch for the frames of one window."""
+        length = len(frames)
+        source_expression = np.repeat(self.drive.source_expression[None], length, 0)
+        conditions = branch_conditions(
+            self._conditions(frames), branch, self.reading, source_expression
+        )
+        return self.denoise(self.model.params, latents, timesteps, conditions)
+
+    def _conditions(self, frames: np.ndarray) -> Conditions:
+        key = frames.tobytes()
+        if key not in self._kept:
+            context = None
+            if self.context is not None:
+                context = jnp.repeat(self.context, len(frames), 0)
+            conditions = self.cache(
+                self.model.params,
+                Conditions(
+                    reference=self.bank,
+                    source_pose=self.drive.source_pose[None],
+                    driving_pose=self.drive.poses[frames],
+                    expression=self.drive.expressions[frames],
+                    context=context,
+                ),
+            )
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(conditions))
+            if self._bytes + size > WINDOW_CACHE_BYTES:
+                return conditions
+            self._bytes += size
+            self._kept[key] = conditions
+        return self._kept[key]

@@ -1,0 +1,382 @@
+"""Job `evaluate`: figures and pictures of an exported model on held-out clips (method.md 8.1).
+
+self          the first frame drives to the others of its own clip; there is a ground truth: PSNR,
+SSIM, LPIPS, each beside those of repeating the source frame cross         pose and expression of
+another person: APD and AED of result and driver disentangled  pose of A, expression of B, face of
+C: APD to A and AED to B should be small, to the other one (the leak) large; then expression alone
+and pose alone, where the part that is not driven must stay
+
+APD is the mean absolute difference of pitch, yaw and roll in degrees, AED that of the blendshapes
+that move. Both depend on the estimator: compare them within one table only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from data_pipelines.dataset import ClipDataset
+from data_pipelines.files import replace_directory, writing_to
+from data_pipelines.records import Clip
+from dexportrait_jax import provenance
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import metrics
+from dexportrait_jax.evaluation.estimators import (
+    Estimate,
+    FaceEstimator,
+    expression_distance,
+    open_estimator,
+    pose_distance,
+)
+from dexportrait_jax.evaluation.report import sample_grid, write_png
+from dexportrait_jax.face_clips import encode_clip, model_inputs
+from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, load_model, padded
+from dexportrait_jax.metrics import Progress
+
+PROTOCOLS = ("self", "cross", "disentangled")
+RESULT = "metrics.json"
+SHOWN_ROWS, SHOWN_FRAMES = 6, 4
+Picture = UInt8[np.ndarray, "h w 3"]
+Frames = UInt8[np.ndarray, "frames h w 3"]
+
+
+@dataclass
+class Findings:
+    """What a protocol brings: figures over all frames, figures of each item, and rows of pictures."""
+
+    values: dict[str, float | None]
+    items: list[dict[str, Any]]
+    rows: list[list[Picture]] = field(default_factory=list)
+
+
+def run_evaluate(
+    weights: str,
+    data: str,
+    protocol: str,
+    out: str,
+    split: str = "validation",
+    max_frames: int = 16,
+    seed: int = 0,
+    steps: int | None = None,
+    overwrite: bool = False,
+    estimator: FaceEstimator | None = None,
+) -> dict[str, Any]:
+    """The job `evaluate`: writes ``out``/metrics.json and samples.png and returns what the JSON
+    holds.
+
+    ``max_frames``: frames made of each clip. ``estimator``: reads pose and expression off pictures,
+    by default MediaPipe. UserError for what the user can put right; an ``out`` that was there stays
+    as it was then.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"--protocol={protocol}: there are {', '.join(PROTOCOLS)}")
+    if max_frames < 1:
+        raise UserError(f"--max_frames={max_frames}: at least 1")
+    target = Path(out)
+    _check_replaceable(target, overwrite)
+    clips = ClipDataset(data, split)
+    model = load_model(weights)
+    runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames)
+    model.settings(runner.sampling)  # wrong settings are found before the first clip
+    start = time.monotonic()
+    if protocol == "self":
+        found = evaluate_self(runner, clips)
+    else:
+        with open_estimator(estimator) as estimate:
+            function = evaluate_cross if protocol == "cross" else evaluate_disentangled
+            found = function(runner, clips, estimate)
+    result = {
+        "protocol": protocol,
+        "split": split,
+        "stage": model.stage,
+        "weights_sha256": provenance.weights_digest(model.description),
+        "sampling": model.settings(runner.sampling),
+        "frames": runner.frames,
+        "seconds": round(time.monotonic() - start, 1),
+        **found.values,
+        "items": found.items,
+    }
+    _write(target, result, found.rows)
+    shown = ", ".join(
+        f"{name} {value:.4g}" for name, value in found.values.items() if value is not None
+    )
+    print(f"{protocol}, {len(found.items)} items, {runner.frames} frames: {shown}")
+    print(f"wrote {target / RESULT} and {target / 'samples.png'}")
+    return result
+
+
+# --- running the model ----------------------------------------------------------------
+
+
+class Runner:
+    """One model with its settings: from clips and frame numbers to pictures."""
+
+    def __init__(self, model: PortraitModel, sampling: Sampling, max_frames: int):
+        self.model, self.sampling, self.max_frames = model, sampling, max_frames
+        self.frames = 0  # made so far
+
+    def parts(self, frames: int) -> list[Int[np.ndarray, " n"]]:
+        """Which frames of a clip of ``frames`` to make, in groups that the model makes together.
+
+        A model of single frames gets evenly spaced ones; a model of clips gets runs of consecutive
+        frames (at the stride it was trained with), evenly spaced over the clip. Frame 0 is the
+        source's.
+        """
+        length = self.model.clip_length
+        last = frames - 1
+        if length == 1:
+            count = min(self.max_frames, last)
+            return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
+        stride = max(1, min(self.model.config.data.frame_stride, (last - 1) // length))
+        length = min(length, last, self.max_frames)
+        reach = (length - 1) * stride
+        runs = max(1, min(self.max_frames // length, last // (reach + 1)))
+        starts = np.unique(np.round(np.linspace(1, last - reach, runs)).astype(int))
+        return [start + stride * np.arange(length) for start in starts]
+
+    def pictures(self, clip: Clip, indices: Sequence[int]) -> Frames:
+        """Frames of a clip at the model's size."""
+        return model_inputs(self.model, clip, np.asarray(indices))["image"]
+
+    def make(
+        self,
+        source: Clip,
+        pose: tuple[Clip, np.ndarray] | None,
+        expression: tuple[Clip, np.ndarray] | None,
+    ) -> Frames:
+        """The first frame of ``source`` with pose and expression of the drivers' frames; None = its
+        own.
+        """
+        own_pose, own_expression = encode_clip(self.model, source, np.array([0]))
+        count = len((pose or expression)[1])
+        poses, expressions = np.repeat(own_pose, count, 0), np.repeat(own_expression, count, 0)
+        if pose:
+            poses = encode_clip(self.model, *pose)[0]
+        if expression:
+            expressions = encode_clip(self.model, *expression)[1]
+        drive = Drive(own_pose[0], own_expression[0], poses, expressions)
+        self.frames += count
+        first = self.pictures(source, [0])[0]
+        return np.concatenate(list(self.model.animate(first, drive, self.sampling)))
+
+
+# --- protocols ------------------------------------------------------------------------
+
+
+def evaluate_self(runner: Runner, clips: ClipDataset) -> Findings:
+    """PSNR, SSIM and LPIPS of held-out frames, and of the source frame in their place."""
+    distance = metrics.LearnedDistance("alexnet")
+    measures: dict[str, Callable] = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": distance}
+    collected: dict[str, list[np.ndarray]] = {}
+    items, rows = [], []
+    progress = Progress("evaluate self", len(clips), unit="clip")
+    for number in range(len(clips)):
+        clip = clips[number]
+        if len(clip) < 2:
+            continue
+        source = runner.pictures(clip, [0])
+        own: dict[str, list[np.ndarray]] = {}
+        shown: list[tuple[Picture, ...]] = []
+        for indices in runner.parts(len(clip)):
+            truth = runner.pictures(clip, indices)
+            made = runner.make(clip, (clip, indices), (clip, indices))
+            copy = np.repeat(source, len(indices), 0)
+            for name, measure in measures.items():
+                own.setdefault(name, []).append(_in_batches(measure, made, truth))
+                own.setdefault(f"{name}_copy", []).append(_in_batches(measure, copy, truth))
+            shown += zip(truth, made, strict=True)
+        joined = {name: np.concatenate(parts) for name, parts in own.items()}
+        for name, values in joined.items():
+            collected.setdefault(name, []).append(values)
+        items.append({"clip": clip.clip_id, **{name: _mean(part) for name, part in joined.items()}})
+        rows.append(_row(source[0], shown))
+        progress.update(number + 1)
+    if not items:
+        raise UserError(f"no clip of {clips.directory} ({clips.split}) has two frames to compare")
+    values = {name: _mean(np.concatenate(parts)) for name, parts in collected.items()}
+    return Findings(values, items, rows)
+
+
+def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
+    """APD and AED to the driver, who is another person, beside those of repeating the source."""
+    people = _one_clip_each(clips, 2, "cross")
+    items, rows = [], []
+    progress = Progress("evaluate cross", len(people), unit="item")
+    for number, source in enumerate(people):
+        driver = people[(number + 1) % len(people)]
+        own = _Distances(estimate, runner.pictures(source, [0])[0])
+        for indices in runner.parts(len(driver)):
+            made = runner.make(source, (driver, indices), (driver, indices))
+            truth = runner.pictures(driver, indices)
+            own.compare(made, pose={"apd": truth}, expression={"aed": truth})
+            own.copy({"apd_copy": truth}, {"aed_copy": truth})
+            own.shown += zip(truth, made, strict=True)
+        items.append({"source": source.clip_id, "driver": driver.clip_id, **own.means()})
+        rows.append(_row(own.source, own.shown))
+        progress.update(number + 1)
+    return Findings(_means(items), items, rows)
+
+
+def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
+    """Pose of A, expression of B, face of C; and each part driven alone (method.md 8.1,
+    diagnostics).
+
+    apd, aed: to the driver of that part. apd_leak, aed_leak: to the other driver, should stay as
+    large as apd_between, aed_between, the drivers' own distance. apd_expression_only,
+    aed_pose_only: change of the part that was not driven, should be near 0.
+    """
+    people = _one_clip_each(clips, 3, "disentangled")
+    items, rows = [], []
+    progress = Progress("evaluate disentangled", len(people), unit="item")
+    for number, source in enumerate(people):
+        a, b = people[(number + 1) % len(people)], people[(number + 2) % len(people)]
+        own = _Distances(estimate, runner.pictures(source, [0])[0])
+        for indices in runner.parts(min(len(a), len(b))):
+            of_a, of_b = runner.pictures(a, indices), runner.pictures(b, indices)
+            made = runner.make(source, (a, indices), (b, indices))
+            own.compare(
+                made,
+                pose={"apd": of_a, "apd_leak": of_b},
+                expression={"aed": of_b, "aed_leak": of_a},
+            )
+            own.compare(of_a, {"apd_between": of_b}, {"aed_between": of_b}, made_here=False)
+            own.copy({"apd_copy": of_a}, {"aed_copy": of_b})
+            still = np.repeat(own.source[None], len(indices), 0)
+            expression_only = runner.make(source, None, (b, indices))
+            own.compare(expression_only, pose={"apd_expression_only": still}, expression={})
+            pose_only = runner.make(source, (a, indices), None)
+            own.compare(pose_only, pose={}, expression={"aed_pose_only": still})
+            own.shown += zip(of_a, of_b, made, strict=True)
+        names = {"source": source.clip_id, "pose": a.clip_id, "expression": b.clip_id}
+        items.append({**names, **own.means()})
+        rows.append(_row(own.source, own.shown))
+        progress.update(number + 1)
+    return Findings(_means(items), items, rows)
+
+
+class _Distances:
+    """APD and AED of one item, frame by frame; pictures without a face count as not detected."""
+
+    def __init__(self, estimate: FaceEstimator, source: Picture):
+        self.estimate, self.source = estimate, source
+        self.shown: list[tuple[Picture, ...]] = []
+        self._values: dict[str, list[float]] = {}
+        self._known: dict[bytes, Estimate | None] = {}
+        self._made = self._found = 0
+
+    def compare(
+        self,
+        made: Frames,
+        pose: dict[str, Frames],
+        expression: dict[str, Frames],
+        *,
+        made_here: bool = True,
+    ) -> None:
+        """Adds the distances of ``made`` to each of the named truths."""
+        for number, picture in enumerate(made):
+            result = self._read(picture)
+            self._made += made_here
+            self._found += made_here and result is not None
+            for truths, distance in ((pose, pose_distance), (expression, expression_distance)):
+                for name, truth in truths.items():
+                    wanted = self._read(truth[number])
+                    values = self._values.setdefault(name, [])
+                    if result is not None and wanted is not None:
+                        values.append(distance(result, wanted))
+
+    def copy(self, pose: dict[str, Frames], expression: dict[str, Frames]) -> None:
+        """Adds the distances of the source frame to each of the named truths."""
+        count = len(next(iter((*pose.values(), *expression.values()))))
+        self.compare(np.repeat(self.source[None], count, 0), pose, expression, made_here=False)
+
+    def means(self) -> dict[str, float | None]:
+        """The mean of each distance (None: no face was found), and the share of pictures with a
+        face.
+        """
+        means = {name: _mean(np.array(values)) for name, values in self._values.items()}
+        return {**means, "faces_found": self._found / max(1, self._made)}
+
+    def _read(self, picture: Picture) -> Estimate | None:
+        key = picture.tobytes()
+        if key not in self._known:
+            self._known[key] = self.estimate(picture)
+        return self._known[key]
+
+
+def _one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
+    """The first clip with two frames of each person."""
+    chosen: dict[str, int] = {}
+    for number, identity in enumerate(clips.index["identity"]):
+        if clips.frames[number] > 1:
+            chosen.setdefault(identity, number)
+    if len(chosen) < least:
+        raise UserError(
+            f"--protocol={protocol} needs {least} people; split '{clips.split}' of {clips.directory} has "
+            f"{len(chosen)}: prepare more videos, or hold out the end of every clip with --holdout=time"
+        )
+    return [clips[number] for number in chosen.values()]
+
+
+def _in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:
+    """A measure of every frame, computed on batches of one size so that it is compiled once."""
+    values = []
+    for first in range(0, len(made), BATCH):
+        part = slice(first, first + BATCH)
+        pair = padded(made[part], BATCH), padded(truth[part], BATCH)
+        values.append(np.asarray(measure(*pair, data_range=255))[: len(made[part])])
+    return np.concatenate(values)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _means(items: list[dict[str, Any]]) -> dict[str, float | None]:
+    names = [name for name, value in items[0].items() if not isinstance(value, str)]
+    kept = {name: [item[name] for item in items if item[name] is not None] for name in names}
+    return {name: _mean(np.array(values)) for name, values in kept.items()}
+
+
+def _row(source: Picture, shown: list[tuple[Picture, ...]]) -> list[Picture]:
+    """The source, then drivers and result of a few frames, evenly spaced."""
+    chosen = np.unique(np.linspace(0, len(shown) - 1, SHOWN_FRAMES).round().astype(int))
+    return [source] + [picture for number in chosen for picture in shown[number]]
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out={out} is there and is not a directory; give another")
+    if out.exists() and any(out.iterdir()):
+        if not (out / RESULT).is_file():
+            raise UserError(
+                f"--out={out} holds something that is no evaluation; give a new directory"
+            )
+        if not overwrite:
+            raise UserError(
+                f"--out={out} holds an evaluation already; add --overwrite to replace it"
+            )
+
+
+def _write(out: Path, result: dict[str, Any], rows: list[list[Picture]]) -> None:
+    with writing_to(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+            write_png(temporary / "samples.png", sample_grid(rows[:SHOWN_ROWS]))
+            temporary.chmod(0o755)
+            replace_directory(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""Portraits and drivers from files, cropped, labelled and encoded exactly as the training data
+were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from data_pipelines import video
+from data_pipelines.augment import inference_inputs
+from data_pipelines.prepare.clips import clip_from_image, clip_from_video
+from data_pipelines.prepare.crop import Settings
+from data_pipelines.prepare.detect import Landmarker
+from data_pipelines.records import Clip
+from dexportrait_jax import assets
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import BATCH, PortraitModel
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+READ_FACTOR = (
+    3  # frames read for each frame to make: a driver may run at a higher rate than the result
+)
+SMALLEST = (
+    256  # pictures are enlarged to this side before a face is looked for: small ones are missed
+)
+
+
+class Faces:
+    """Pictures and videos as clips in the training data's crop; each file is read once.
+
+    ``model`` gives the crop's constants: those in its export, and frames of its own size.
+    """
+
+    def __init__(self, model: PortraitModel):
+        stored = model.description.get("crop") or {}
+        known = {field.name for field in dataclasses.fields(Settings)}
+        given = {name: value for name, value in stored.items() if name in known}
+        self.settings = Settings(**{"size": model.image_size, **given})
+        self._stack = contextlib.ExitStack()
+        self._landmarker: Landmarker | None = None
+        self._clips: dict[tuple[str, int | None], Clip] = {}
+
+    def __enter__(self) -> Faces:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    @property
+    def landmarker(self) -> Landmarker:
+        """The face landmarker, started when it is first needed."""
+        if self._landmarker is None:
+            path = assets.fetch("face_landmarker", say=lambda text: None)
+            self._landmarker = self._stack.enter_context(Landmarker(path))
+        return self._landmarker
+
+    def driver(self, path: str, max_frames: int | None = None) -> tuple[Clip, float | None]:
+        """The clip of a driver and its rate; None as the rate of a still picture.
+
+        ``max_frames``: how many frames of the result it has to drive, None for all it has.
+        """
+        if is_image(path):
+            return self._picture(path), None
+        clip = self._video(path, max_frames)
+        if len(clip) < 2:
+            raise UserError(
+                f"{path} has only one usable frame, which moves nothing; give a longer video, or save "
+                "the frame as a picture for --pose or --expression"
+            )
+        return clip, clip.fps
+
+    def portrait(
+        self, path: str, max_frames: int | None = None, *, as_video: bool = False
+    ) -> tuple[Clip, UInt8[np.ndarray, "h w 3"]]:
+        """The source as a clip of one frame, and the full picture it was cut from.
+
+        Of a video the first frame is taken. ``as_video``: the first frame of its clip, cut by the
+        box of the whole clip, as it is when it drives itself.
+        """
+        clip = self._video(path, max_frames).part(0, 1) if as_video else self._picture(path)
+        return clip, video.read_image(path)
+
+    def landmarks(self, image: UInt8[np.ndarray, "n n 3"]) -> Float[np.ndarray, "478 3"] | None:
+        """Face points of a generated picture in its own coordinates [-1, 1]; None without a face."""
+        enlarged = enlarge(image)
+        found = self.landmarker.detect(enlarged)
+        return found[0].landmarks * (2 / enlarged.shape[0]) - (1, 1, 0) if found else None
+
+    def _picture(self, path: str) -> Clip:
+        key = (path, 0)
+        if key not in self._clips:
+            self._clips[key] = clip_from_image(path, self.landmarker, self.settings)
+        return self._clips[key]
+
+    def _video(self, path: str, max_frames: int | None) -> Clip:
+        limit = None if max_frames is None else READ_FACTOR * max_frames + 1
+        key = (path, limit)
+        if key not in self._clips:
+            self._clips[key] = clip_from_video(
+                path, self.landmarker, self.settings, max_frames=limit
+            )
+        return self._clips[key]
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file is taken for a still picture: by its name, as every other tool does."""
+    return Path(path).suffix.lower() in IMAGES
+
+
+def enlarge(image: UInt8[np.ndarray, "n n 3"]) -> UInt8[np.ndarray, "m m 3"]:
+    """A square picture at SMALLEST pixels or more."""
+    if image.shape[0] >= SMALLEST:
+        return image
+    return cv2.resize(image, (SMALLEST, SMALLEST), interpolation=cv2.INTER_CUBIC)
+
+
+def encode_clip(
+    model: PortraitModel, clip: Clip, indices: Int[np.ndarray, " n"] | None = None
+) -> tuple[Float[np.ndarray, "n 3 4"], Float[np.ndarray, "n latent"]]:
+    """Pose and expression of frames of a clip (all), with one batch of pictures in memory."""
+    poses, expressions = [], []
+    indices = np.arange(len(clip)) if indices is None else indices
+    for first in range(0, len(indices), BATCH):
+        images = model_inputs(model, clip, indices[first : first + BATCH])
+        pose, expression = model.encode(images["pose_image"], images["expression_image"])
+        poses.append(pose)
+        expressions.append(expression)
+    return np.concatenate(poses), np.concatenate(expressions)
+
+
+def model_inputs(model: PortraitModel, clip: Clip, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Frames of a clip as the model's encoders want them: same masking and crop as in training."""
+    return inference_inputs(
+        clip, indices, model.image_size, model.pose_size, model.expression_size, model.augment
+    )

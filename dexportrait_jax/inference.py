@@ -1,0 +1,202 @@
+"""An exported model made ready to animate: its encoders, and the base that both kinds of generator
+share.
+
+`load_model(directory)` returns a `PortraitModel`; which kind is decided by the stage of the export.
+Everything compiled runs on batches of a fixed size, so no clip compiles anything that another clip
+has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import Network
+from dexportrait_jax.tasks.pictures import to_float, to_uint8
+from dexportrait_jax.weights.importing import load_groups, read_description
+
+BATCH = 8  # frames that go through a network together
+STAGES = ("motion", "animator_image", "animator_video")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; what is None is taken from the model's config. The motion trainer uses none of
+    it.
+    """
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    hybrid_steps: int | None = None
+    expression_null: str | None = None
+
+
+@dataclass(frozen=True)
+class Drive:
+    """The source's own pose and expression, and those of every frame to make."""
+
+    source_pose: Float[np.ndarray, "3 4"]
+    source_expression: Float[np.ndarray, " latent"]
+    poses: Float[np.ndarray, "frames 3 4"]
+    expressions: Float[np.ndarray, "frames latent"]
+
+    def __len__(self) -> int:
+        return len(self.poses)
+
+
+class PortraitModel:
+    """Encoders of pose and expression, and a way from a source and a Drive to pictures."""
+
+    groups: tuple[str, ...] = ("pose", "expression")
+
+    def __init__(
+        self,
+        description: dict[str, Any],
+        config: ml_collections.ConfigDict,
+        networks: dict[str, Network],
+        params: dict[str, Any],
+    ):
+        self.description, self.config, self.networks = description, config, networks
+        self.params = jax.tree.map(jnp.asarray, params)
+        data = config.data
+        self.image_size, self.pose_size = data.image_size, data.pose_size
+        self.expression_size = data.expression_size
+        self.augment = data.augment.to_dict()
+        self._encode = jax.jit(self._encode_batch)
+
+    @property
+    def stage(self) -> str:
+        return self.description["stage"]
+
+    @property
+    def clip_length(self) -> int:
+        """Consecutive frames that the model makes together; 1 where each frame stands alone."""
+        return 1
+
+    def settings(self, sampling: Sampling) -> dict[str, Any]:
+        """What decides the result beside the weights, for the provenance; "steps" among it."""
+        return {"steps": None, "seed": sampling.seed}
+
+    def encode(
+        self,
+        pose_images: UInt8[np.ndarray, "n hp hp 3"],
+        expression_images: UInt8[np.ndarray, "n he he 3"],
+    ) -> tuple[Float[np.ndarray, "n 3 4"], Float[np.ndarray, "n latent"]]:
+        """Pose and expression of every picture by the model's own frozen encoders."""
+        poses, expressions = [], []
+        for first in range(0, len(pose_images), BATCH):
+            part = slice(first, first + BATCH)
+            count = len(pose_images[part])
+            pose, expression = self._encode(
+                self.params,
+                padded(pose_images[part], BATCH),
+                padded(expression_images[part], BATCH),
+            )
+            poses.append(np.asarray(pose, np.float32)[:count])
+            expressions.append(np.asarray(expression, np.float32)[:count])
+        return np.concatenate(poses), np.concatenate(expressions)
+
+    def _encode_batch(self, params, pose_images, expression_images):
+        poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        expression = self.networks["expression"].bind(params["expression"])
+        return poses, expression(to_float(expression_images))
+
+    def animate(
+        self,
+        source: UInt8[np.ndarray, "h w 3"],
+        drive: Drive,
+        sampling: Sampling,
+        report: Callable[[float, str], None] = lambda part, note: None,
+    ) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
+        """The frames of ``drive`` in order, in groups of any size.
+
+        ``report(part, note)`` is told how much of the work is done, from 0 to 1.
+        """
+        raise NotImplementedError
+
+
+class MotionModel(PortraitModel):
+    """The motion trainer's own pictures: one pass a frame (method.md 3.1)."""
+
+    groups = ("appearance", "pose", "expression", "generator")
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._reenact = jax.jit(self._reenact_batch)
+
+    def _reenact_batch(self, params, source, source_pose, poses, expressions):
+        from dexportrait_jax.tasks.motion import reenact
+
+        return reenact(
+            self.networks,
+            params,
+            to_float(source),
+            source_pose,
+            poses,
+            expressions,
+            self.config.model.warp_padding,
+        )
+
+    def animate(self, source, drive, sampling, report=lambda part, note: None):
+        for first in range(0, len(drive), BATCH):
+            part = slice(first, first + BATCH)
+            count = len(drive.poses[part])
+            images = self._reenact(
+                self.params,
+                source[None],
+                drive.source_pose[None],
+                padded(drive.poses[part], BATCH),
+                padded(drive.expressions[part], BATCH),
+            )
+            report((first + count) / len(drive), "")
+            yield to_uint8(images[:count])
+
+
+def padded(array: np.ndarray, size: int) -> np.ndarray:
+    """``array`` with its last row repeated until it has ``size`` rows."""
+    lacking = size - len(array)
+    return array if lacking == 0 else np.concatenate([array, np.repeat(array[-1:], lacking, 0)])
+
+
+def load_model(weights: str | Path) -> PortraitModel:
+    """The model in an export directory.
+
+    UserError when it is no export, one of a stage that makes no pictures of people, or damaged.
+    """
+    directory = Path(weights)
+    if not directory.is_dir():
+        raise UserError(
+            f"--weights={weights}: no such directory; "
+            "make an export with `dexportrait export --workdir=RUN --out=DIR`"
+        )
+    description = read_description(directory)
+    stage = description.get("stage")
+    if stage not in STAGES:
+        raise UserError(
+            f"--weights={weights} is an export of stage {stage!r}, which cannot animate; "
+            f"give an export of {', '.join(STAGES)}"
+        )
+    config = ml_collections.ConfigDict(description["config"])
+    if stage == "motion":
+        from dexportrait_jax.tasks import motion
+
+        kind, networks = MotionModel, motion.build_networks(config)
+    else:
+        from dexportrait_jax.animator_inference import AnimatorModel
+        from dexportrait_jax.tasks import animator
+
+        kind, networks = AnimatorModel, animator.build_networks(config)
+    networks = {name: networks[name] for name in kind.groups if name in networks}
+    abstract = {name: network.abstract for name, network in networks.items()}
+    description, params = load_groups(directory, abstract, stage=stage)
+    return kind(description, config, networks, params)

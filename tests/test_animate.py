@@ -1,0 +1,258 @@
+"""animate.py: every mode from flags to a playing, labelled video; and everything that must be
+refused.
+"""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data_pipelines import video
+from data_pipelines.augment import default_augment
+from dexportrait_jax import animate, pose_transfer, provenance
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import PortraitModel
+from tests import fixtures
+
+PEOPLE = {"a": 0, "b": 1, "c": 2}
+FRAMES = 6
+
+
+class StubModel:
+    """Encoders that know the drawn clips' codes; pictures that show which code they were made from."""
+
+    stage = "motion"
+    clip_length = 1
+    image_size = pose_size = expression_size = 64
+    augment = default_augment()
+    description = {"stage": "motion", "step": 7, "groups": {"generator": {"sha256": "ab"}}}
+
+    def __init__(self):
+        self.drives = []
+
+    settings = PortraitModel.settings
+
+    def encode(self, pose_images, expression_images):
+        """The mean colour tells the frames apart well enough."""
+        poses = [
+            pose_transfer.join_pose(
+                pose_transfer.euler_rotation(0, float(image.mean()) / 4, 0),
+                np.zeros(3),
+                np.array(1.0),
+            )
+            for image in pose_images
+        ]
+        return np.stack(poses), expression_images.mean((1, 2)).astype(np.float32)
+
+    def animate(self, source, drive, sampling, report=lambda part, note: None):
+        self.drives.append(drive)
+        random = np.random.default_rng(sampling.seed)
+        for first in range(0, len(drive), 4):
+            count = len(drive.poses[first : first + 4])
+            noise = random.integers(0, 30, (count, *source.shape))
+            yield np.clip(source + noise - 15, 0, 255).astype(np.uint8)
+            report((first + count) / len(drive), "")
+
+
+class DrawnFaces(animate.Faces):
+    """Clips of drawn people in place of detected ones: the drawing's file name says who."""
+
+    def _picture(self, path):
+        return fixtures.make_clip(PEOPLE[Path(path).stem], 1)
+
+    def _video(self, path, max_frames):
+        key = (path, max_frames)
+        if key not in self._clips:
+            self._clips[key] = fixtures.make_clip(PEOPLE[Path(path).stem], FRAMES)
+        return self._clips[key]
+
+    def landmarks(self, image):
+        return None
+
+
+@pytest.fixture
+def model(monkeypatch):
+    made = StubModel()
+    monkeypatch.setattr(animate, "load_model", lambda weights: made)
+    monkeypatch.setattr(animate, "Faces", DrawnFaces)
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Videos and pictures of the drawn people."""
+    folder = tmp_path_factory.mktemp("people")
+    for name in PEOPLE:
+        with video.VideoWriter(folder / f"{name}.mp4", 25) as writer:
+            for _ in range(3):
+                writer.write(np.full((64, 64, 3), 128, np.uint8))
+        (folder / f"{name}.png").write_bytes(b"")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    from dexportrait_jax.evaluation.report import write_png
+
+    for name in PEOPLE:
+        write_png(folder / f"{name}.png", picture)
+    return folder
+
+
+def run(files, tmp_path, **flags):
+    flags = {
+        name: str(files / v) if str(v)[1:] in (".mp4", ".png") else v for name, v in flags.items()
+    }
+    out = tmp_path / "result.mp4"
+    animate.run_animate("weights", out=str(out), **flags)
+    return out
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("self", {"source": "a.mp4", "driving": "a.mp4"}),
+        ("cross", {"source": "a.png", "driving": "b.mp4"}),
+        ("disentangled", {"source": "a.png", "pose": "b.mp4", "expression": "c.mp4"}),
+        ("expression_only", {"source": "a.png", "expression": "c.mp4"}),
+        ("pose_only", {"source": "a.png", "pose": "b.mp4"}),
+    ],
+)
+def test_modes(mode, flags, model, files, tmp_path):
+    beside = tmp_path / "beside.mp4"
+    out = run(files, tmp_path, side_by_side=str(beside), **flags)
+    found = provenance.read(out)
+    assert (found["mode"], found["frames"], found["steps"]) == (mode, FRAMES, None)
+    assert provenance.read(beside) == found == json.loads(provenance.sidecar_path(out).read_text())
+    assert decoded(out).shape == (FRAMES, 64, 64, 3)
+    panels = {"self": 3, "cross": 3, "disentangled": 4, "expression_only": 3, "pose_only": 3}[mode]
+    assert decoded(beside).shape == (FRAMES, 256, panels * 256, 3)
+
+    (drive,) = model.drives
+    drawn = {
+        name: animate.encode_clip(model, fixtures.make_clip(PEOPLE[name], FRAMES))
+        for name in PEOPLE
+    }
+    pose_of = {"self": "a", "cross": "b", "disentangled": "b", "pose_only": "b"}.get(mode)
+    expression_of = {"self": "a", "cross": "b", "disentangled": "c", "expression_only": "c"}.get(
+        mode
+    )
+    own_pose, own_expression = drawn["a"][0][:1], drawn["a"][1][:1]
+    wanted = drawn[pose_of][0] if pose_of else np.repeat(own_pose, FRAMES, 0)
+    np.testing.assert_allclose(drive.poses, wanted, atol=1e-5)
+    wanted = drawn[expression_of][1] if expression_of else np.repeat(own_expression, FRAMES, 0)
+    np.testing.assert_allclose(drive.expressions, wanted, atol=1e-4)
+
+
+def test_relative_pose_starts_at_the_source(model, files, tmp_path):
+    run(files, tmp_path, source="a.png", driving="b.mp4", relative_pose="all")
+    np.testing.assert_allclose(model.drives[0].poses[0], model.drives[0].source_pose, atol=1e-5)
+
+
+def test_typed_pose_and_its_length(model, files, tmp_path):
+    run(files, tmp_path, source="a.png", pose='[{"frame": 0, "yaw": -20}, {"frame": 8, "yaw": 20}]')
+    (drive,) = model.drives
+    yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in drive.poses]
+    np.testing.assert_allclose(yaw, np.linspace(-20, 20, 9), atol=1e-3)
+
+
+def test_same_seed_same_video_and_max_frames(model, files, tmp_path):
+    flags = {"source": "a.png", "driving": "b.mp4", "overwrite": True}
+    first = decoded(run(files, tmp_path, seed=3, **flags))
+    again = decoded(run(files, tmp_path, seed=3, **flags))
+    other = decoded(run(files, tmp_path, seed=4, **flags))
+    assert (first == again).all() and (first != other).any()
+    assert len(decoded(run(files, tmp_path, max_frames=2, **flags))) == 2
+
+
+def test_paste_back_keeps_the_rest_of_the_picture(model, files, tmp_path):
+    out = run(files, tmp_path, source="a.png", expression="c.mp4", paste_back=True)
+    assert decoded(out).shape == (FRAMES, 64, 64, 3)
+    source = fixtures.make_clip(0, 1)
+    plan = animate.Plan("expression_only", 25.0, source, video.read_image(files / "a.png"), None)
+    pasted = animate._paste(np.zeros((64, 64, 3), np.uint8), plan, DrawnFaces(model))
+    assert pasted[32, 32].max() == 0 and (pasted[:3] == plan.full_picture[:3]).all()
+
+
+def test_several_jobs_of_a_file(model, files, tmp_path):
+    a, b = str(files / "a.png"), str(files / "b.mp4")
+    jobs = [
+        {"source": a, "driving": b, "out": str(tmp_path / "1.mp4"), "seed": 5},
+        {"source": a, "pose": b, "out": str(tmp_path / "2.mp4")},
+    ]
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    animate.run_animate("weights", jobs=str(path), max_frames=3)
+    assert provenance.read(tmp_path / "1.mp4")["seed"] == 5
+    assert provenance.read(tmp_path / "2.mp4")["mode"] == "pose_only"
+    assert len(decoded(tmp_path / "2.mp4")) == 3
+    for text, message in (
+        ("[", "not JSON"),
+        ("{}", "list"),
+        ('[{"source": "x", "oot": 1}]', "oot"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            animate.run_animate("weights", jobs=str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"source": "a.png"}, "nothing drives"),
+        ({"driving": "b.mp4"}, "--source"),
+        ({"source": "a.png", "driving": "b.png"}, "moves nothing"),
+        ({"source": "a.png", "driving": "nowhere.mp4"}, "no such file"),
+        ({"source": "a.png", "pose": '{"yow": 1}'}, "yow"),
+        ({"source": "a.png", "driving": "b.mp4", "paste_back": True}, "--paste_back"),
+        ({"source": "a.png", "driving": "b.mp4", "relative_pose": "zoom"}, "zoom"),
+        ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
+        ({"source": "a.png", "driving": "b.mp4", "side_by_side": "x.avi"}, r"\.mp4"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(flags, message, files, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        run(files, tmp_path, **flags)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_outputs_are_protected(model, files, tmp_path):
+    out = tmp_path / "result.mp4"
+    out.write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(files, tmp_path, source="a.png", driving="b.mp4")
+    assert out.read_text() == "mine"
+    with pytest.raises(UserError, match=r"is a file"):
+        animate.check_output(out / "below.mp4", False)
+    with pytest.raises(UserError, match="differ"):
+        run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(out), overwrite=True)
+
+
+def test_a_failure_leaves_nothing_behind(model, files, tmp_path, monkeypatch):
+    def broken(*arguments):
+        yield np.zeros((1, 64, 64, 3), np.uint8)
+        raise UserError("the model fell over")
+
+    monkeypatch.setattr(model, "animate", broken)
+    with pytest.raises(UserError, match="fell over"):
+        run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(tmp_path / "s.mp4"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_driver_of_one_frame(model, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: fixtures.make_clip(1, 1))
+    with pytest.raises(UserError, match="one usable frame"):
+        run(files, tmp_path, source="a.png", driving="b.mp4")
+
+
+def test_no_weights(files, tmp_path):
+    flags = {"source": str(files / "a.png"), "driving": str(files / "b.mp4")}
+    with pytest.raises(UserError, match="no such directory"):
+        animate.run_animate(str(tmp_path / "none"), out=str(tmp_path / "x.mp4"), **flags)
+    with pytest.raises(UserError, match=r"model\.json"):
+        animate.run_animate(str(files), out=str(tmp_path / "x.mp4"), **flags)
