@@ -33,7 +33,7 @@ def base(stage: str, variant: str) -> ConfigDict:
         {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}
     )
     config.evaluate = ConfigDict(
-        {"every_steps": 0 if variant == "tiny" else 5000, "split": "validation"}
+        {"every_steps": 0 if variant == "tiny" else 5000, "at_end": True, "split": "validation"}
     )
     config.data = ConfigDict(default_data())
     return config
@@ -66,8 +66,120 @@ def set_data(config: ConfigDict, **changes) -> None:
     config.data.unlock()
 
 
-def sizes(variant: str) -> dict[str, int]:
-    """Pixels of the frames and of the encoders' inputs."""
+def sizes(variant: str, latent_diffusion: bool = False) -> dict[str, int]:
+    """Pixels of the frames and of the encoders' inputs (method.md 3.1, 4)."""
     if variant == "tiny":
         return {"image_size": 64, "pose_size": 64, "expression_size": 64}
-    return {"image_size": 256, "pose_size": 256, "expression_size": 224}
+    image = 512 if latent_diffusion and variant == "full" else 256
+    return {"image_size": image, "pose_size": 256, "expression_size": 224}
+
+
+def encoders(variant: str) -> dict:
+    """Pose and expression encoder."""
+    return {}
+
+
+def autoencoder(variant: str) -> ConfigDict:
+    """SD's VAE, or a small one of factor 4 whose latents have unit variance by training."""
+    if variant == "tiny":
+        return ConfigDict(
+            {
+                "latent_channels": 4,
+                "block_channels": (16, 32, 32),
+                "layers_per_block": 1,
+                "groups": 8,
+                "scale": 1.0,
+                "middle_attention": False,
+            }
+        )
+    return ConfigDict(
+        {
+            "latent_channels": 4,
+            "block_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "groups": 32,
+            "scale": 0.18215,
+            "middle_attention": True,
+        }
+    )
+
+
+def animator(stage: str, variant: str) -> ConfigDict:
+    """What both animator stages share: all networks, diffusion, sampling (method.md 4, 7)."""
+    tiny = variant == "tiny"
+    config = base(stage, variant)
+    config.ema_decay = 0.99 if tiny else 0.9999
+    set_data(config, **sizes(variant, latent_diffusion=True))
+    config.evaluate.at_end = not tiny
+    config.model = ConfigDict(
+        encoders(variant)
+        | {
+            "autoencoder": autoencoder(variant),
+            "unet": {
+                "block_channels": (32, 64, 64) if tiny else (320, 640, 1280, 1280),
+                "layers_per_block": 1 if tiny else 2,
+                "heads": 1 if tiny else 8,  # few wide heads: a CPU is slow at many narrow ones
+                "groups": 8 if tiny else 32,
+            },
+            "attn2": {
+                "attn2": "none",  # none | null_text | clip_image
+                "cross_attention_features": 768,
+                "null_text_tokens": 77,
+            },
+            "reference": {
+                "raymap_reference": False,  # give the reference UNet the source's ray map too
+                "raymap": "displacement",
+                "raymap_w": 1,
+            },
+            "denoiser": {
+                "raymap": "displacement",  # displacement | plucker6 | none
+                "raymap_w": 1,  # 0: the formula as printed, without translation
+                "warp_kernel": 3,  # convolution on the warped reference: 3, 1, or 0 for none
+                "warp_padding": "zeros",
+                "expression_injector": "in_block",  # in_block | xnemo | none
+                "expression_heads": None,
+                "expression_latent": 64 if tiny else 512,
+                "expression_tokens": (4, 16) if tiny else (32, 16),
+                "expression_null": "learned",  # learned | zero
+            },
+            "temporal": {"max_frames": 16 if tiny else 32, "middle": True},
+            "image_encoder": {
+                "image_size": 224,
+                "patch_size": 14,
+                "features": 1024,
+                "layers": 24,
+                "heads": 16,
+                "projection": 768,
+            },
+        }
+    )
+    config.diffusion = ConfigDict(
+        {
+            "steps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,  # SD1.5; X-NeMo uses 0.02
+            "prediction": "v" if tiny else "epsilon",  # v learns faster in few steps
+            "zero_terminal_snr": bool(tiny),
+            "final_alpha_one": False,
+        }
+    )
+    config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
+    config.noise_offset = 0.0
+    config.dropout = ConfigDict(
+        {"everything": 0.1, "expression": 0.1, "pose": 0.05, "reference_tokens": 0.0}
+    )
+    config.sampling = ConfigDict(
+        {
+            "steps": 12 if tiny else 35,
+            "guidance": 1.5 if tiny else 2.5,
+            "hybrid_steps": 2 if tiny else 5,  # S of the progressive hybrid guidance
+            "expression_null": "learned",  # learned | zero (as trained) | source
+            "reading": "hybrid",
+            "spacing": "trailing" if tiny else "leading",
+            "offset": 1,
+            "eta": 0.0,
+            "start": "noise",  # noise | ref_blur
+            "overlap": 2 if tiny else 4,
+        }
+    )
+    return config

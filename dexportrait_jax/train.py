@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,31 +56,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
     with _claimed(workdir, config), _sigterm() as stop_asked:
-        # Mesh, task, and the shape of everything.
+        # Mesh, task, the shape of everything, and the step.
         mesh = sharding.make_mesh(config.mesh)
         task = make_task(config)
+        abstract, shardings, step_function = build(task, config, mesh)
         say = print if distributed.is_main() else lambda *_: None
-        abstract = abstract_state(task, config)
-        shardings = sharding.state_shardings(abstract, mesh)
 
         # Restore, or make the first state.
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-        restored = checkpoints.restore(
-            jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                abstract,
-                shardings,
-            )
-        )
+        restored = checkpoints.restore(abstract)
         if restored is None:
             state, done = jax.device_put(first_state(task, config), shardings), 0
         else:
             done, state = restored
             checkpoints.set_aside_after(done)
             if done >= config.num_steps:
-                say(
-                    f"{workdir}: already trained to step {done} of {config.num_steps}; nothing to do"
-                )
+                say(f"{workdir}: already trained to step {done} of {config.num_steps}")
                 checkpoints.close()
                 return state
             say(f"{workdir}: going on from step {done}")
@@ -93,18 +84,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             step=done,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-        )
-
-        # The step.
-        step_function = jax.jit(
-            make_step(
-                task.phases,
-                seed=config.seed,
-                ema_decay=config.ema_decay,
-                accumulate=config.accumulate,
-            ),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-            donate_argnums=0,
         )
 
         # The loop.
@@ -120,8 +99,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     say(f"{config.stage}: first step after compilation is done")
                 writer.add(step, metrics)
 
-                last = step == config.num_steps
-                save = last or stop_asked() or _due(config.checkpoint, step, last_save)
+                last, stopping = step == config.num_steps, stop_asked()
+                save = last or stopping or _due(config.checkpoint, step, last_save)
                 if save or len(writer) >= config.log_every:
                     # Rows reach the disk before the checkpoint that covers them.
                     rows = writer.flush()
@@ -130,20 +109,44 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 if save:
                     checkpoints.save(step, state)
                     last_save = time.monotonic()
-                if stop_asked() and not last:
+                if stopping and not last:
+                    loader.close()
                     checkpoints.close()
                     say(
                         f"{config.stage}: stopped at step {step}, saved; start the same command to go on"
                     )
                     raise SystemExit(RESUME_ME)
-                if last or (
-                    config.evaluate.every_steps and step % config.evaluate.every_steps == 0
-                ):
+                every = config.evaluate.every_steps
+                if (last and config.evaluate.at_end) or (every and step % every == 0):
                     task.evaluate(state, constants, workdir, step)
+        loader.close()
         writer.close()
         checkpoints.close()
         say(f"{workdir}: trained to step {config.num_steps}")
         return state
+
+
+def build(
+    task: Task, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]]:
+    """Shapes of the State with their shardings, the shardings, and the compiled-on-first-use step."""
+    abstract = abstract_state(task, config)
+    shardings = sharding.state_shardings(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
+    step = make_step(
+        task.phases,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+    )
+    compiled = jax.jit(
+        step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0
+    )
+    return abstract, shardings, compiled
 
 
 def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]:

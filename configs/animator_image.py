@@ -1,0 +1,42 @@
+"""Stage 2a: the animator's image stage (method.md 4): reference UNet and denoiser, SD1.5's sizes at `full`.
+
+    dexportrait train --config=configs/animator_image.py:full --workdir=runs/image --config.data.path=data/faces \
+        --config.init.motion=exports/motion --config.init.autoencoder=exports/autoencoder
+
+tiny: 64 px, latents 16x16x4, 2 cores, a few minutes; the person is recognised and moves.
+small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.common import VARIANTS
+
+__all__ = ["VARIANTS", "get_config"]
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The image stage at one of VARIANTS."""
+    tiny = variant == "tiny"
+    config = common.animator("animator_image", variant)
+    config.num_steps = 600 if tiny else 120_000
+    config.init = ConfigDict(
+        {
+            "motion": "",  # export of the motion trainer: pose and expression
+            "autoencoder": "",  # export of an autoencoder
+            "unet": "",  # export that holds reference and denoiser to start from
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "denoise": common.adam(2e-3, decay="cosine", final_fraction=0.05)
+            if tiny
+            else common.adam(
+                1e-5, name="adamw", b2=0.999, weight_decay=1e-2, warmup_steps=1000
+            )
+        }
+    )
+    common.set_data(config, batch_size=8 if tiny else 12, targets=2 if tiny else 4)
+    return config

@@ -1,0 +1,49 @@
+"""A small autoencoder for the animator, where no pretrained one is at hand.
+
+    dexportrait train --config=configs/autoencoder.py:tiny --workdir=runs/autoencoder \
+        --config.data.path=data/faces
+
+tiny: 64 px, factor 4, 2 cores, about two minutes; 27 dB or better on the people it was trained on.
+small, full: SD's sizes (34.2 + 49.5 M), factor 8. `full` is a pod's job and usually not needed: SD's own
+autoencoder can be used instead.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.common import VARIANTS
+
+__all__ = ["VARIANTS", "get_config"]
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The autoencoder at one of VARIANTS."""
+    tiny = variant == "tiny"
+    config = common.base("autoencoder", variant)
+    config.num_steps = 400 if tiny else 200_000
+    config.model = ConfigDict({"autoencoder": common.autoencoder(variant)})
+    config.loss = ConfigDict(
+        {
+            "perceptual": "alexnet" if tiny else "vgg16",
+            "l1": 1.0,
+            "lpips": 0.1,
+            "kl": 1e-4 if tiny else 1e-6,
+            "moments": 0.1,
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "autoencoder": common.adam(3e-3, decay="cosine", final_fraction=0.05)
+            if tiny
+            else common.adam(1e-4, warmup_steps=1000)
+        }
+    )
+    common.set_data(
+        config,
+        **common.sizes(variant, latent_diffusion=True),
+        batch_size=4 if tiny else 32,
+        targets=2 if tiny else 4,
+    )
+    return config
