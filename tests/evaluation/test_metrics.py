@@ -90,7 +90,11 @@ def test_ssim_of_tiny_pictures():
 
 def test_learned_distance_takes_bytes_and_floats(monkeypatch):
     network = Network(lambda rngs: PerceptualNetwork("alexnet", rngs=rngs))
-    monkeypatch.setattr(metrics, "load_lpips", lambda name: network.init(jax.random.key(0)))
+    random = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: random.normal(0, 0.05, x.shape).astype(np.float32), network.abstract
+    )
+    monkeypatch.setattr(metrics, "load_lpips", lambda name: params)
     distance = LearnedDistance("alexnet")
     x, y = _pictures(shape=(2, 40, 40, 3))
     assert distance(x, x, data_range=255) == pytest.approx([0, 0])
