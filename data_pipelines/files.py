@@ -19,6 +19,7 @@ _WORDS = {
     errno.EACCES: ("no permission to write there", "choose another folder or change its rights"),
     errno.EPERM: ("no permission to write there", "choose another folder or change its rights"),
     errno.EROFS: ("it lies on a read-only disk", "choose another folder"),
+    errno.EEXIST: ("a part of that path is a file", "choose another folder"),
     errno.ENOTDIR: ("a part of that path is a file", "choose another folder"),
     errno.ENOENT: ("a folder of that path does not exist", "check the path"),
     errno.EFBIG: ("the file grew larger than the system allows", "choose another folder"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +47,17 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         return VideoInfo(width, height, _rate(stream), stream.frames)
 
 
-def read_frames(path: str | os.PathLike, *, max_frames: int | None = None) -> Iterator[Frame]:
+def read_frames(
+    path: str | os.PathLike,
+    *,
+    max_frames: int | None = None,
+    on_damage: Callable[[str], None] | None = None,
+) -> Iterator[Frame]:
     """Decodes a video from its start.
 
     Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, and
     times are those of the file, so a variable rate is told truthfully. A file that is damaged in
-    the middle ends there.
+    the middle ends there, and `on_damage` is told so in words.
 
     Raises:
         UserError: it is missing, not a video, or not one frame can be decoded.
@@ -79,6 +84,8 @@ def read_frames(path: str | os.PathLike, *, max_frames: int | None = None) -> It
                 raise UserError(
                     f"{path} cannot be decoded ({error.strerror}); is it complete?"
                 ) from error
+            if on_damage is not None:
+                on_damage(f"the file is damaged after frame {number - 1} ({error.strerror})")
         if number == 0:
             raise UserError(f"{path} holds no video frames")
 

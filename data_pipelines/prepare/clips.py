@@ -45,8 +45,10 @@ def clips_from_video(
         UserError: it cannot be read as a video at all.
     """
     naming = naming or Naming.of(path)
-    observations, picture = _observe(path, landmarker, settings, max_frames)
+    damage: list[str] = []
+    observations, picture = _observe(path, landmarker, settings, max_frames, damage.append)
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
+    verdict.damaged = "; ".join(damage)
     boxes = [
         crop.crop_box(
             np.stack([observations[i].face.box for i in range(first, last)]), picture, settings
@@ -85,7 +87,7 @@ def clip_from_video(
     settings = dataclasses.replace(settings or crop.Settings(), min_frames=1, clip_frames=1 << 30)
     clips, verdict = clips_from_video(path, landmarker, settings, max_frames=max_frames)
     if not clips:
-        raise UserError(f"{path} cannot be used: {verdict.reason}")
+        raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
     return max(clips, key=len)
 
 
@@ -131,10 +133,11 @@ def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Obs
     return filters.Observation(time, face, verdict, False, error)
 
 
-def _observe(path, landmarker, settings, max_frames):
+def _observe(path, landmarker, settings, max_frames, on_damage):
     observations: list[filters.Observation] = []
     thumbnail, picture, asked = None, (0, 0), 0
-    for index, frame in enumerate(video.read_frames(path, max_frames=max_frames)):
+    frames = video.read_frames(path, max_frames=max_frames, on_damage=on_damage)
+    for index, frame in enumerate(frames):
         picture = (frame.image.shape[1], frame.image.shape[0])
         ask = index >= asked
         seen = _look(frame.image, frame.time, landmarker, settings, ask_mirror=ask)

@@ -22,6 +22,9 @@ SEVERAL = "several people"
 OUTSIDE = "face partly outside the picture"
 NOT_HUMAN = "not a human face, or too unclear"
 TOO_SHORT = "too few good frames in a row"
+TOO_FEW = "too few frames"
+UNREADABLE = "unreadable"
+FAILED = "failed"
 
 # The same point of a mirrored face: corners and lids of the eyes, mouth, brows, cheeks, midline.
 _MIRROR_PAIRS = np.array(
@@ -50,11 +53,16 @@ class Observation(NamedTuple):
 
 @dataclasses.dataclass
 class Verdict:
-    """What became of one video."""
+    """What became of one video.
+
+    `reason` is of a few kinds that can be counted, `detail` the rest of the sentence; `damaged` says
+    where a file stopped being readable.
+    """
 
     source: str
     kept: bool
     reason: str = ""
+    detail: str = ""
     frames: int = 0
     kept_frames: int = 0
     clips: int = 0
@@ -65,13 +73,13 @@ class Verdict:
     def words(self) -> str:
         """One line for people."""
         if not self.kept:
-            return f"dropped: {self.reason}"
+            return f"dropped: {self.reason}{self.detail}"
         text = f"kept {self.kept_frames} of {self.frames} frames in {self.clips} clip(s)"
         if self.cuts:
             text += f", {self.cuts} cut(s)"
         if self.dropped_frames:
             text += ", dropped " + ", ".join(f"{n} ({r})" for r, n in self.dropped_frames.items())
-        return text
+        return text + (f"; {self.damaged}" if self.damaged else "")
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -160,7 +168,8 @@ def segments(
     verdict.cuts = sum(seen.cut for seen in observations)
     total = max(1, len(observations))
     if counts[SEVERAL] > settings.max_several * total:
-        verdict.reason = f"{SEVERAL} in {counts[SEVERAL]} of {total} frames"
+        verdict.reason = SEVERAL
+        verdict.detail = f" in {counts[SEVERAL]} of {total} frames"
         return [], verdict
     errors = [seen.mirror_error for seen in observations if seen.mirror_error is not None]
     if errors and np.median(errors) > settings.mirror_error:
@@ -182,7 +191,7 @@ def segments(
         counts[TOO_SHORT] += short
     verdict.dropped_frames = dict(counts.most_common())
     if not kept:
-        verdict.reason = _main_reason(counts, len(observations), runs, settings)
+        verdict.reason, verdict.detail = _main_reason(counts, len(observations), runs, settings)
         return [], verdict
     pieces = [piece for run in kept for piece in _pieces(*run, settings.clip_frames)]
     verdict.kept, verdict.clips = True, len(pieces)
@@ -197,11 +206,11 @@ def _pieces(first: int, last: int, longest: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _main_reason(counts, frames, runs, settings) -> str:
+def _main_reason(counts, frames, runs, settings) -> tuple[str, str]:
     if frames < settings.min_frames:
-        return f"only {frames} frame(s); at least {settings.min_frames} are needed"
+        return TOO_FEW, f": {frames}; at least {settings.min_frames} are needed"
     reason, number = counts.most_common(1)[0]
     if reason == TOO_SHORT:
         longest = max(last - first for first, last in runs)
-        return f"{TOO_SHORT}: {longest}; at least {settings.min_frames} are needed"
-    return f"{reason} in {number} of {frames} frames"
+        return TOO_SHORT, f": {longest}; at least {settings.min_frames} are needed"
+    return reason, f" in {number} of {frames} frames"

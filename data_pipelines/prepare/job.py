@@ -1,37 +1,32 @@
 """The job `prepare`: face videos -> a dataset, with a verdict on every video.
 
-Videos are looked at on all cores, one landmarker a process. What is done is kept in a hidden folder
-beside the result, so an interrupted job goes on where it was; the dataset itself appears whole.
+What is done is kept in a hidden folder beside the result until the dataset is whole; the dataset
+itself appears at once.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import struct
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from data_pipelines import files, records
+from data_pipelines import dataset, files
 from data_pipelines.prepare import clips as clip_making
-from data_pipelines.prepare import crop, detect, filters
+from data_pipelines.prepare import crop, filters, processing, splits
 from dexportrait_jax.errors import UserError
 
-HOLDOUTS = ("identity", "time")
 REPORT, MADE_WITH = "drop_report.json", "prepare.json"
-_CACHE_VERSION = 1  # raise when the same video and settings would give other clips
 
 
 def run_prepare(
@@ -71,20 +66,14 @@ def run_prepare(
         UserError: no video matches, none can be used, or the result cannot be written.
     """
     paths = _matching(videos)
-    if holdout not in HOLDOUTS:
-        raise UserError(f"--holdout is '{holdout}'; it must be one of {', '.join(HOLDOUTS)}")
-    if not 0 <= holdout_fraction < 1:
-        raise UserError(
-            f"--holdout_fraction is {holdout_fraction}; it must be from 0 up to below 1"
-        )
-    if not 16 <= size <= 4096:
-        raise UserError(f"--size is {size}; it must lie between 16 and 4096 pixels")
-    if max_frames is not None and max_frames < 1:
-        raise UserError(f"--max_frames is {max_frames}; it must be at least 1")
-    names = _naming(paths, identity)
+    _check_flags(size, holdout, holdout_fraction, max_frames, workers)
+    namings = _namings(paths, identity)
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
     made_with = {
-        "videos": {name.name: _fingerprint(path) for path, name in zip(paths, names, strict=True)},
+        "videos": {
+            naming.name: processing.fingerprint(path)
+            for path, naming in zip(paths, namings, strict=True)
+        },
         "holdout": [holdout, holdout_fraction, holdout_gap],
         "max_frames": max_frames,
         "identity": identity,
@@ -93,70 +82,58 @@ def run_prepare(
     out = Path(out).absolute()
     if not overwrite and _finished(out, made_with):
         return
-    landmarker_path = _landmarker(landmarker_path)
-
-    work = out.with_name(f".{out.name}.work")
-    with files.writing_to(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-    with _alone(work):
-        started = time.monotonic()
+    model = _landmarker(landmarker_path)
+    started = time.monotonic()
+    with _work_folder(out) as work:
         jobs = [
-            _Job(
-                os.fspath(path),
-                name,
-                settings,
-                max_frames,
-                work / f"{_key(path, name, settings, max_frames)}.clips",
-            )
-            for path, name in zip(paths, names, strict=True)
+            processing.Job(os.fspath(path), naming, settings, max_frames, work)
+            for path, naming in zip(paths, namings, strict=True)
         ]
-        verdicts = _process(jobs, os.fspath(landmarker_path), workers or _cores())
-        _print_funnel(verdicts)
+        verdicts = processing.process(jobs, os.fspath(model), workers or _cores(), _say)
+        summary = _funnel(verdicts)
+        _say_funnel(summary)
         kept = [job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.kept]
-        if not kept:
-            shutil.rmtree(work, ignore_errors=True)
-            first = verdicts[0]
-            raise UserError(
-                f"none of {len(jobs)} video(s) can be used; {Path(first.source).name}: {first.reason}; "
-                "give videos of one person whose face is in view"
-            )
-        splits = _splits([job.result for job in kept], holdout, holdout_fraction, holdout_gap)
-        report = json.dumps(
-            {"funnel": _funnel(verdicts), "videos": [verdict.as_dict() for verdict in verdicts]},
-            indent=1,
-        )
-        from data_pipelines.prepare import builder  # needs TFDS, which reading does not
+        if kept:
+            from data_pipelines.prepare import builder  # needs TFDS, which reading does not
 
-        builder.write_dataset(
-            splits,
-            out,
-            reports={REPORT: report, MADE_WITH: json.dumps(made_with, indent=1)},
-            overwrite=overwrite,
-        )
+            report = {"funnel": summary, "videos": [verdict.as_dict() for verdict in verdicts]}
+            builder.write_dataset(
+                splits.split([job.clips for job in kept], holdout, holdout_fraction, holdout_gap),
+                out,
+                reports={
+                    REPORT: json.dumps(report, indent=1),
+                    MADE_WITH: json.dumps(made_with, indent=1),
+                },
+                overwrite=True,
+            )
         shutil.rmtree(work, ignore_errors=True)
+    if not kept:
+        first = verdicts[0]
+        raise UserError(
+            f"none of {len(jobs)} video(s) can be used, such as {Path(first.source).name} "
+            f"({first.reason}{first.detail}); give videos of one person whose face is in view"
+        )
     _say(f"{out}: {_contents(out)}, made in {time.monotonic() - started:.0f} s")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One video to look at; `result` is the file its clips go to."""
-
-    path: str
-    naming: clip_making.Naming
-    settings: crop.Settings
-    max_frames: int | None
-    result: Path
-
-
-# --- what to do -----------------------------------------------------------------------------------
+def _check_flags(size, holdout, holdout_fraction, max_frames, workers) -> None:
+    if holdout not in splits.HOLDOUTS:
+        raise UserError(f"--holdout is '{holdout}'; it must be {' or '.join(splits.HOLDOUTS)}")
+    if not 0 <= holdout_fraction < 1:
+        raise UserError(f"--holdout_fraction is {holdout_fraction}; it must be 0 or more, below 1")
+    if not 16 <= size <= 4096:
+        raise UserError(f"--size is {size}; it must lie between 16 and 4096 pixels")
+    if max_frames is not None and max_frames < 1:
+        raise UserError(f"--max_frames is {max_frames}; it must be at least 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
 
 
 def _matching(pattern: str) -> list[Path]:
     found = {
         Path(path)
         for part in str(pattern).split(",")
-        for path in glob.glob(os.path.expanduser(part.strip()), recursive=True)  # noqa: PTH207
+        for path in glob.glob(str(Path(part.strip()).expanduser()), recursive=True)  # noqa: PTH207
         if Path(path).is_file()
     }
     if not found:
@@ -166,14 +143,14 @@ def _matching(pattern: str) -> list[Path]:
     return sorted(found)
 
 
-def _naming(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]:
+def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]:
     """Keys of every video; names are stems, with the folder before them where two are alike."""
     try:
         expression = re.compile(pattern) if pattern else None
     except re.error as error:
         raise UserError(f"--identity is not a regular expression: {error}") from error
     stems = collections.Counter(path.stem for path in paths)
-    names = []
+    namings = []
     for path in paths:
         name = path.stem
         if stems[name] > 1:
@@ -183,11 +160,9 @@ def _naming(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]:
         if expression:
             match = expression.search(os.fspath(path))
             if not match:
-                raise UserError(
-                    f"--identity={pattern} does not match {path}; correct the expression"
-                )
+                raise UserError(f"--identity={pattern} does not match {path}; correct it")
             groups = match.groupdict()
-        names.append(
+        namings.append(
             clip_making.Naming(
                 name=name,
                 identity=groups.get("identity") or path.stem,
@@ -195,24 +170,11 @@ def _naming(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]:
                 camera=groups.get("camera") or "0",
             )
         )
-    return names
+    return namings
 
 
-def _fingerprint(path: Path) -> str:
-    """Changes whenever the file does; the content itself would take as long to read as to use."""
-    status = path.stat()
-    text = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _key(path, naming, settings, max_frames) -> str:
-    parts = [_CACHE_VERSION, _fingerprint(path), dataclasses.asdict(naming)]
-    parts += [dataclasses.asdict(settings), max_frames]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _finished(out: Path, made_with: dict) -> bool:
-    """Whether the very dataset is there; anything else in its place is an error."""
+def _finished(out: Path, made_with: dict[str, Any]) -> bool:
+    """Whether the very dataset is there already; anything else in its place is an error."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
@@ -223,22 +185,17 @@ def _finished(out: Path, made_with: dict) -> bool:
         raise UserError(
             f"{out} holds something else than a dataset; choose another --out or pass --overwrite"
         ) from None
-    if before == json.loads(json.dumps(made_with)):
-        _say(
-            f"{out}: already prepared, {_contents(out)}; nothing to do (--overwrite makes it anew)"
+    changed = [key for key, value in made_with.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{out} is a dataset made with other {', '.join(changed)}; "
+            "choose another --out or pass --overwrite"
         )
-        return True
-    changed = ", ".join(
-        key for key in made_with if before.get(key) != json.loads(json.dumps(made_with[key]))
-    )
-    raise UserError(
-        f"{out} is a dataset made with other {changed}; choose another --out or pass --overwrite"
-    )
+    _say(f"{out}: already prepared, {_contents(out)}; nothing to do (--overwrite makes it anew)")
+    return True
 
 
 def _contents(out: Path) -> str:
-    from data_pipelines import dataset
-
     parts = []
     for split in dataset.split_names(out):
         frames = dataset.ClipDataset(out, split).frames
@@ -257,238 +214,52 @@ def _landmarker(path: str | os.PathLike | None) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Two jobs for one dataset would spoil each other's work."""
-    lock = work.with_name(f"{work.name}.lock")
-    with files.writing_to(work), lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another job is preparing {work.name[1:-5]} right now; wait for it"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The folder of what is done, for this process alone: two would spoil each other's work."""
+    work = out.with_name(f".{out.name}.work")
+    lock = out.with_name(f".{out.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with files.writing_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(lock.open("w"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another job is preparing {out} right now; wait for it") from None
+            stack.callback(lock.unlink, missing_ok=True)
+            work.mkdir(exist_ok=True)
+        yield work
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- looking at the videos ------------------------------------------------------------------------
-
-_landmarker_of_process: detect.Landmarker | None = None
-
-
-def _start_process(model: str) -> None:
-    global _landmarker_of_process
-    sys.stderr.flush()
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), 2
-    )  # native code notes; errors come back as exceptions
-    _landmarker_of_process = detect.Landmarker(model)
-
-
-def _look_at(job: _Job) -> filters.Verdict:
-    """In a worker process: a video to its clips, written to `job.result`."""
-    try:
-        clips, verdict = clip_making.clips_from_video(
-            job.path,
-            _landmarker_of_process,
-            job.settings,
-            max_frames=job.max_frames,
-            naming=job.naming,
-        )
-    except UserError as error:
-        clips, verdict = (
-            [],
-            filters.Verdict(job.path, False, str(error).removeprefix(f"{job.path} ")),
-        )
-    except Exception as error:  # one strange video must not end a job of days
-        clips, verdict = (
-            [],
-            filters.Verdict(job.path, False, f"failed: {type(error).__name__}: {error}"),
-        )
-    head = json.dumps(verdict.as_dict()).encode()
-    parts = [head, *(records.encode(clip) for clip in clips)]
-    with files.writing_to(job.result.parent):
-        files.write_bytes(
-            job.result, b"".join(struct.pack("<Q", len(part)) + part for part in parts)
-        )
-    return verdict
-
-
-def _parts(result: Path) -> Iterator[bytes]:
-    with result.open("rb") as stream:
-        while head := stream.read(8):
-            yield stream.read(struct.unpack("<Q", head)[0])
-
-
-def _done(job: _Job) -> filters.Verdict | None:
-    if not job.result.exists():
-        return None
-    return filters.Verdict(**json.loads(next(_parts(job.result))))
-
-
-def _process(jobs: list[_Job], model: str, workers: int) -> list[filters.Verdict]:
-    verdicts = {job: _done(job) for job in jobs}
-    open_jobs = [job for job in jobs if verdicts[job] is None]
-    if len(open_jobs) < len(jobs):
-        _say(f"going on: {len(jobs) - len(open_jobs)} of {len(jobs)} videos are done already")
-    started, seen = time.monotonic(), 0
-
-    def tell(job: _Job, verdict: filters.Verdict) -> None:
-        nonlocal seen
-        seen += 1
-        verdicts[job] = verdict
-        left = (time.monotonic() - started) / seen * (len(open_jobs) - seen)
-        number = len(jobs) - len(open_jobs) + seen
-        note = f" [{left:.0f} s left]" if left >= 1 else ""
-        _say(f"{number}/{len(jobs)} {job.naming.name}: {verdict.words()}{note}")
-
-    broken = _run_all(open_jobs, model, workers, tell)
-    for job in broken:  # a process died: find out at which video, one by one
-        if _run_all([job], model, 1, tell):
-            tell(job, filters.Verdict(job.path, False, "failed: the process that read it died"))
-    return [verdicts[job] for job in jobs]
-
-
-def _run_all(jobs: list[_Job], model: str, workers: int, tell) -> list[_Job]:
-    """Runs jobs on processes; returns those that were not done because a process died."""
-    if not jobs:
-        return []
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_process,
-        initargs=(model,),
-    )
-    try:
-        # The longest first, so that no core waits for one big video at the end.
-        waiting = {
-            pool.submit(_look_at, job): job
-            for job in sorted(jobs, key=lambda job: -Path(job.path).stat().st_size)
-        }
-        broken = []
-        for future in concurrent.futures.as_completed(waiting):
-            try:
-                tell(waiting[future], future.result())
-            except concurrent.futures.process.BrokenProcessPool:
-                broken.append(waiting[future])
-        return broken
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# --- splits and reports ---------------------------------------------------------------------------
-
-
-def _clips_of(result: Path) -> Iterator[records.Clip]:
-    parts = _parts(result)
-    next(parts)
-    for part in parts:
-        yield records.decode(part)
-
-
-def _splits(results: list[Path], holdout: str, fraction: float, gap: int):
-    """split -> function that yields its clips."""
-    if holdout == "time":
-
-        def cut(which: int):
-            for result in results:
-                for clip in _clips_of(result):
-                    part = split_in_time(clip, fraction, gap)[which]
-                    if part is not None:
-                        yield part
-
-        return (
-            {"train": lambda: cut(0), "validation": lambda: cut(1)}
-            if fraction
-            else {"train": lambda: cut(0)}
-        )
-
-    people = {result: {clip.identity for clip in _clips_of(result)} for result in results}
-    held = held_out(set().union(*people.values()), fraction)
-
-    def pick(validation: bool):
-        for result in results:
-            for clip in _clips_of(result):
-                if (clip.identity in held) == validation:
-                    yield clip
-
-    return {"train": lambda: pick(False)} | ({"validation": lambda: pick(True)} if held else {})
-
-
-def held_out(identities: set[str], fraction: float) -> set[str]:
-    """The people of the validation split: those whose hash lies below `fraction`.
-
-    So a person stays on his side when others join. With two people or more neither side is empty.
-    """
-
-    def place(identity: str) -> float:
-        return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
-
-    ordered = sorted(identities, key=place)
-    if fraction <= 0 or len(ordered) < 2:
-        return set()
-    below = sum(place(identity) < fraction for identity in ordered)
-    return set(ordered[: min(max(below, 1), len(ordered) - 1)])
-
-
-def split_in_time(
-    clip: records.Clip, fraction: float, gap: int
-) -> tuple[records.Clip, records.Clip | None]:
-    """(training part, last `fraction` of the frames for validation or None), `gap` frames apart.
-
-    A clip that is too short to give two frames to either side is kept for training whole.
-    """
-    held = round(len(clip) * fraction)
-    first = len(clip) - held - gap
-    if held < 2 or first < 2:
-        return clip, None
-    name, start, _ = clip.clip_id.rsplit("-", 2)
-    number = int(start)
-
-    def part(begin: int, end: int) -> records.Clip:
-        return clip.part(begin, end, f"{name}-{number + begin:06d}-{number + end - 1:06d}")
-
-    return part(0, first), part(len(clip) - held, len(clip))
-
-
-def _funnel(verdicts: list[filters.Verdict]) -> dict:
-    reasons = collections.Counter(
-        re.sub(r"[ :]*\b(in )?\d+ .*|[:(].*", "", verdict.reason)
-        for verdict in verdicts
-        if not verdict.kept
-    )
+def _funnel(verdicts: list[filters.Verdict]) -> dict[str, Any]:
+    reasons = collections.Counter(verdict.reason for verdict in verdicts if not verdict.kept)
+    kept = [verdict for verdict in verdicts if verdict.kept]
     lost: collections.Counter[str] = collections.Counter()
-    for verdict in verdicts:
-        if verdict.kept:
-            lost.update(verdict.dropped_frames)
+    for verdict in kept:
+        lost.update(verdict.dropped_frames)
     return {
         "videos": len(verdicts),
-        "videos_kept": sum(verdict.kept for verdict in verdicts),
+        "videos_kept": len(kept),
         "videos_dropped": dict(reasons.most_common()),
-        "frames": sum(verdict.frames for verdict in verdicts),
-        "frames_kept": sum(verdict.kept_frames for verdict in verdicts),
-        "frames_dropped_of_kept_videos": dict(lost.most_common()),
-        "clips": sum(verdict.clips for verdict in verdicts),
-        "cuts": sum(verdict.cuts for verdict in verdicts if verdict.kept),
+        "frames": sum(verdict.frames for verdict in kept),
+        "frames_kept": sum(verdict.kept_frames for verdict in kept),
+        "frames_dropped": dict(lost.most_common()),
+        "clips": sum(verdict.clips for verdict in kept),
+        "cuts": sum(verdict.cuts for verdict in kept),
     }
 
 
-def _print_funnel(verdicts: list[filters.Verdict]) -> None:
-    funnel = _funnel(verdicts)
-    _say(f"videos  {funnel['videos']:6d} -> kept {funnel['videos_kept']}")
+def _say_funnel(funnel: dict[str, Any]) -> None:
+    _say(f"videos {funnel['videos']:7d}, kept {funnel['videos_kept']}")
     for reason, number in funnel["videos_dropped"].items():
-        _say(f"        {-number:6d} {reason}")
-    _say(
-        f"frames  {funnel['frames']:6d} -> kept {funnel['frames_kept']} in {funnel['clips']} clips"
-    )
-    for reason, number in funnel["frames_dropped_of_kept_videos"].items():
-        _say(f"        {-number:6d} {reason}")
+        _say(f"       {-number:7d} {reason}")
+    _say(f"frames {funnel['frames']:7d}, kept {funnel['frames_kept']} in {funnel['clips']} clips")
+    for reason, number in funnel["frames_dropped"].items():
+        _say(f"       {-number:7d} {reason}")
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,158 @@
+"""Looking at many videos on all cores, one landmarker a process, and keeping what is done.
+
+Each video's clips and verdict go to a file of their own as soon as they are there, so an interrupted
+job goes on where it was. A process that dies (native code can) costs the video it was at, not the job.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from data_pipelines import files, records
+from data_pipelines.prepare import clips as clip_making
+from data_pipelines.prepare import crop, detect, filters
+from dexportrait_jax.errors import UserError
+
+_CACHE_VERSION = 1  # raise when the same video and settings would give other clips
+
+_landmarker: detect.Landmarker | None = None  # of a worker process, loaded once
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video to look at; its clips go to a file in `folder`."""
+
+    path: str
+    naming: clip_making.Naming
+    settings: crop.Settings
+    max_frames: int | None
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        parts = [_CACHE_VERSION, fingerprint(self.path), dataclasses.asdict(self.naming)]
+        parts += [dataclasses.asdict(self.settings), self.max_frames]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        return self.folder / f"{key}.clips"
+
+    def clips(self) -> Iterator[records.Clip]:
+        """The clips that were made, one at a time."""
+        parts = _parts(self.result)
+        next(parts)
+        yield from map(records.decode, parts)
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """Changes whenever a file does; hashing its content would take as long as reading it."""
+    status = Path(path).stat()
+    text = f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def process(
+    jobs: list[Job], model: str, workers: int, say: Callable[[str], None]
+) -> list[filters.Verdict]:
+    """The verdicts on all videos; those done before are not looked at again.
+
+    Args:
+        model: path of the landmarker.
+        workers: processes.
+        say: gets one line of progress a video.
+
+    Raises:
+        UserError: the results cannot be written, or the landmarker cannot be loaded.
+    """
+    verdicts = {job: _done(job) for job in jobs}
+    waiting = [job for job in jobs if verdicts[job] is None]
+    if len(waiting) < len(jobs):
+        say(f"going on: {len(jobs) - len(waiting)} of {len(jobs)} videos are done already")
+    started, seen = time.monotonic(), 0
+
+    def tell(job: Job, verdict: filters.Verdict) -> None:
+        nonlocal seen
+        seen += 1
+        verdicts[job] = verdict
+        left = (time.monotonic() - started) / seen * (len(waiting) - seen)
+        note = f" [{left:.0f} s left]" if left >= 1 else ""
+        number = len(jobs) - len(waiting) + seen
+        say(f"{number}/{len(jobs)} {job.naming.name}: {verdict.words()}{note}")
+
+    for job in _run(waiting, model, workers, tell):  # a process died: find out at which video
+        if _run([job], model, 1, tell):
+            tell(job, filters.Verdict(job.path, False, filters.FAILED, ": its process died"))
+    return [verdicts[job] for job in jobs]
+
+
+def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
+    """Runs jobs on processes; returns those that were not done because a process died."""
+    if not jobs:
+        return []
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(model,),
+    )
+    try:
+        # The longest first, so that no core waits for one big video at the end.
+        ordered = sorted(jobs, key=lambda job: -Path(job.path).stat().st_size)
+        waiting = {pool.submit(_look_at, job): job for job in ordered}
+        broken = []
+        for future in concurrent.futures.as_completed(waiting):
+            try:
+                tell(waiting[future], future.result())
+            except BrokenProcessPool:
+                broken.append(waiting[future])
+        return broken
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(model: str) -> None:
+    global _landmarker
+    sys.stderr.flush()
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)  # notes of native code; errors come back as exceptions
+    os.close(sink)
+    _landmarker = detect.Landmarker(model)
+
+
+def _look_at(job: Job) -> filters.Verdict:
+    try:
+        clips, verdict = clip_making.clips_from_video(
+            job.path, _landmarker, job.settings, max_frames=job.max_frames, naming=job.naming
+        )
+    except UserError as error:
+        detail = f" ({str(error).removeprefix(job.path).strip()})"
+        clips, verdict = [], filters.Verdict(job.path, False, filters.UNREADABLE, detail)
+    except Exception as error:  # one strange video must not end a job of days
+        detail = f": {type(error).__name__}: {error}"
+        clips, verdict = [], filters.Verdict(job.path, False, filters.FAILED, detail)
+    parts = [json.dumps(verdict.as_dict()).encode(), *map(records.encode, clips)]
+    data = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
+    with files.writing_to(job.folder):
+        files.write_bytes(job.result, data)
+    return verdict
+
+
+def _parts(result: Path) -> Iterator[bytes]:
+    with result.open("rb") as stream:
+        while head := stream.read(8):
+            yield stream.read(struct.unpack("<Q", head)[0])
+
+
+def _done(job: Job) -> filters.Verdict | None:
+    if not job.result.exists():
+        return None
+    return filters.Verdict(**json.loads(next(_parts(job.result))))
