@@ -1,0 +1,282 @@
+"""The expression-conditioned decoder, and the generator around it (method.md 3.6 - 3.8).
+
+A StyleGAN2 variant that enters in the middle: from the flattened volume one branch goes down to gather
+context, another up to the picture, and RGB skips of decreasing width run through both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from dexportrait_jax.models.layers import Normalisation
+from dexportrait_jax.models.motion.appearance import AppearanceLatent
+from dexportrait_jax.models.motion.blocks import ResBlock3d, depth_to_features
+from dexportrait_jax.models.motion.stylegan import (
+    EqualConv,
+    EqualLinear,
+    FusedLeakyReLU,
+    ModulatedConv,
+    convolve_changing,
+    upsample,
+)
+
+Injection = Literal["modulated", "adain"]
+
+
+class AdaptiveConv(nnx.Module):
+    """3x3 convolution, instance norm, then scale and shift from the style (AdaIN)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        style_features: int,
+        *,
+        change: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.change = change
+        self.conv = EqualConv(in_features, out_features, 3, dtype=dtype, rngs=rngs)
+        self.modulation = EqualLinear(style_features, 2 * out_features, rngs=rngs)
+
+    def __call__(
+        self, inputs: Float[Array, "b h w in"], style: Float[Array, "b style"]
+    ) -> Float[Array, "b h2 w2 out"]:
+        hidden = convolve_changing(inputs, self.conv.scaled_kernel(), self.change)
+        wide = hidden.astype(jnp.float32)
+        centred = wide - wide.mean(axis=(1, 2), keepdims=True)
+        deviation = lax.rsqrt(jnp.square(centred).mean(axis=(1, 2), keepdims=True) + 1e-5)
+        scale, shift = jnp.split(self.modulation(style.astype(jnp.float32)), 2, axis=-1)
+        output = centred * (deviation * (1 + scale)[:, None, None]) + shift[:, None, None]
+        return output.astype(hidden.dtype)
+
+
+class StyledConv(nnx.Module):
+    """A 3x3 convolution under the style, then bias and leaky ReLU. No noise: this reconstructs."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        style_features: int,
+        *,
+        change: str = "same",
+        injection: Injection = "modulated",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        build = {"change": change, "dtype": dtype, "rngs": rngs}
+        if injection == "modulated":
+            self.conv = ModulatedConv(in_features, out_features, 3, style_features, **build)
+        elif injection == "adain":
+            self.conv = AdaptiveConv(in_features, out_features, style_features, **build)
+        else:
+            raise ValueError(f"injection {injection!r} is neither 'modulated' nor 'adain'")
+        self.activate = FusedLeakyReLU(out_features, rngs=rngs)
+
+    def __call__(
+        self, inputs: Float[Array, "b h w in"], style: Float[Array, "b style"]
+    ) -> Float[Array, "b h2 w2 out"]:
+        return self.activate(self.conv(inputs, style))
+
+
+class ToRGB(nnx.Module):
+    """Modulated 1x1 convolution, plus the coarser level's output brought to this width and size."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        style_features: int,
+        coarser_features: int | None,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        build = {"dtype": dtype, "rngs": rngs}
+        self.conv = ModulatedConv(
+            in_features, out_features, 1, style_features, demodulate=False, **build
+        )
+        self.bias = nnx.Param(jnp.zeros(out_features))
+        if coarser_features is None:
+            self.skip = None
+        else:
+            self.skip = EqualConv(coarser_features, out_features, 1, **build)
+
+    def __call__(
+        self,
+        inputs: Float[Array, "b h w in"],
+        style: Float[Array, "b style"],
+        coarser: Float[Array, "b h2 w2 c"] | None,
+    ) -> Float[Array, "b h w out"]:
+        output = self.conv(inputs, style) + self.bias[...].astype(inputs.dtype)
+        if self.skip is None:
+            return output
+        # The 1x1 convolution has no bias, so it may come first, where the picture is smaller.
+        return output + upsample(self.skip(coarser))
+
+
+class Decoder(nnx.Module):
+    """Features (B, h, w, C) and style (B, n) -> image (B, S, S, 3) float32, about [-1, 1], unclipped.
+
+    Args:
+        in_features: C.
+        style_features: n.
+        down_channels: features of the pairs of convolutions at h, h/2, h/4, ...
+        up_channels: features of the pairs at 2h, 4h, ...
+        rgb_channels: outputs of the RGB layers from the coarsest level to the finest, one for each of
+            ``down_channels`` and ``up_channels``; None doubles from 3 towards the coarsest.
+        injection: "modulated" (StyleGAN2) or "adain".
+        mapping_features: None, or the width of a two-layer MLP in front of the style.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int = 512,
+        style_features: int = 2560,
+        down_channels: Sequence[int] = (512, 512, 512),
+        up_channels: Sequence[int] = (512, 256, 128),
+        rgb_channels: Sequence[int] | None = None,
+        injection: Injection = "modulated",
+        mapping_features: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        levels = len(down_channels) + len(up_channels)
+        rgb = list(rgb_channels or (3 * 2**n for n in reversed(range(levels))))
+        if len(rgb) != levels or rgb[-1] != 3:
+            raise ValueError(
+                f"rgb_channels {rgb}: {levels} levels need as many, the last of them 3"
+            )
+        build = {"dtype": dtype, "rngs": rngs}
+        self.dtype = dtype
+        if mapping_features is None:
+            self.mapping = None
+        else:
+            wide = {"activate": True, "rngs": rngs}
+            first = EqualLinear(style_features, mapping_features, **wide)
+            second = EqualLinear(mapping_features, mapping_features, **wide)
+            self.mapping = nnx.List([first, second])
+            style_features = mapping_features
+
+        def pair(before: int, after: int, change: str) -> list[StyledConv]:
+            sizes = ((before, after, change), (after, after, "same"))
+            return [
+                StyledConv(a, b, style_features, change=c, injection=injection, **build)
+                for a, b, c in sizes
+            ]
+
+        entry = down_channels[0]
+        (self.conv1,) = pair(in_features, entry, "same")[:1]
+        down, up, before = [], [], entry
+        for level, features in enumerate(down_channels):
+            down += pair(before, features, "down" if level else "same")
+            before = features
+        before = entry
+        for features in up_channels:
+            up += pair(before, features, "up")
+            before = features
+        self.down_convs, self.up_convs = nnx.List(down), nnx.List(up)
+        widths = (*reversed(down_channels), *up_channels)
+        self.to_rgbs = nnx.List(
+            ToRGB(width, out, style_features, coarser, **build)
+            for width, out, coarser in zip(widths, rgb, [None, *rgb[:-1]], strict=True)
+        )
+
+    def __call__(
+        self, features: Float[Array, "b h w c"], style: Float[Array, "b n"]
+    ) -> Float[Array, "b s s 3"]:
+        style = style.astype(jnp.float32)
+        for layer in self.mapping or ():
+            style = layer(style)
+        entry = self.conv1(features.astype(self.dtype), style)
+        going_down, going_up = [], []
+        for convs, kept in ((self.down_convs, going_down), (self.up_convs, going_up)):
+            hidden = entry
+            for index, conv in enumerate(convs):
+                hidden = conv(hidden, style)
+                if index % 2:
+                    kept.append(hidden)
+        output = None
+        for hidden, to_rgb in zip([*reversed(going_down), *going_up], self.to_rgbs, strict=True):
+            output = to_rgb(hidden, style, output)
+        return output.astype(jnp.float32)
+
+
+class Generator(nnx.Module):
+    """Source volume, warped volume and expression latent -> picture (method.md 3.1).
+
+    The two volumes together are halved and flattened into the decoder's entry; the style is the
+    expression beside the appearance latent, which is read from the volume that was not moved. One source
+    may serve several outputs: its volume (S, ...) then goes with S * outputs warped ones, source-major.
+
+    Args:
+        volume_shape, volume_channels: (D, h, w) and C of the volumes.
+        expression_features: length of the expression latent.
+        appearance_widths, appearance_strides: of ``AppearanceLatent``.
+        down_channels, up_channels, rgb_channels, injection, mapping_features: of ``Decoder``, which
+            enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        volume_shape: tuple[int, int, int] = (16, 64, 64),
+        volume_channels: int = 32,
+        expression_features: int = 512,
+        appearance_widths: Sequence[int] = (32, 64, 128, 256, 128),
+        appearance_strides: Sequence[int] = (2, 2, 2, 2),
+        down_channels: Sequence[int] = (512, 512, 512),
+        up_channels: Sequence[int] = (512, 256, 128),
+        rgb_channels: Sequence[int] | None = None,
+        injection: Injection = "modulated",
+        mapping_features: int | None = None,
+        norm: Normalisation = "group",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        build = {"dtype": dtype, "rngs": rngs}
+        self.flatten = ResBlock3d(
+            2 * volume_channels, volume_channels, halve=True, norm=norm, **build
+        )
+        self.appearance_latent = AppearanceLatent(
+            volume_shape=volume_shape,
+            volume_channels=volume_channels,
+            widths=appearance_widths,
+            strides=appearance_strides,
+            norm=norm,
+            **build,
+        )
+        self.decoder = Decoder(
+            in_features=volume_shape[0] * volume_channels,
+            style_features=expression_features + self.appearance_latent.features,
+            down_channels=down_channels,
+            up_channels=up_channels,
+            rgb_channels=rgb_channels,
+            injection=injection,
+            mapping_features=mapping_features,
+            **build,
+        )
+
+    def __call__(
+        self,
+        volume: Float[Array, "sources d h w c"],
+        warped_volume: Float[Array, "b d h w c"],
+        expression: Float[Array, "b latent"],
+    ) -> Float[Array, "b s s 3"]:
+        sources, batch = volume.shape[0], warped_volume.shape[0]
+        if batch % sources:
+            raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
+        appearance = jnp.repeat(self.appearance_latent(volume), batch // sources, axis=0)
+        both = [jnp.repeat(volume, batch // sources, axis=0), warped_volume.astype(volume.dtype)]
+        features = depth_to_features(self.flatten(jnp.concatenate(both, axis=-1)))
+        style = jnp.concatenate([expression, appearance.astype(expression.dtype)], axis=-1)
+        return self.decoder(features, style)
