@@ -1,0 +1,90 @@
+"""face_clips.py and animate.py on real people: what is accepted, what is refused, and the paste-
+back's seam.
+"""
+
+import numpy as np
+import pytest
+
+from data_pipelines import video
+from dexportrait_jax import animate, assets, face_clips
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import estimators
+from tests.test_animate import StubModel
+
+
+@pytest.fixture(scope="module")
+def faces(shared_data):
+    path = shared_data / "models" / "face_landmarker.task"
+    original = assets.fetch
+    assets.fetch = lambda name, say=print: path
+    with face_clips.Faces(StubModel()) as opened:
+        yield opened
+    assets.fetch = original
+
+
+def test_portrait_and_driver(faces, shared_data):
+    clip, picture = faces.portrait(str(shared_data / "stills" / "astronaut.png"))
+    assert len(clip) == 1 and picture.shape == (512, 512, 3) and clip.size == 64
+    driver, rate = faces.driver(str(shared_data / "clips" / "carphone.mp4"), 5)
+    assert len(driver) == 16 and rate == pytest.approx(30, abs=0.1)
+    source, _ = faces.portrait(str(shared_data / "clips" / "carphone.mp4"), 5, as_video=True)
+    assert source.frames[0] == driver.frames[0] and len(source) == 1
+
+
+@pytest.mark.parametrize("name", ["neg_dog.jpg", "neg_mountain.jpg"])
+def test_pictures_without_a_person_are_refused(name, faces, shared_data):
+    with pytest.raises(UserError, match=name) as caught:
+        faces.portrait(str(shared_data / "negative" / "stills" / name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["neg_no_face.mp4", "neg_two_people.mp4"])
+def test_drivers_without_a_usable_face_are_refused(name, faces, shared_data):
+    with pytest.raises(UserError, match=name) as caught:
+        faces.driver(str(shared_data / "negative" / "clips" / name), 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_called_mp4_is_refused(faces, tmp_path):
+    (tmp_path / "text.mp4").write_text("hello")
+    for read in (faces.driver, faces.portrait):
+        with pytest.raises(UserError, match=r"text\.mp4"):
+            read(str(tmp_path / "text.mp4"))
+
+
+def test_pasting_a_face_back_shows_no_seam(faces, shared_data):
+    """The crop itself, pasted back: the picture changes inside the face alone, by resampling alone."""
+    path = str(shared_data / "stills" / "astronaut.png")
+    clip, picture = faces.portrait(path)
+    box = clip.crop_box
+    from data_pipelines.prepare.crop import extract
+
+    plan = animate.Plan("expression_only", 25.0, clip, picture, None)
+    side = int(box[2] - box[0])
+    pasted = animate._paste(extract(picture, box, side), plan, faces)
+    assert pasted.shape == picture.shape
+    assert np.abs(pasted.astype(int) - picture).max() <= 1
+    black = animate._paste(np.zeros((64, 64, 3), np.uint8), plan, faces)
+    changed = np.abs(black.astype(int) - picture).max(-1) > 0
+    rows, columns = np.nonzero(changed)
+    assert rows.min() > box[1] and rows.max() < box[3] - 1
+    assert columns.min() > box[0] and columns.max() < box[2] - 1
+    middle = (clip.face_boxes[0].reshape(2, 2).mean(0) + 1) * side / 2 + box[:2]
+    assert black[int(middle[1]), int(middle[0])].max() == 0
+
+
+def test_estimator_reads_pose_and_expression(faces, shared_data):
+    clip, _ = faces.portrait(str(shared_data / "stills" / "astronaut.png"))
+    picture = face_clips.model_inputs(StubModel(), clip, np.array([0]))["image"][0]
+    found = estimators.read_face(faces.landmarker, picture)
+    mirrored = estimators.read_face(faces.landmarker, picture[:, ::-1])
+    # a mirror turns yaw and roll round and leaves pitch
+    np.testing.assert_allclose(mirrored.angles, found.angles * (1, -1, -1), atol=6)
+    assert estimators.pose_distance(found, found) == 0
+    assert estimators.read_face(faces.landmarker, np.zeros((64, 64, 3), np.uint8)) is None
+
+
+def test_video_source_gives_its_first_frame(faces, shared_data):
+    path = str(shared_data / "clips" / "carphone.mp4")
+    _, picture = faces.portrait(path)
+    assert (picture == next(iter(video.read_frames(path))).image).all()

@@ -1,0 +1,205 @@
+"""inference.py and animator_inference.py: exports of every stage animate, and nothing depends on a
+clip's length.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from dexportrait_jax import pose_transfer
+from dexportrait_jax.config import load_config
+from dexportrait_jax.diffusion.guidance import guidance_plan
+from dexportrait_jax.diffusion.sampler import frame_noise, sample
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import Drive, Sampling, load_model
+from dexportrait_jax.models.animator.branches import branch_conditions
+from dexportrait_jax.models.animator.conditioning import Conditions
+from dexportrait_jax.tasks import animator, autoencoder, motion
+from dexportrait_jax.tasks.pictures import to_float, to_uint8
+from dexportrait_jax.weights.exporting import export_groups
+
+SMALL = [
+    "model.unet.block_channels=(16, 32)",
+    "model.unet.groups=4",
+    "model.unet.heads=2",
+    "model.autoencoder.block_channels=(8, 8, 8)",
+    "model.autoencoder.groups=4",
+    "data.frames=4",
+    "sampling.steps=4",
+    "sampling.hybrid_steps=1",
+]
+STAGES = {
+    "motion": ("configs/motion.py:tiny", motion, []),
+    "animator_image": ("configs/animator_image.py:tiny", animator, SMALL),
+    "animator_video": ("configs/animator_video.py:tiny", animator, SMALL),
+}
+
+
+def random_params(abstract):
+    """Numbers of a plausible size everywhere, so that no branch is silent; far quicker than to
+    initialise.
+    """
+    random = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        values = random.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.05 * values
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 400.0
+        return values / np.sqrt(fan_in)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def export(folder, stage):
+    """A small model with random weights as an export."""
+    address, task, overrides = STAGES[stage]
+    config = load_config(address, overrides)
+    networks = task.build_networks(config)
+    groups = {name: random_params(network.abstract) for name, network in networks.items()}
+    model = {"stage": config.stage, "config": config.to_dict(), "step": 0, "ema": False}
+    return export_groups(folder / stage, model | {"crop": None}, groups)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    loaded = {}
+
+    def get(stage):
+        if stage not in loaded:
+            loaded[stage] = load_model(export(tmp_path_factory.mktemp("export"), stage))
+        return loaded[stage]
+
+    return get
+
+
+@pytest.fixture(params=STAGES)
+def model(request, models):
+    return models(request.param)
+
+
+@pytest.fixture
+def video_model(models):
+    return models("animator_video")
+
+
+SOURCE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def make_drive(model, frames):
+    turns = [pose_transfer.euler_rotation(0, 3.0 * i, 0) for i in range(frames)]
+    poses = pose_transfer.join_pose(np.stack(turns), np.zeros((frames, 3)), np.ones(frames))
+    latent = model.encode(SOURCE[None], SOURCE[None])[1].shape[1]
+    codes = np.random.default_rng(1).standard_normal((99, latent)).astype(np.float32)
+    return Drive(poses[0], codes[0], poses, codes[:frames])
+
+
+def pictures(model, frames, sampling=Sampling()):  # noqa: B008 - frozen
+    return np.concatenate(list(model.animate(SOURCE, make_drive(model, frames), sampling)))
+
+
+def test_every_stage_animates_the_same_way_twice(model):
+    first, again = pictures(model, 3), pictures(model, 3)
+    assert first.shape == (3, 64, 64, 3) and first.dtype == np.uint8
+    assert (first == again).all() and first.std() > 1
+    assert (first[0] != first[2]).any()  # the drive does something
+    if model.stage != "motion":
+        assert (pictures(model, 3, Sampling(seed=1)) != first).any()
+
+
+def test_encoders_take_any_number_of_pictures(model):
+    images = np.random.default_rng(2).integers(0, 256, (11, 64, 64, 3), dtype=np.uint8)
+    poses, codes = model.encode(images, images)
+    assert poses.shape == (11, 3, 4) and len(codes) == 11
+    alone = model.encode(images[9:10], images[9:10])
+    np.testing.assert_allclose(alone[0][0], poses[9], atol=1e-5)
+    np.testing.assert_allclose(alone[1][0], codes[9], atol=1e-4)
+
+
+def test_length_compiles_nothing_and_short_clips_begin_long_ones(model):
+    pictures(model, 3)
+    before = compiled(model)
+    long, short = pictures(model, 11), pictures(model, 2)
+    assert len(long) == 11 and compiled(model) == before
+    if model.stage != "animator_video":  # there a window sees its neighbours
+        assert np.abs(long[:2].astype(int) - short).max() <= 1
+
+
+def compiled(model):
+    jitted = [model._encode]
+    if model.stage == "motion":
+        jitted.append(model._reenact)
+    else:
+        jitted += [model._source, model._decode, *model._denoiser("learned")]
+    return [function._cache_size() for function in jitted]
+
+
+def test_animator_equals_the_plain_sampler(video_model):
+    """One window: the same pictures as DDIM over the whole clip, nothing cached, nothing cut.
+
+    Guidance 1 needs no unconditional branch, which spares compiling it.
+    """
+    model, frames = video_model, 4
+    drive = make_drive(model, frames)
+    params, networks = model.params, model.networks
+    latent, bank, _ = model._source(params, SOURCE[None], drive.source_pose[None])
+    full = Conditions(
+        reference=bank,
+        source_pose=drive.source_pose[None],
+        driving_pose=drive.poses,
+        expression=drive.expressions,
+    )
+
+    @jax.jit
+    def predict(latents, timesteps, conditions):
+        temporal = networks["temporal"].bind(params["temporal"])
+        network = networks["denoiser"].bind(params["denoiser"])
+        return network(latents, timesteps, conditions, temporal=temporal, frames=frames)
+
+    latents = sample(
+        lambda z, t, branch: predict(z, t, branch_conditions(full, branch)),
+        model.schedule,
+        guidance_plan(4, scale=1.0, hold=1),
+        frame_noise(0, frames, latent.shape[1:]),
+        spacing=model.config.sampling.spacing,
+    )
+    decoder = networks["autoencoder"].bind(params["autoencoder"])
+    wanted = to_uint8(decoder.decode(latents / decoder.scale))
+    made = pictures(model, frames, Sampling(guidance=1.0))
+    assert np.abs(made.astype(int) - wanted).max() <= 1
+    mean = networks["autoencoder"].bind(params["autoencoder"]).encode(to_float(SOURCE[None]))[0]
+    np.testing.assert_allclose(latent, mean * decoder.scale, atol=1e-4)
+
+
+def test_sampling_settings(video_model):
+    model = video_model
+    assert model.settings(Sampling(seed=2)) == {
+        "seed": 2,
+        "steps": 4,
+        "guidance": model.config.sampling.guidance,
+        "hybrid_steps": 1,
+        "expression_null": "learned",
+    }
+    assert model.settings(Sampling(steps=12))["hybrid_steps"] == 3  # S keeps its share
+    with pytest.raises(UserError, match="hybrid_steps"):
+        model.plan(Sampling(hybrid_steps=3))
+    with pytest.raises(UserError, match="--steps"):
+        model.plan(Sampling(steps=5000))
+
+
+def test_other_exports_are_refused(tmp_path):
+    config = load_config("configs/autoencoder.py:tiny")
+    params = {
+        "autoencoder": autoencoder.build_networks(config)["autoencoder"].init(jax.random.key(0))
+    }
+    model = {
+        "stage": config.stage,
+        "config": config.to_dict(),
+        "step": 0,
+        "ema": False,
+        "crop": None,
+    }
+    with pytest.raises(UserError, match="cannot animate"):
+        load_model(export_groups(tmp_path / "autoencoder", model, params))
+    with pytest.raises(UserError, match="no such directory"):
+        load_model(tmp_path / "nothing")
