@@ -1,0 +1,138 @@
+"""Records: there and back, and the same bytes for TFDS."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from data_pipelines import dataset, records
+from data_pipelines.prepare import builder
+from dexportrait_jax.errors import UserError
+from tests import fixtures
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return fixtures.make_clip(3, frames=5, size=32)
+
+
+def _assert_same(one, other):
+    for field in dataclasses.fields(records.Clip):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "mask_polygons":
+            assert a.keys() == b.keys()
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name])
+        elif isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b, field.name
+
+
+def test_encode_decode_is_the_identity(clip):
+    _assert_same(records.decode(records.encode(clip)), clip)
+
+
+def test_tfds_understands_our_bytes(clip):
+    parsed = builder.features().deserialize_example_np(records.encode(clip))
+    np.testing.assert_array_equal(parsed["landmarks"], clip.landmarks)
+    np.testing.assert_array_equal(parsed["mask_polygons"]["nose"], clip.mask_polygons["nose"])
+    assert list(parsed["frames"]) == clip.frames
+    assert parsed["clip_id"] == clip.clip_id.encode()
+
+
+def test_we_understand_tfds_bytes(clip):
+    features = builder.features()
+    data = features.serialize_example(features.encode_example(builder.example(clip)))
+    _assert_same(records.decode(data), clip)
+
+
+def test_integers_are_parsed():
+    # {"n": int64 list [3, -1, 300]}, packed
+    values = b"\x03" + b"\xff" * 9 + b"\x01" + b"\xac\x02"
+    numbers = records._field(1, values)
+    example = records._field(1, records._field(1, b"n") + records._field(2, records._field(3, numbers)))
+    parsed = records.parse_example(records._field(1, example))
+    assert parsed["n"].tolist() == [3, -1, 300]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "text", "empty", "other"])
+def test_damaged_bytes_are_record_errors(clip, damage):
+    data = records.encode(clip)
+    broken = {
+        "cut": data[: len(data) // 2],
+        "zeros": bytes(len(data)),
+        "text": b"hello, this is no record",
+        "empty": b"",
+        "other": records._field(1, records._field(1, records._field(1, b"a"))),
+    }[damage]
+    with pytest.raises(records.RecordError):
+        records.decode(broken)
+
+
+def test_wrong_shapes_are_refused(clip):
+    with pytest.raises(records.RecordError, match="landmarks"):
+        records.encode(dataclasses.replace(clip, landmarks=clip.landmarks[:-1]))
+
+
+def test_part_cuts_every_array(clip):
+    part = clip.part(1, 4, "x")
+    assert len(part) == 3 and part.clip_id == "x"
+    _assert_same(records.decode(records.encode(part)), part)
+    np.testing.assert_array_equal(part.head_pose, clip.head_pose[1:4])
+
+
+def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
+    import tensorflow_datasets as tfds
+
+    directory = fixtures.make_dataset(tmp_path / "data", clips=3, frames=4, size=32)
+    source = tfds.builder_from_directory(directory).as_data_source(split="train")
+    ours = dataset.ClipDataset(directory, "train")
+    assert len(source) == len(ours) == 3
+    for number in range(3):
+        expected = fixtures.make_clip(number, 4, 32, session=f"session{number}")
+        _assert_same(ours[number], expected)
+        assert source[number]["clip_id"].decode() == expected.clip_id
+        np.testing.assert_array_equal(source[number]["head_pose"], expected.head_pose)
+        assert list(source[number]["frames"]) == expected.frames
+
+
+def test_index_is_rebuilt_when_it_is_missing(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32)
+    index = dataset.ClipDataset(directory, "train").index
+    (directory / dataset.index_name("train")).unlink()
+    assert dataset.ClipDataset(directory, "train").index == index
+
+
+def test_views_are_other_cameras_of_the_same_session(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32, cameras=2)
+    clips = dataset.ClipDataset(directory, "train")
+    assert clips.views() == {0: [1], 1: [0], 2: [3], 3: [2]}
+
+
+def test_errors_of_opening_a_dataset(tmp_path):
+    with pytest.raises(UserError, match="no dataset at"):
+        dataset.ClipDataset(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="holds no ArrayRecord"):
+        dataset.ClipDataset(tmp_path, "train")
+    directory = fixtures.make_dataset(tmp_path / "data", 1, 4, 32, validation_clips=0)
+    with pytest.raises(UserError, match="no split 'validation'"):
+        dataset.ClipDataset(directory, "validation")
+
+
+def test_write_dataset_never_leaves_half_of_it(tmp_path):
+    def failing():
+        yield fixtures.make_clip(0, 4, 32)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        builder.write_dataset({"train": failing}, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+    fixtures.make_dataset(tmp_path / "data", 1, 4, 32)
+    before = sorted(path.name for path in (tmp_path / "data").iterdir())
+    with pytest.raises(UserError, match="exists already"):
+        builder.write_dataset({"train": lambda: [fixtures.make_clip(0, 4, 32)]}, tmp_path / "data")
+    with pytest.raises(UserError, match="the disk is full"):
+        builder.write_dataset({"train": failing}, tmp_path / "data", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == before
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,176 @@
+"""Video in and out, on files these tests write themselves."""
+
+from fractions import Fraction
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from data_pipelines import video
+from dexportrait_jax.errors import UserError
+
+
+def _frames(count=6, height=48, width=64):
+    rows, columns = np.mgrid[:height, :width]
+    frames = []
+    for number in range(count):
+        red = np.full((height, width), 40 * number)
+        frames.append(np.stack([red, rows * 4, columns * 3], -1).astype(np.uint8))
+    return frames
+
+
+def _write(path, frames, fps=25.0, **options):
+    with video.VideoWriter(path, fps, **options) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+def test_written_video_reads_back(tmp_path):
+    path = tmp_path / "a.mp4"
+    _write(path, _frames(), 29.97, metadata={"comment": "synthetic; made by a test"}, quality=4)
+    read = list(video.read_frames(path))
+    assert len(read) == 6
+    for frame, expected in zip(read, _frames(), strict=True):
+        assert np.abs(frame.image.astype(int) - expected).mean() < 3
+    np.testing.assert_allclose([f.time for f in read], np.arange(6) / 29.97, atol=1e-3)
+    assert video.probe(path)[:2] == (64, 48)
+    assert video.probe(path).fps == pytest.approx(29.97, abs=1e-2)
+    with av.open(str(path)) as container:
+        assert container.metadata["comment"] == "synthetic; made by a test"
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # a browser can start before it has all
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_odd_sizes_are_padded(tmp_path):
+    _write(tmp_path / "a.mp4", _frames(2, 33, 47))
+    assert video.probe(tmp_path / "a.mp4")[:2] == (48, 34)
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), video.VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        writer.write(_frames(1)[0])
+        raise RuntimeError("stop")
+    with pytest.raises(UserError, match="no frame"), video.VideoWriter(tmp_path / "a.mp4", 25):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    _write(tmp_path / "a.mp4", _frames(2))
+    before = (tmp_path / "a.mp4").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        video.VideoWriter(tmp_path / "a.mp4", 25)
+    with (
+        pytest.raises(RuntimeError),
+        video.VideoWriter(tmp_path / "a.mp4", 25, overwrite=True) as writer,
+    ):
+        writer.write(_frames(1)[0])
+        raise RuntimeError("stop")
+    assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+def test_writer_refuses_other_endings_and_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="ends in .mp4"):
+        video.VideoWriter(tmp_path / "a.gif", 25)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        _write(tmp_path / "file" / "a.mp4", _frames(1))
+
+
+def _mux(path, frames, *, pixel_format="yuv420p", times=None, rotate=None, codec="libx264"):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixel_format
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if rotate:
+            stream.set_display_rotation(rotate) if hasattr(stream, "set_display_rotation") else None
+        for number, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24" if image.ndim == 3 else "gray")
+            frame = frame.reformat(format=pixel_format)
+            frame.pts = times[number] if times else 40 * number
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def test_variable_rate_keeps_its_times(tmp_path):
+    times = [0, 40, 200, 240, 500]
+    _mux(tmp_path / "a.mp4", _frames(5), times=times)
+    read = [frame.time for frame in video.read_frames(tmp_path / "a.mp4")]
+    np.testing.assert_allclose(read, np.array(times) / 1000, atol=2e-3)
+
+
+def test_grey_and_alpha_become_rgb(tmp_path):
+    _mux(tmp_path / "grey.mkv", [f[..., 1] for f in _frames(3)], pixel_format="gray", codec="ffv1")
+    frame = next(video.read_frames(tmp_path / "grey.mkv")).image
+    assert frame.shape == (48, 64, 3)
+    assert np.abs(np.ptp(frame.astype(int), axis=-1)).max() <= 2
+    _mux(tmp_path / "alpha.mkv", _frames(3), pixel_format="bgra", codec="ffv1")
+    np.testing.assert_array_equal(next(video.read_frames(tmp_path / "alpha.mkv")).image, _frames()[0])
+
+
+def test_rotation_metadata_is_honoured(tmp_path):
+    """A quarter turn written into the display matrix of the track header."""
+    path = tmp_path / "a.mp4"
+    _write(path, _frames(2), quality=4)
+    upright = next(video.read_frames(path)).image
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 4 + 36
+    one = 0x10000
+    rows = (0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in rows)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    turned = next(video.read_frames(tmp_path / "turned.mp4")).image
+    assert turned.shape == (64, 48, 3)
+    np.testing.assert_array_equal(turned, np.rot90(upright, -1))  # clockwise, as players show it
+    assert video.probe(tmp_path / "turned.mp4")[:2] == (48, 64)
+
+
+def test_max_frames_and_damage(tmp_path):
+    path = tmp_path / "a.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
+    _write(path, list(noise))
+    assert len(list(video.read_frames(path, max_frames=3))) == 3
+    data = path.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    said = []
+    assert 0 < len(list(video.read_frames(tmp_path / "cut.mp4", on_damage=said.append))) < 40
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("text.mp4", b"this is not a video\n" * 20, "is not a video that can be read"),
+        ("empty.mp4", b"", "it is empty"),
+        ("missing.mp4", None, "there is no file"),
+        ("folder.mp4", "folder", "is a folder"),
+    ],
+)
+def test_unreadable_files_are_user_errors(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    for read in (lambda: next(video.read_frames(path)), lambda: video.probe(path)):
+        with pytest.raises(UserError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        video.read_image(path)
+
+
+def test_read_image(tmp_path):
+    picture = _frames(1)[0]
+    cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
+    np.testing.assert_array_equal(video.read_image(tmp_path / "a.png"), picture)
+    alpha = np.concatenate([picture[..., ::-1], np.zeros((48, 64, 1), np.uint8)], -1)
+    alpha[:, 32:, 3] = 255
+    cv2.imwrite(str(tmp_path / "b.png"), alpha)
+    read = video.read_image(tmp_path / "b.png")
+    assert (read[:, :32] == 255).all()
+    np.testing.assert_array_equal(read[:, 32:], picture[:, 32:])
+    _write(tmp_path / "a.mp4", _frames(2), quality=4)
+    assert video.read_image(tmp_path / "a.mp4").shape == (48, 64, 3)
