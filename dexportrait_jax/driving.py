@@ -19,6 +19,13 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.pose_transfer import euler_degrees, euler_rotation, join_pose, split_pose
 
 MODES = ("self", "cross", "disentangled", "expression_only", "pose_only")
+PANELS = {  # what stands side by side in `animate --side_by_side`, for captions
+    "self": ("source", "driver", "result"),
+    "cross": ("source", "driver", "result"),
+    "disentangled": ("source", "pose", "expression", "result"),
+    "expression_only": ("source", "expression", "result"),
+    "pose_only": ("source", "pose", "result"),
+}
 TYPED_KEYS = ("pitch", "yaw", "roll", "x", "y", "scale")
 
 

@@ -130,7 +130,7 @@ def test_modes(mode, flags, model, files, tmp_path):
     assert (found["mode"], found["frames"], found["steps"]) == (mode, FRAMES, None)
     assert provenance.read(beside) == found == json.loads(provenance.sidecar_path(out).read_text())
     assert decoded(out).shape == (FRAMES, 64, 64, 3)
-    panels = {"self": 3, "cross": 3, "disentangled": 4, "expression_only": 3, "pose_only": 3}[mode]
+    panels = len(driving.PANELS[mode])
     assert decoded(beside).shape == (FRAMES, 256, panels * 256, 3)
 
     (drive,) = model.drives
