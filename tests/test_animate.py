@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines import video
 from data_pipelines.augment import default_augment
-from dexportrait_jax import animate, pose_transfer, provenance
+from dexportrait_jax import animate, driving, pose_transfer, provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import PortraitModel
 from tests import fixtures
