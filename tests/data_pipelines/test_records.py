@@ -51,7 +51,9 @@ def test_integers_are_parsed():
     # {"n": int64 list [3, -1, 300]}, packed
     values = b"\x03" + b"\xff" * 9 + b"\x01" + b"\xac\x02"
     numbers = records._field(1, values)
-    example = records._field(1, records._field(1, b"n") + records._field(2, records._field(3, numbers)))
+    example = records._field(
+        1, records._field(1, b"n") + records._field(2, records._field(3, numbers))
+    )
     parsed = records.parse_example(records._field(1, example))
     assert parsed["n"].tolist() == [3, -1, 300]
 

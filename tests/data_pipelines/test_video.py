@@ -108,7 +108,9 @@ def test_grey_and_alpha_become_rgb(tmp_path):
     assert frame.shape == (48, 64, 3)
     assert np.abs(np.ptp(frame.astype(int), axis=-1)).max() <= 2
     _mux(tmp_path / "alpha.mkv", _frames(3), pixel_format="bgra", codec="ffv1")
-    np.testing.assert_array_equal(next(video.read_frames(tmp_path / "alpha.mkv")).image, _frames()[0])
+    np.testing.assert_array_equal(
+        next(video.read_frames(tmp_path / "alpha.mkv")).image, _frames()[0]
+    )
 
 
 def test_rotation_metadata_is_honoured(tmp_path):

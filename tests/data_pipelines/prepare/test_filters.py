@@ -1,0 +1,98 @@
+"""Verdicts on frames and videos."""
+
+import numpy as np
+
+from data_pipelines.prepare import crop, detect, filters
+
+SETTINGS = crop.Settings(min_frames=5, clip_frames=20)
+PICTURE = (640, 480)
+
+
+def _face(x=200.0, y=150.0, size=100.0):
+    points = np.random.default_rng(0).uniform(0, 1, (478, 3))
+    points[:2, :2] = [(0, 0), (1, 1)]
+    landmarks = (points * size + (x, y, 0)).astype(np.float32)
+    return detect.Face(landmarks, np.zeros(52, np.float32), np.eye(4, dtype=np.float32))
+
+
+def _seen(verdict=filters.GOOD, cut=False, mirror_error=None):
+    return filters.Observation(0.0, _face(), verdict, cut, mirror_error)
+
+
+def test_judging_a_frame():
+    def verdict(*faces):
+        return filters.judge(list(faces), PICTURE, SETTINGS)[1]
+
+    assert verdict() == filters.NO_FACE
+    assert verdict(_face()) == filters.GOOD
+    assert verdict(_face(size=30)) == filters.TOO_SMALL
+    assert verdict(_face(x=-40)) == filters.OUTSIDE
+    assert verdict(_face(x=-4)) == filters.GOOD
+    assert verdict(_face(), _face(x=400, size=60)) == filters.SEVERAL
+    assert verdict(_face(), _face(x=400, size=20)) == filters.GOOD  # a picture on the wall
+    assert verdict(_face(), _face(x=210, size=95)) == filters.GOOD  # the same face found twice
+
+
+def test_cuts():
+    before = filters.Observation(1.0, _face(), filters.GOOD, False, None)
+
+    def cut(face=None, time=1.04, difference=0.0):
+        return filters.is_cut(before, face or _face(), time, difference, SETTINGS)
+
+    assert not cut()
+    assert not cut(_face(x=230))
+    assert cut(_face(x=260))
+    assert cut(_face(size=160))
+    assert cut(difference=0.3)
+    assert cut(time=2.0)
+    assert not filters.is_cut(before, None, 1.04, 0.0, SETTINGS)
+
+
+def test_runs_are_split_at_gaps_and_cuts_and_short_ones_dropped():
+    frames = [_seen() for _ in range(40)]
+    frames[10] = _seen(filters.NO_FACE)
+    frames[14] = _seen(filters.TOO_SMALL)
+    frames[22] = _seen(cut=True)
+    runs, verdict = filters.segments(frames, "a", SETTINGS)
+    assert runs == [(0, 10), (15, 22), (22, 40)]
+    assert verdict.kept and verdict.kept_frames == 35 and verdict.cuts == 1
+    assert verdict.dropped_frames == {
+        filters.TOO_SHORT: 3, filters.NO_FACE: 1, filters.TOO_SMALL: 1,
+    }  # fmt: skip
+    assert "kept 35 of 40 frames in 3 clip(s), 1 cut(s)" in verdict.words()
+
+
+def test_long_runs_become_several_clips():
+    runs, verdict = filters.segments([_seen() for _ in range(50)], "a", SETTINGS)
+    assert runs == [(0, 17), (17, 33), (33, 50)] and verdict.clips == 3
+
+
+def test_whole_videos_are_refused_with_their_reason():
+    def reason(frames):
+        runs, verdict = filters.segments(frames, "a", SETTINGS)
+        assert runs == [] and not verdict.kept
+        return verdict.words()
+
+    assert reason([_seen()]) == "dropped: too few frames: 1; at least 5 are needed"
+    assert reason([_seen(filters.NO_FACE)] * 9) == "dropped: no face found in 9 of 9 frames"
+    several = [_seen(), *[_seen(filters.SEVERAL)] * 2, *[_seen()] * 10]
+    assert reason(several) == "dropped: several people in 2 of 13 frames"
+    assert "not a human face" in reason([_seen(mirror_error=0.05)] * 9)
+    broken = [_seen(cut=True), _seen(), _seen()] * 4
+    assert reason(broken) == "dropped: too few good frames in a row: 3; at least 5 are needed"
+    assert reason([]).startswith("dropped: too few frames: 0")
+
+
+def test_mirror_error():
+    face = _face()
+    mirrored = face.landmarks.copy()
+    mirrored[:, 0] = 640 - mirrored[:, 0]
+    ours, theirs = filters._MIRROR_PAIRS.T
+    swapped = mirrored.copy()
+    swapped[ours], swapped[theirs] = mirrored[theirs], mirrored[ours]
+    other = face._replace(landmarks=swapped)
+    assert filters.mirror_error(face, [other], 640) < 1e-6
+    moved = face._replace(landmarks=swapped + np.float32([3, 4, 0]))
+    np.testing.assert_allclose(filters.mirror_error(face, [moved], 640), 0.05, rtol=1e-3)
+    assert filters.mirror_error(face, [], 640) == 1.0
+    assert filters.mirror_error(face, [moved, other], 640) < 1e-6

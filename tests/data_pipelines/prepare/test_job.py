@@ -1,0 +1,261 @@
+"""The job `prepare` on scripted videos: verdicts, restart, splits, errors; nothing half-written."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+from data_pipelines import dataset, files, video
+from data_pipelines.prepare import clips, crop, job, processing
+from dexportrait_jax.errors import UserError
+from tests.data_pipelines.prepare import scripted
+
+SETTINGS = crop.Settings(min_frames=6)
+
+
+def _write(path, pictures):
+    with video.VideoWriter(path, 25, quality=4) as writer:
+        for picture in pictures:
+            writer.write(picture)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    _write(folder / "anna.mp4", [scripted.picture(shift=0.002 * n) for n in range(30)])
+    _write(folder / "bert.mp4", [scripted.picture(shade=90)] * 20)
+    cut = [scripted.picture()] * 10 + [scripted.picture(0)] * 3 + [scripted.picture()] * 8
+    _write(folder / "carl.mp4", cut)
+    _write(folder / "pair.mp4", [scripted.picture(2)] * 12)
+    _write(folder / "wall.mp4", [scripted.picture(0)] * 12)
+    _write(folder / "one.mp4", [scripted.picture()])
+    (folder / "text.mp4").write_text("not a video")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def landmarker(monkeypatch, tmp_path):
+    """The scripted landmarker, in this process."""
+    model = scripted.ScriptedLandmarker()
+
+    def run(jobs, path, workers, tell):
+        for one in jobs:
+            tell(one, processing._look_at(one))
+        return []
+
+    monkeypatch.setattr(processing, "_landmarker", model)
+    monkeypatch.setattr(processing, "_run", run)
+    (tmp_path / "model").write_text("scripted")
+    return model
+
+
+def _run(videos, out, **options):
+    options = {"size": 48, "settings": SETTINGS} | options
+    job.run_prepare(f"{videos}/*.mp4", out, landmarker_path=videos.parent / "model", **options)
+
+
+def test_every_video_gets_a_verdict(videos, tmp_path, capsys):
+    _run(videos, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    verdicts = {v["source"].rsplit("/")[-1]: v for v in report["videos"]}
+    assert {name for name, v in verdicts.items() if v["kept"]} == {
+        "anna.mp4",
+        "bert.mp4",
+        "carl.mp4",
+    }
+    assert {name: v["reason"] for name, v in verdicts.items() if not v["kept"]} == {
+        "pair.mp4": "several people",
+        "wall.mp4": "no face found",
+        "one.mp4": "too few frames",
+        "text.mp4": "unreadable",
+    }
+    assert verdicts["carl.mp4"]["clips"] == 2
+    assert verdicts["carl.mp4"]["dropped_frames"] == {"no face found": 3}
+    funnel = report["funnel"]
+    assert (funnel["videos"], funnel["videos_kept"], funnel["clips"]) == (7, 3, 4)
+    assert funnel["frames_kept"] == 30 + 20 + 18
+    said = capsys.readouterr().out
+    assert "videos       7, kept 3" in said and "-1 several people" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
+
+    ids = {}
+    for split in ("train", "validation"):
+        data = dataset.ClipDataset(tmp_path / "out", split)
+        for number in range(len(data)):
+            clip = data[number]
+            ids[clip.clip_id] = (split, clip.identity)
+            assert clip.size == 48 and clip.fps == pytest.approx(25, abs=0.01)
+            angles = clips.head_pose.euler_degrees(clip.head_pose)
+            np.testing.assert_allclose(angles, [[5, 10, -8]] * len(clip), atol=0.01)
+    assert set(ids) == {
+        "anna-000000-000029", "bert-000000-000019", "carl-000000-000009", "carl-000013-000020",
+    }  # fmt: skip
+    assert {split for split, _ in ids.values()} == {"train", "validation"}
+    assert ids["carl-000000-000009"] == ids["carl-000013-000020"]
+
+
+def test_time_holdout(videos, tmp_path):
+    _run(videos, tmp_path / "out", holdout="time", holdout_fraction=0.3, holdout_gap=2)
+    train = dataset.ClipDataset(tmp_path / "out", "train").index
+    held = dataset.ClipDataset(tmp_path / "out", "validation").index
+    assert "anna-000000-000018" in train["clip_id"] and "anna-000021-000029" in held["clip_id"]
+    assert sum(train["frames"]) + sum(held["frames"]) < 68
+
+
+def test_a_second_run_says_it_is_done(videos, tmp_path, capsys, landmarker):
+    _run(videos, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    calls = landmarker.calls
+    capsys.readouterr()
+    _run(videos, tmp_path / "out")
+    assert "already prepared" in capsys.readouterr().out
+    assert landmarker.calls == calls
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="made with other settings"):
+        _run(videos, tmp_path / "out", size=64)
+    _run(videos, tmp_path / "out", size=64, overwrite=True)
+    assert dataset.ClipDataset(tmp_path / "out", "train")[0].size == 64
+
+
+def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkeypatch):
+    real = clips.clips_from_video
+
+    def stops_at_carl(path, *args, **options):
+        if "carl" in str(path):
+            raise KeyboardInterrupt
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(clips, "clips_from_video", stops_at_carl)
+    with pytest.raises(KeyboardInterrupt):
+        _run(videos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(clips, "clips_from_video", real)
+    capsys.readouterr()
+    calls = landmarker.calls
+    _run(videos, tmp_path / "out")
+    assert "going on: 2 of 7 videos are done already" in capsys.readouterr().out
+    assert landmarker.calls - calls < 60  # not those of anna and bert
+    whole = dataset.ClipDataset(tmp_path / "out", "train").index
+    _run(videos, tmp_path / "fresh")
+    assert dataset.ClipDataset(tmp_path / "fresh", "train").index == whole
+
+
+def test_a_strange_video_does_not_end_the_job(videos, tmp_path, monkeypatch):
+    real = clips.clips_from_video
+
+    def fails_at_bert(path, *args, **options):
+        if "bert" in str(path):
+            raise ValueError("who knows")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(clips, "clips_from_video", fails_at_bert)
+    _run(videos, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    assert report["funnel"]["videos_dropped"]["failed"] == 1
+
+
+def test_user_errors(videos, tmp_path):
+    with pytest.raises(UserError, match="no video matches"):
+        job.run_prepare(f"{videos}/*.avi", tmp_path / "out")
+    with pytest.raises(UserError, match=r"none of 1 video\(s\) can be used, such as wall.mp4"):
+        job.run_prepare(f"{videos}/wall.mp4", tmp_path / "out", landmarker_path=tmp_path / "model")
+    for options, words in [
+        ({"holdout": "people"}, "--holdout"),
+        ({"holdout_fraction": 1.5}, "--holdout_fraction"),
+        ({"size": 4}, "--size"),
+        ({"max_frames": 0}, "--max_frames"),
+        ({"identity": "("}, "--identity"),
+        ({"identity": "(?P<identity>xyz)"}, "does not match"),
+        ({"landmarker_path": tmp_path / "nowhere"}, "no face landmarker"),
+    ]:
+        with pytest.raises(UserError, match=words) as caught:
+            _run(videos, tmp_path / "out", **options) if "landmarker_path" not in options else (
+                job.run_prepare(f"{videos}/*.mp4", tmp_path / "out", **options)
+            )
+        assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "videos"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else than a dataset"):
+        _run(videos, tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_identity_of_a_rig_comes_from_the_path(videos, tmp_path):
+    _run(
+        videos,
+        tmp_path / "out",
+        identity=r"(?P<session>(?P<identity>[a-z])[a-z]*)\.mp4",
+        holdout_fraction=0,
+    )
+    index = dataset.ClipDataset(tmp_path / "out", "train").index
+    assert set(index["identity"]) == {"a", "b", "c"} and "anna" in index["session"]
+
+
+def test_videos_of_one_name_stay_apart(videos, tmp_path):
+    (videos / "more").mkdir()
+    (videos / "more" / "anna.mp4").write_bytes((videos / "anna.mp4").read_bytes())
+    job.run_prepare(
+        f"{videos}/**/anna.mp4", tmp_path / "out", size=48, settings=SETTINGS,
+        landmarker_path=tmp_path / "model",
+    )  # fmt: skip
+    index = dataset.ClipDataset(tmp_path / "out", "train").index
+    assert len(set(index["clip_id"])) == 2 and set(index["identity"]) == {"anna"}
+
+
+def test_two_jobs_for_one_dataset(videos, tmp_path):
+    with job._work_folder(tmp_path / "out"), pytest.raises(UserError, match="another job"):
+        _run(videos, tmp_path / "out")
+
+
+def test_folders_that_cannot_be_written(videos, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        _run(videos, tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="is a file"):
+        _run(videos, tmp_path / "file")
+    monkeypatch.setattr(job.Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(OSError(30, "ro")))
+    with pytest.raises(UserError, match="read-only disk"):
+        _run(videos, tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here (not root)")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(videos, small_disk):
+    def remount(size):
+        command = ["mount", "-o", f"remount,size={size}", str(small_disk)]
+        subprocess.run(command, check=True)
+
+    (small_disk / "filler").write_bytes(bytes(500_000))
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        _run(videos, small_disk / "out")
+    assert "\n" not in str(caught.value) and not (small_disk / "out").exists()
+    remount("1m")  # room for what is kept in between, not for the dataset
+    with pytest.raises(UserError, match="the disk is full"):
+        _run(videos, small_disk / "out")
+    assert sorted(path.name for path in small_disk.iterdir()) == [".out.work", "filler"]
+    remount("8m")
+    _run(videos, small_disk / "out")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "out"]
+
+
+def test_words_of_system_errors(tmp_path):
+    assert files.explain(ValueError("something else"), tmp_path) is None
+    native = RuntimeError("RESOURCE_EXHAUSTED: No space left on device; writing x")
+    assert "the disk is full" in str(files.explain(native, tmp_path))
+    with pytest.raises(UserError, match="no permission"), files.writing_to(tmp_path):
+        raise PermissionError(13, os.strerror(13))

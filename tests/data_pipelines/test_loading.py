@@ -1,0 +1,306 @@
+"""Loading: the data is a function of (seed, step), and nothing bad stops it."""
+
+import dataclasses
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from data_pipelines import augment, loading, records
+from data_pipelines.prepare import builder
+from dexportrait_jax.errors import UserError
+from tests import fixtures
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return fixtures.make_dataset(tmp_path_factory.mktemp("loading") / "data", 5, 24, 48)
+
+
+def _config(directory, **changes):
+    sizes = {"image_size": 32, "pose_size": 24, "expression_size": 16}
+    config = (
+        loading.default_data() | sizes | {"path": str(directory), "batch_size": 4, "targets": 2}
+    )
+    return config | changes
+
+
+def _take(config, count, **options):
+    loader = loading.make_loader(config, seed=options.pop("seed", 0), **options)
+    batches = list(itertools.islice(loader, count))
+    loader.close()
+    return [{name: np.array(value) for name, value in batch.items()} for batch in batches]
+
+
+def _assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def _quiet(config):
+    """No augmentation at all, so that pictures can be recognised."""
+    config["augment"] = augment.default_augment()
+    for knobs in config["augment"].values():
+        if "probability" in knobs:
+            knobs["probability"] = 0.0
+    return config
+
+
+def test_batches_are_as_promised(directory):
+    (batch,) = _take(_config(directory), 1)
+    expected = {
+        "source_image": (4, 32, 32, 3),
+        "source_pose_image": (4, 24, 24, 3),
+        "source_expression_image": (4, 16, 16, 3),
+        "source_head_pose": (4, 3, 4),
+        "target_image": (4, 2, 32, 32, 3),
+        "target_pose_image": (4, 2, 24, 24, 3),
+        "target_expression_image": (4, 2, 16, 16, 3),
+        "target_component_mask": (4, 2, 32, 32),
+        "target_head_pose": (4, 2, 3, 4),
+        "target_blendshapes": (4, 2, 52),
+    }
+    assert {name: value.shape for name, value in batch.items()} == expected
+    for name, value in batch.items():
+        floats = name.endswith(("head_pose", "blendshapes"))
+        assert value.dtype == (np.float32 if floats else np.uint8), name
+
+
+@pytest.mark.parametrize("mode", ["pairs", "video"])
+def test_start_at_any_step_and_on_any_hosts(directory, mode):
+    config = _config(directory, mode=mode, frames=5)
+    whole = _take(config, 5)
+    _assert_same(_take(config, 1, step=4)[0], whole[4])
+    hosts = [_take(config, 2, step=3, process_index=host, process_count=2) for host in range(2)]
+    for number in range(2):
+        joined = {name: np.concatenate([host[number][name] for host in hosts]) for name in whole[0]}
+        _assert_same(joined, whole[3 + number])
+    assert not np.array_equal(whole[0]["target_image"], whole[1]["target_image"])
+    other = _take(config, 1, seed=1)[0]
+    assert not np.array_equal(other["target_image"], whole[0]["target_image"])
+
+
+def test_worker_processes_change_nothing(directory):
+    config = _config(directory)
+    expected = _take(config, 3, step=2)
+    for one, other in zip(_take(config | {"workers": 2}, 3, step=2), expected, strict=True):
+        _assert_same(one, other)
+
+
+def test_far_steps_start_at_once(directory):
+    started = time.monotonic()
+    _take(_config(directory), 1, step=10_000_000)
+    assert time.monotonic() - started < 5
+
+
+def test_epochs_show_every_clip_in_new_order(directory):
+    config = _quiet(_config(directory, batch_size=5, targets=1))
+    orders = []
+    for batch in _take(config, 4):
+        # The background at the lower corner tells the drawn person.
+        colours = [tuple(np.round(image[-2, 2] / 24)) for image in batch["source_image"]]
+        assert len(set(colours)) == 5
+        orders.append(tuple(colours))
+    assert len(set(orders)) > 1
+
+
+def test_targets_keep_their_distance(directory):
+    examples = loading.Examples(_config(directory, source_margin=10, targets=3))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        source, targets = examples._choose_pairs(0, rng)
+        assert (np.abs(targets - source) >= 10).all() and len(set(targets)) == 3
+    examples = loading.Examples(_config(directory, source_margin=500, targets=3))
+    for _ in range(50):
+        source, targets = examples._choose_pairs(0, rng)
+        assert source not in targets and len(set(targets)) == 3
+
+
+def test_video_is_consecutive_and_moves_as_one(directory):
+    """One draw a clip: with the frames' own motion taken out, all frames got the same similarity."""
+    config = _config(directory, mode="video", frames=6, frame_stride=2)
+    (batch,) = _take(config, 1)
+    assert batch["target_image"].shape[:2] == (4, 6)
+    clips = [fixtures.make_clip(number, 24, 48) for number in range(5)]
+
+    def lifted(pose):
+        return np.concatenate([pose, np.broadcast_to([[[0, 0, 0, 1.0]]], (len(pose), 1, 4))], 1)
+
+    for row in batch["target_head_pose"]:
+        best = min(
+            np.abs(np.diff(lifted(row) @ np.linalg.inv(lifted(moved)), axis=0)).max()
+            for clip in clips
+            for flip in (False, True)
+            for start in range(24 - 10)
+            for moved in [
+                augment.transform_head_pose(
+                    augment.similarity_matrix(flip=flip), clip.head_pose[start : start + 11 : 2]
+                )
+            ]
+        )
+        assert best < 1e-4
+
+
+def test_motion_filter_takes_the_first_calm_candidate(directory):
+    config = _config(directory, mode="video", frames=4)
+    config["motion_filter"] = {"max_difference": 0.0, "candidates": 6}
+    calmest = loading.Examples(config)
+    rows, choices = [], []
+    for seed in range(20):
+        _, clip, source, targets = (None, *calmest._choose_window(0, np.random.default_rng(seed)))
+        again = calmest._choose_window(0, np.random.default_rng(seed))
+        assert again[:2] == (clip, source) and (again[2] == targets).all()
+        assert source not in range(targets[0], targets[-1] + 1)
+        rows.append(loading.background_motion(calmest.clips[clip], targets))
+    config["motion_filter"] = {"max_difference": 1.0, "candidates": 6}
+    first = loading.Examples(config)
+    for seed in range(20):
+        clip, _, targets = first._choose_window(0, np.random.default_rng(seed))
+        assert clip == 0
+        choices.append(loading.background_motion(first.clips[clip], targets))
+    assert np.mean(rows) < np.mean(choices)
+
+
+def test_background_motion_sees_the_background_alone():
+    clip = fixtures.make_clip(0, 6, 64)
+    assert loading.background_motion(clip, np.arange(6)) < 0.01
+    import cv2
+
+    shaken = []
+    for number in range(6):
+        picture = np.roll(augment.decode_frame(clip, number), 8 * (number % 2), axis=0)
+        shaken.append(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes())
+    moving = dataclasses.replace(clip, frames=shaken)
+    assert loading.background_motion(moving, np.arange(6)) > 0.03
+
+
+def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", 2, 12, 48, cameras=2)
+    config = _quiet(_config(directory))
+    config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
+    examples = loading.Examples(config)
+    clip, other = examples.clips[0], examples.clips[1]
+    assert (clip.identity, clip.session) == (other.identity, other.session)
+    draw = dataclasses.replace(augment.neutral_draw(config["augment"]), other_view=True)
+    assert examples._same_instant(clip, 7, other, draw) == (other, 7)
+    late = dataclasses.replace(other, timestamps=other.timestamps + 100)
+    assert examples._same_instant(clip, 7, late, draw) is None
+
+    config["augment"]["view_change"]["probability"] = 1.0
+    example = loading.Examples(config)(0, np.random.default_rng(3))
+    same = augment.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
+    view = augment.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
+    for number in range(2):
+        at = (
+            np.abs(same["image"] - example["target_image"][number].astype(int))
+            .sum((1, 2, 3))
+            .argmin()
+        )
+        np.testing.assert_array_equal(example["target_image"][number], same["image"][at])
+        np.testing.assert_array_equal(example["target_head_pose"][number], same["head_pose"][at])
+        np.testing.assert_array_equal(
+            example["target_expression_image"][number], view["expression_image"][at]
+        )
+
+
+def _with_bad_record(tmp_path, kind):
+    def clips():
+        for number in range(4):
+            clip = fixtures.make_clip(number, 12, 32)
+            if number == 2 and kind == "jpeg":
+                clip = dataclasses.replace(clip, frames=[f[: len(f) // 2] for f in clip.frames])
+            yield clip
+
+    return builder.write_dataset({"train": clips}, tmp_path / "data")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_record_is_reported_once_and_replaced(tmp_path, capfd, workers):
+    config = _config(_with_bad_record(tmp_path, "jpeg"), workers=workers)
+    one = _take(config, 6)
+    said = capfd.readouterr().err.count("record 2 is damaged")
+    assert said == 1
+    for batch, again in zip(one, _take(config | {"workers": 0}, 6), strict=True):
+        _assert_same(batch, again)
+
+
+def test_flipped_bytes_in_a_shard_are_survived(tmp_path, capfd):
+    directory = _with_bad_record(tmp_path, "none")
+    (shard,) = directory.glob("*train.array_record*")
+    data = bytearray(shard.read_bytes())
+    place = len(data) // 3
+    data[place : place + 64] = bytes(byte ^ 255 for byte in data[place : place + 64])
+    shard.write_bytes(data)
+    assert len(_take(_config(directory), 4)) == 4
+    assert capfd.readouterr().err.count("is damaged") >= 1
+
+
+def test_nothing_but_bad_records_is_an_error(tmp_path):
+    clip = fixtures.make_clip(0, 12, 32)
+    clip = dataclasses.replace(clip, frames=[b"no jpeg"] * 12)
+    directory = builder.write_dataset({"train": lambda: [clip]}, tmp_path / "data")
+    examples = loading.Examples(_config(directory))
+    with pytest.raises(UserError, match="damaged"):
+        examples(0, np.random.default_rng(0))
+
+
+def test_errors_at_the_start(directory, tmp_path):
+    def start(**changes):
+        return loading.make_loader(_config(directory, **changes), seed=0)
+
+    with pytest.raises(UserError, match="at most 24 frames, but 100 are needed"):
+        start(mode="video", frames=100)
+    with pytest.raises(UserError, match="no split 'test'"):
+        start(split="test")
+    with pytest.raises(UserError, match="no dataset at"):
+        start(path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="'pairs' or 'video'"):
+        start(mode="images")
+    with pytest.raises(UserError, match="3 host"):
+        loading.make_loader(_config(directory), seed=0, process_count=3)
+    still = builder.write_dataset(
+        {"train": lambda: [fixtures.make_clip(0, 1, 32)]}, tmp_path / "still"
+    )
+    with pytest.raises(UserError, match="at most 1 frames, but 2 are needed"):
+        start(path=str(still))
+
+
+def test_evaluation_is_plain_and_even(directory):
+    config = _config(directory, batch_size=2, targets=3)
+    batches = list(loading.evaluation_batches(config, "train", 3))
+    for one, again in zip(batches, loading.evaluation_batches(config, "train", 3), strict=True):
+        _assert_same(one, again)
+    for number in range(5):
+        batch, row = batches[number // 2], number % 2
+        clip = fixtures.make_clip(number, 24, 48)
+        expected = augment.inference_inputs(clip, [0, 8, 16, 23], 32, 24, 16, config["augment"])
+        np.testing.assert_array_equal(batch["source_image"][row], expected["image"][0])
+        np.testing.assert_array_equal(batch["target_image"][row], expected["image"][1:])
+        np.testing.assert_array_equal(batch["target_head_pose"][row], expected["head_pose"][1:])
+    assert not np.array_equal(batches[2]["target_image"][1], batches[0]["target_image"][0])
+    assert batches[0].keys() == _take(config, 1)[0].keys()
+    (video,) = loading.evaluation_batches(config | {"mode": "video", "frames": 4}, "validation", 1)
+    clip = fixtures.make_clip(5, 24, 48)
+    np.testing.assert_array_equal(video["target_head_pose"][0], clip.head_pose[1:5])
+
+
+def test_configdict_is_understood(directory):
+    ml_collections = pytest.importorskip("ml_collections")
+    config = ml_collections.ConfigDict(_config(directory))
+    _assert_same(_take(config, 1)[0], _take(_config(directory), 1)[0])
+
+
+@pytest.mark.slow
+def test_speed_at_64_pixels(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", 4, 60, 64)
+    sizes = {"image_size": 64, "pose_size": 64, "expression_size": 64}
+    examples = loading.Examples(_config(directory) | sizes)
+    rng = np.random.default_rng(0)
+    examples(0, rng)
+    started = time.process_time()
+    for number in range(200):
+        examples(number % 4, rng)
+    assert 200 / (time.process_time() - started) > 100
+    assert isinstance(examples.clips[0], records.Clip)
