@@ -274,17 +274,19 @@ def sample_picture(
         border: what lies outside: "reflect", "replicate" or "black".
         displacement: (k, k, 2) coarse field of shifts, fractions of the result's side.
     """
-    zoom = np.sqrt(abs(np.linalg.det(matrix[:, :2]))) * size / picture.shape[0]
+    (a, b, shift_x), (c, d, shift_y) = matrix.tolist()
+    determinant = a * d - b * c
+    zoom = abs(determinant) ** 0.5 * size / picture.shape[0]
     if zoom < 0.75:  # bilinear reading would skip pixels: average them first
         smaller = max(8, round(picture.shape[0] * zoom))
         picture = cv2.resize(picture, (smaller, smaller), interpolation=cv2.INTER_AREA)
+    # Pixel of the result -> its coordinates -> coordinates in the picture -> its pixel there. Written
+    # out: on small pictures four matrix products would cost as much as the resampling.
     side = picture.shape[0]
-    inverse = np.linalg.inv(matrix[:, :2])
-    to_coordinates = np.array([[2 / size, 0, 1 / size - 1], [0, 2 / size, 1 / size - 1], [0, 0, 1]])
-    backward = np.eye(3)
-    backward[:2] = np.concatenate([inverse, (-inverse @ matrix[:, 2])[:, None]], axis=1)
-    to_pixels = np.array([[side / 2, 0, (side - 1) / 2], [0, side / 2, (side - 1) / 2]])
-    lookup = to_pixels @ backward @ to_coordinates
+    inverse = np.array([[d, -b], [-c, a]]) * (side / size / determinant)
+    middle = -np.array([d * shift_x - b * shift_y, a * shift_y - c * shift_x]) / determinant
+    start = (middle + 1) * side / 2 - 0.5 + inverse @ ((1 - size) / 2, (1 - size) / 2)
+    lookup = np.concatenate([inverse, start[:, None]], axis=1)
     mode = _BORDERS[border]
     if displacement is None:
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -344,11 +346,15 @@ def expression_matrix(box: np.ndarray, draw: Draw) -> np.ndarray:
 
 
 def pose_picture(
-    picture: np.ndarray, polygons: Mapping[str, np.ndarray], draw: Draw, augment, size: int
+    moved_picture: np.ndarray, polygons: Mapping[str, np.ndarray], draw: Draw, augment
 ) -> np.ndarray:
-    """The pose encoder's input (size, size, 3) uint8: eyes and mouth hidden (P1), colours (P2)."""
-    knobs = augment["pose_mask"]
-    result = sample_picture(picture, draw.frame, size, augment["similarity"]["border"])
+    """The pose encoder's input (n, n, 3) uint8: eyes and mouth hidden (P1), colours (P2).
+
+    Args:
+        moved_picture: (n, n, 3), the frame after its similarity.
+        polygons: of the stored frame.
+    """
+    knobs, size, result = augment["pose_mask"], moved_picture.shape[0], moved_picture.copy()
     if draw.pose_blur * size > 0.2:
         result = cv2.GaussianBlur(result, (0, 0), draw.pose_blur * size)
     if draw.pose_colour is not None:
@@ -423,14 +429,19 @@ def frame_inputs(
         picture = decode_frame(clip, index)
     polygons = {name: points[index] for name, points in clip.mask_polygons.items()}
     image_size, pose_size, expression_size = sizes
+    border = augment["similarity"]["border"]
+    image = sample_picture(picture, draw.frame, image_size, border)
+    for_pose = image
+    if pose_size != image_size:
+        for_pose = sample_picture(picture, draw.frame, pose_size, border)
     other, at = expression_from or (clip, index)
     seen = decode_frame(other, at) if expression_from else picture
     blendshapes = clip.blendshapes[index]
     if np.linalg.det(draw.frame[:, :2]) < 0:
         blendshapes = blendshapes[_MIRRORED_BLENDSHAPES]
     return {
-        "image": sample_picture(picture, draw.frame, image_size, augment["similarity"]["border"]),
-        "pose_image": pose_picture(picture, polygons, draw, augment, pose_size),
+        "image": image,
+        "pose_image": pose_picture(for_pose, polygons, draw, augment),
         "expression_image": expression_picture(
             seen, other.face_boxes[at], draw, augment, expression_size
         ),
