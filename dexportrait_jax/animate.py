@@ -30,7 +30,8 @@ from dexportrait_jax.inference import Drive, PortraitModel, Sampling, load_model
 from dexportrait_jax.metrics import Progress
 
 PANEL = 256  # smallest side of a picture in a side-by-side video
-TYPED_FPS = 25.0  # rate of a video that only typed poses and still pictures drive
+_KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "max_frames")}
+_KINDS |= {"guidance": (int, float), "paste_back": bool, "overwrite": bool}  # all others: str
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def _read_jobs(path: str, flags: dict[str, Any], overwrite: bool) -> list[Job]:
                 f"--jobs={path}, entry {number}: {wrong[0]!r} is "
                 + ("no flag of animate" if wrong[0] not in known else "missing")
             )
+        for name, value in merged.items():
+            wanted = _KINDS.get(name, str)
+            if value is not None and (
+                not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
+            ):
+                raise UserError(f"--jobs={path}, entry {number}: {name} cannot be {value!r}")
         jobs.append(Job(**merged))
     return jobs
 

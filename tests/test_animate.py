@@ -191,7 +191,9 @@ def test_several_jobs_of_a_file(model, files, tmp_path):
     assert provenance.read(tmp_path / "1.mp4")["seed"] == 5
     assert provenance.read(tmp_path / "2.mp4")["mode"] == "pose_only"
     assert len(decoded(tmp_path / "2.mp4")) == 3
+    wrong = json.dumps([{**jobs[0], "max_frames": "ten"}])
     for text, message in (
+        (wrong, "max_frames"),
         ("[", "not JSON"),
         ("{}", "list"),
         ('[{"source": "x", "oot": 1}]', "oot"),
