@@ -227,8 +227,20 @@ def _work_folder(out: Path) -> Iterator[Path]:
             except BlockingIOError:
                 raise UserError(f"another job is preparing {out} right now; wait for it") from None
             stack.callback(lock.unlink, missing_ok=True)
+            _clear_up(out)
             work.mkdir(exist_ok=True)
         yield work
+
+
+def _clear_up(out: Path) -> None:
+    """Removes what a killed job left; what it had moved aside and not replaced is put back."""
+    for aside in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
+        if out.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(out)
+    for unfinished in out.parent.glob(f".{glob.escape(out.name)}.incomplete-*"):
+        shutil.rmtree(unfinished)
 
 
 def _cores() -> int:

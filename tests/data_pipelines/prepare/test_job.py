@@ -143,6 +143,17 @@ def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkey
     assert dataset.ClipDataset(tmp_path / "fresh", "train").index == whole
 
 
+def test_what_a_killed_job_left_is_cleared_up(videos, tmp_path):
+    (tmp_path / ".out.incomplete-1").mkdir()
+    (tmp_path / ".out.replaced-1").mkdir()
+    (tmp_path / ".out.replaced-1" / "old").write_text("the dataset that was to be replaced")
+    with job._work_folder(tmp_path / "out"):
+        assert (tmp_path / "out" / "old").exists()
+    (tmp_path / ".out.replaced-1").mkdir()
+    _run(videos, tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
+
+
 def test_a_strange_video_does_not_end_the_job(videos, tmp_path, monkeypatch):
     real = clips.clips_from_video
 
