@@ -33,9 +33,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         {
             "denoise": common.adam(2e-3, decay="cosine", final_fraction=0.05)
             if tiny
-            else common.adam(
-                1e-5, name="adamw", b2=0.999, weight_decay=1e-2, warmup_steps=1000
-            )
+            else common.adam(1e-5, name="adamw", b2=0.999, weight_decay=1e-2, warmup_steps=1000)
         }
     )
     common.set_data(config, batch_size=8 if tiny else 12, targets=2 if tiny else 4)

@@ -32,9 +32,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         {
             "denoise": common.adam(1e-3, warmup_steps=10)
             if tiny
-            else common.adam(
-                1e-5, name="adamw", b2=0.999, weight_decay=1e-2, warmup_steps=1000
-            )
+            else common.adam(1e-5, name="adamw", b2=0.999, weight_decay=1e-2, warmup_steps=1000)
         }
     )
     frames = {"tiny": 8, "small": 16, "full": 24}[variant]

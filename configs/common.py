@@ -75,8 +75,44 @@ def sizes(variant: str, latent_diffusion: bool = False) -> dict[str, int]:
 
 
 def encoders(variant: str) -> dict:
-    """Pose and expression encoder."""
-    return {}
+    """Pose encoder (ConvNeXtV2-Tiny) and expression encoder (FAN); method.md 3.3, 3.4."""
+    if variant == "tiny":
+        return {
+            "pose": {
+                "depths": (1, 1, 2, 1),
+                "dims": (24, 48, 96, 128),
+                "rotation_head": "euler_bins",
+                "translation_limit": None,
+            },
+            "expression": {
+                "kind": "fan",
+                "image_size": 64,
+                "stem": 16,
+                "widths": (16, 32, 48),
+                "depth": 2,
+                "heat_maps": 16,
+                "latent": 64,
+                "norm": "group",
+            },
+        }
+    return {
+        "pose": {
+            "depths": (3, 3, 9, 3),
+            "dims": (96, 192, 384, 768),
+            "rotation_head": "euler_bins",  # euler_bins | 6d
+            "translation_limit": None,
+        },
+        "expression": {
+            "kind": "fan",  # fan | fan_sa
+            "image_size": 224,
+            "stem": 64,
+            "widths": (128, 128, 256),
+            "depth": 4,
+            "heat_maps": 68,
+            "latent": 512,
+            "norm": "group",  # of the features; group needs no statistics of the batch
+        },
+    }
 
 
 def autoencoder(variant: str) -> ConfigDict:

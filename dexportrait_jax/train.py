@@ -59,6 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         # Mesh, task, the shape of everything, and the step.
         mesh = sharding.make_mesh(config.mesh)
         task = make_task(config)
+        _check_batch(config, mesh, task)
         abstract, shardings, step_function = build(task, config, mesh)
         say = print if distributed.is_main() else lambda *_: None
 
@@ -143,9 +144,7 @@ def build(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
     )
-    compiled = jax.jit(
-        step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0
-    )
+    compiled = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
     return abstract, shardings, compiled
 
 
@@ -191,6 +190,21 @@ def first_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]
         # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
         "ema": {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups},
     }
+
+
+def _check_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % (replicas * config.accumulate):
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} cannot be shared by mesh data x fsdp = "
+            f"{replicas} devices in {config.accumulate} part(s); choose a multiple of "
+            f"{replicas * config.accumulate}, or spread over context or tensor"
+        )
+    if task.frames and config.data.frames % mesh.shape["context"]:
+        raise UserError(
+            f"config.data.frames={config.data.frames} cannot be shared by mesh context = "
+            f"{mesh.shape['context']}; choose a multiple"
+        )
 
 
 def _due(config: ml_collections.ConfigDict, step: int, last_save: float) -> bool:

@@ -66,7 +66,7 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
         "discriminator": Network(
             lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)
         ),
-        "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent_dim, rngs=rngs)),
+        "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent, rngs=rngs)),
     }
 
 
@@ -82,7 +82,6 @@ def reenact(
     """The picture of every source with driving pose and expression; B = S * targets, source-major."""
     volume = networks["appearance"].bind(params["appearance"])(source)
     targets = driving_pose.shape[0] // source.shape[0]
-    volume = jnp.repeat(volume, targets, 0)
     warped = geometry.warp(volume, jnp.repeat(source_pose, targets, 0), driving_pose, padding)
     return networks["generator"].bind(params["generator"])(volume, warped, expression)
 

@@ -1,0 +1,117 @@
+"""Stage 1: the motion trainer (method.md 3), 256 px at `full`.
+
+    dexportrait train --config=configs/motion.py:full --workdir=runs/motion --config.data.path=data/faces
+
+tiny: 64 px, 2 cores, a few minutes; 2 dB and more over repeating the source on later frames of people it knows.
+small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.common import VARIANTS
+
+__all__ = ["VARIANTS", "get_config"]
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """The motion trainer at one of VARIANTS."""
+    tiny = variant == "tiny"
+    config = common.base("motion", variant)
+    config.num_steps = 700 if tiny else 200_000
+    config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
+    config.loss = ConfigDict(
+        {
+            "perceptual": "alexnet" if tiny else "vgg16",
+            "l1": 10.0,
+            "lpips": 1.0,
+            "clpips": 10.0 if tiny else 100.0,
+            "clpips_reduction": "all_positions",  # all_positions | mask_area
+            "adversarial": 0.1 if tiny else 1.0,
+            "adversarial_start": 500 if tiny else 0,
+            "r1_gamma": 10.0,
+            "r1_every": 16,
+            # Beside the paper's: plain terms that help where there are minutes, not days.
+            "masked_l1": 20.0 if tiny else 0.0,
+            "gradient_l1": 5.0 if tiny else 0.0,
+            "multiscale_l1": 5.0 if tiny else 0.0,
+            # Towards the labels that every record carries; pose labels fix the gauge (method.md 2).
+            "pose_label": {
+                "initial": 1.0,
+                "floor": 0.2 if tiny else 0.0,
+                "decay_steps": 500 if tiny else 20_000,
+            },
+            "blendshape_label": {
+                "initial": 5.0 if tiny else 0.0,
+                "floor": 1.0 if tiny else 0.0,
+                "decay_steps": 500 if tiny else 20_000,
+            },
+        }
+    )
+    if tiny:
+        generator = common.adam(2e-3, decay="cosine", final_fraction=0.05)
+        discriminator = common.adam(1e-3, b1=0.0, clip_norm=0.0)
+    else:
+        generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
+        discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
+    config.optim = ConfigDict({"generator": generator, "discriminator": discriminator})
+    batch = {"tiny": (8, 2), "small": (4, 4), "full": (28, 4)}[variant]
+    common.set_data(config, **common.sizes(variant), batch_size=batch[0], targets=batch[1])
+    return config
+
+
+def _networks(tiny: bool) -> dict:
+    """Appearance encoder, generator, discriminator; the full sizes are the classes' defaults (method.md 3.2-3.9)."""
+    if not tiny:
+        return {
+            "appearance": {
+                "widths": (64, 128, 256),
+                "volume_depth": 16,
+                "volume_channels": 32,
+                "blocks": 6,
+                "norm": "group",
+            },
+            "generator": {
+                "volume_shape": (16, 64, 64),
+                "volume_channels": 32,
+                "expression_features": 512,
+                "appearance_widths": (32, 64, 128, 256, 128),
+                "appearance_strides": (2, 2, 2, 2),
+                "down_channels": (512, 512, 512),
+                "up_channels": (512, 256, 128),
+                "injection": "modulated",  # modulated | adain
+                "mapping_features": None,  # width of an optional mapping MLP of the style
+                "norm": "group",
+            },
+            "discriminator": {
+                "image_size": 256,
+                "widths": (128, 256, 512, 512, 512, 512, 512),
+                "group": 4,
+            },
+            "warp_padding": "zeros",
+        }
+    return {
+        "appearance": {
+            "widths": (16, 32, 64),
+            "volume_depth": 4,
+            "volume_channels": 8,
+            "blocks": 2,
+            "norm": "group",
+        },
+        "generator": {
+            "volume_shape": (4, 16, 16),
+            "volume_channels": 8,
+            "expression_features": 64,
+            "appearance_widths": (8, 16, 32, 16),
+            "appearance_strides": (2, 2, 1),
+            "down_channels": (64, 64),
+            "up_channels": (64, 48, 24),
+            "injection": "modulated",
+            "mapping_features": 64,
+            "norm": "group",
+        },
+        "discriminator": {"image_size": 64, "widths": (16, 32, 48, 64, 64), "group": 4},
+        "warp_padding": "zeros",
+    }

@@ -1,0 +1,219 @@
+"""The loop's promises, for every stage: interrupted equals uninterrupted, sharded equals one device."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from data_pipelines import loading
+from dexportrait_jax import sharding
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.metrics import read_rows
+from dexportrait_jax.tasks import make_task
+from dexportrait_jax.train import build, first_state, train
+from tests import fixtures
+from tests.stages import STAGES, micro
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(dataset of drawn heads, directory of random exports)."""
+    root = tmp_path_factory.mktemp("stages")
+    return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
+
+
+def leaves(tree):
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def interrupt_in_step(monkeypatch, number):
+    """SIGTERM reaches the process while batch `number` is being loaded."""
+    make = loading.make_loader
+
+    class Interrupted:
+        def __init__(self, **options):
+            self.inner, self.step = make(**options), options["step"]
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.step += 1
+            if self.step == number:
+                signal.raise_signal(signal.SIGTERM)
+            return next(self.inner)
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(
+        loading, "make_loader", lambda config, **options: Interrupted(config=config, **options)
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_equals_uninterrupted_bit_for_bit(stage, places, tmp_path, monkeypatch):
+    config = micro(stage, *places)
+    whole = leaves(train(config, tmp_path / "whole"))
+
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 3)
+        with pytest.raises(SystemExit) as stop:
+            train(config, tmp_path / "parts")
+    assert stop.value.code == 75
+    assert [row["step"] for row in read_rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3]
+    parts = leaves(train(config, tmp_path / "parts"))
+
+    assert parts.keys() == whole.keys()
+    different = [name for name in whole if not np.array_equal(whole[name], parts[name])]
+    assert different == []
+    rows = [read_rows(tmp_path / run / "metrics.jsonl") for run in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sharded_equals_one_device(stage, places):
+    """Three steps over eight devices against the same three on one, in float32."""
+    mesh = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
+    if stage in ("motion", "autoencoder"):
+        mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    results = []
+    for sizes, devices in ((dict.fromkeys(mesh, 1), jax.devices()[:1]), (mesh, jax.devices())):
+        config = micro(stage, *places)
+        placed = sharding.make_mesh(ConfigDict(sizes), devices)
+        task = make_task(config)
+        _, shardings, step = build(task, config, placed)
+        state = jax.device_put(first_state(task, config), shardings)
+        constants = jax.device_put(task.constants(), sharding.replicated(placed))
+        loader = loading.make_loader(config.data, seed=0, step=0)
+        with jax.set_mesh(placed):
+            for _, batch in zip(range(3), loader, strict=False):
+                batch = sharding.put_batch(batch, placed, task.frames)
+                state, metrics = step(state, batch, constants)
+        loader.close()
+        results.append((leaves(state["params"]), leaves(metrics), state))
+    (one, one_metrics, _), (many, many_metrics, sharded) = results
+    spread = [
+        leaf
+        for leaf in jax.tree.leaves(sharded["params"])
+        if len({shard.index for shard in leaf.addressable_shards}) > 1
+    ]
+    assert spread, "no parameter was sharded: the test would show nothing"
+    # Adam's first steps move every weight by about the learning rate whatever the gradient's size, so where a
+    # gradient is all rounding its sign, and the step, may differ; such weights are few.
+    rates = [phase.learning_rate for phase in config.optim.values()]
+    for name, value in one.items():
+        error = np.abs(many[name] - value)
+        assert error.max() <= 3.5 * max(rates), name
+        assert np.mean(error > 1e-2 * max(rates)) < 0.02, name
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(many_metrics[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+
+
+def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path):
+    config = micro("animator_video", *places, num_steps=2)
+    task = make_task(config)
+    before = leaves(first_state(task, config)["params"])
+    state = train(config, tmp_path)
+    after = leaves(state["params"])
+    for name, value in after.items():
+        moved = not np.array_equal(value, before[name])
+        if not name.startswith("['temporal']"):
+            assert not moved, name
+    assert any(
+        not np.array_equal(after[name], before[name])
+        for name in after
+        if name.startswith("['temporal']")
+    )
+    held = {path.split("']")[0] for path in leaves(state["opt"]["denoise"]["tx"]) if "mu" in path}
+    count = sum(np.size(leaf) for leaf in jax.tree.leaves(state["opt"]["denoise"]["tx"]))
+    temporal = sum(np.size(leaf) for leaf in jax.tree.leaves(state["params"]["temporal"]))
+    assert held and count <= 2 * temporal + 2
+
+
+def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys):
+    config = micro("autoencoder", *places, checkpoint__every_steps=2)
+    whole = leaves(train(config, tmp_path / "whole"))
+    train(config, tmp_path / "torn")
+    newest = tmp_path / "torn" / "checkpoints" / "6"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    again = leaves(train(config, tmp_path / "torn"))
+    assert all(np.array_equal(whole[name], again[name]) for name in whole)
+    told = capsys.readouterr()
+    assert "going on from step 4" in told.out
+    assert "checkpoint 6 cannot be read" in told.err
+    assert (tmp_path / "torn" / "unreadable_checkpoint_6").is_dir()
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_new_start(places, tmp_path):
+    config = micro("autoencoder", *places, num_steps=2)
+    train(config, tmp_path)
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"torn")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        train(config, tmp_path)
+
+
+def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path):
+    config = micro("autoencoder", *places, num_steps=2)
+    train(config, tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match="config.loss.l1=1.0, now it is 5.0"):
+        train(micro("autoencoder", *places, num_steps=2, loss__l1=5.0), tmp_path)
+    with pytest.raises(UserError, match="holds a run of stage 'autoencoder'"):
+        train(micro("motion", *places), tmp_path)
+    assert (tmp_path / "config.json").read_text() == saved
+    assert json.loads(saved)["stage"] == "autoencoder"
+
+
+def test_endless_non_finite_steps_end_the_run_with_the_phase_name(places, tmp_path, monkeypatch):
+    config = micro("autoencoder", *places, num_steps=30, max_skipped_in_a_row=3, log_every=5)
+    make = loading.make_loader
+
+    class Poisoned:
+        def __init__(self, **options):
+            self.inner = make(**options)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            batch = next(self.inner)
+            return batch | {
+                "source_image": np.full(batch["source_image"].shape, np.nan, np.float32)
+            }
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(
+        loading, "make_loader", lambda data, **options: Poisoned(config=data, **options)
+    )
+    with pytest.raises(UserError, match="phase 'autoencoder' gave non-finite"):
+        train(config, tmp_path)
+
+
+def test_two_processes_cannot_train_in_one_directory(places, tmp_path):
+    import fcntl
+
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training"):
+            train(micro("autoencoder", *places), tmp_path)
+
+
+def test_to_float_is_minus_one_to_one():
+    from dexportrait_jax.tasks.pictures import to_float, to_uint8
+
+    values = jnp.arange(256, dtype=jnp.uint8)
+    assert to_float(values).min() == -1 and to_float(values).max() == 1
+    np.testing.assert_array_equal(to_uint8(to_float(values)), np.arange(256))
