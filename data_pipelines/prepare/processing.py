@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -121,11 +122,20 @@ def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
 
 def _start(model: str) -> None:
     global _landmarker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stderr.flush()
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)  # notes of native code; errors come back as exceptions
     os.close(sink)
     _landmarker = detect.Landmarker(model)
+
+
+def _end_with_parent() -> None:
+    """A killed job must not leave its workers behind; the pool itself would let them wait forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _look_at(job: Job) -> filters.Verdict:

@@ -1,6 +1,11 @@
-"""Worker processes: a process that dies costs its video, not the job."""
+"""Worker processes: one that dies costs its video, not the job; none outlives the job."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 from data_pipelines.prepare import clips, crop, filters, processing
 
@@ -28,3 +33,53 @@ def test_a_dying_process_costs_its_video(tmp_path, monkeypatch):
     assert [verdict.kept for verdict in verdicts] == [True, False, True]
     assert verdicts[1].words() == "dropped: failed: its process died"
     assert len(said) == 3 and said[-1].startswith("3/3")
+
+
+_JOB = """
+import sys, multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from tests.data_pipelines.prepare import test_processing as here
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), here.watch)
+    print(pool.submit(here.process_id).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def watch():
+    import threading
+
+    threading.Thread(target=processing._end_with_parent, daemon=True).start()
+
+
+def process_id():
+    return os.getpid()
+
+
+def test_workers_of_a_killed_job_end(tmp_path):
+    (tmp_path / "job.py").write_text(_JOB)
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    worker = int(job.stdout.readline())
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if _is_zombie(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker lives on")
+
+
+def _is_zombie(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text()
+        return state.rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
