@@ -58,6 +58,12 @@ class Job:
     max_frames: int | None = None
     overwrite: bool = False
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.seed, self.steps, self.guidance, self.hybrid_steps, self.expression_null
+        )
+
 
 def run_animate(
     weights: str,
@@ -85,6 +91,8 @@ def run_animate(
     for job in chosen:
         _check(job)
     model = load_model(weights)
+    for job in chosen:
+        model.settings(job.sampling)
     with Faces(model) as faces:
         return [_make(model, job, faces) for job in chosen]
 
@@ -254,11 +262,10 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
 def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
     """One video, from files to file."""
     plan = make_plan(model, job, faces)
-    sampling = Sampling(job.seed, job.steps, job.guidance, job.hybrid_steps, job.expression_null)
     record = provenance.record(
         model.description,
         mode=plan.mode,
-        **model.settings(sampling),
+        **model.settings(job.sampling),
         frames=len(plan.drive),
         relative_pose=list(pose_transfer.relative_components(job.relative_pose)),
         smooth=job.smooth,
@@ -282,7 +289,7 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         result = writer(job.out)
         side = max(PANEL, source.shape[0])
         beside = writer(job.side_by_side) if job.side_by_side else None
-        for images in model.animate(source, plan.drive, sampling, report):
+        for images in model.animate(source, plan.drive, job.sampling, report):
             for image in images:
                 pasted = _paste(image, plan, faces) if job.paste_back else image
                 result.write(pasted)

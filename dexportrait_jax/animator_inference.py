@@ -107,6 +107,7 @@ class AnimatorModel(PortraitModel):
         }
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
+        self.plan(sampling)
         return {"seed": sampling.seed, **self._chosen(sampling)}
 
     # --- compiled parts ---------------------------------------------------------------

@@ -84,7 +84,10 @@ class PortraitModel:
         return 1
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
-        """What decides the result beside the weights, for the provenance; "steps" among it."""
+        """What decides the result beside the weights, for the provenance; "steps" among it.
+
+        UserError for settings that this model cannot follow.
+        """
         return {"steps": None, "seed": sampling.seed}
 
     def encode(
@@ -133,6 +136,15 @@ class MotionModel(PortraitModel):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._reenact = jax.jit(self._reenact_batch)
+
+    def settings(self, sampling):
+        for name in ("steps", "guidance", "hybrid_steps", "expression_null"):
+            if getattr(sampling, name) is not None:
+                raise UserError(
+                    f"--{name} is for the animator: an export of the motion trainer makes each frame "
+                    "in one pass; leave it out, or give an export of an animator stage"
+                )
+        return super().settings(sampling)
 
     def _reenact_batch(self, params, source, source_pose, poses, expressions):
         from dexportrait_jax.tasks.motion import reenact

@@ -171,7 +171,9 @@ def test_animator_equals_the_plain_sampler(video_model):
     np.testing.assert_allclose(latent, mean * decoder.scale, atol=1e-4)
 
 
-def test_sampling_settings(video_model):
+def test_sampling_settings(video_model, models):
+    with pytest.raises(UserError, match="--guidance is for the animator"):
+        models("motion").settings(Sampling(guidance=2.0))
     model = video_model
     assert model.settings(Sampling(seed=2)) == {
         "seed": 2,

@@ -44,7 +44,7 @@ from dexportrait_jax.metrics import Progress
 
 PROTOCOLS = ("self", "cross", "disentangled")
 RESULT = "metrics.json"
-SHOWN_ROWS, SHOWN_FRAMES = 6, 4
+SHOWN_ROWS, SHOWN_COLUMNS = 6, 9
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "frames h w 3"]
 
@@ -348,7 +348,8 @@ def _means(items: list[dict[str, Any]]) -> dict[str, float | None]:
 
 def _row(source: Picture, shown: list[tuple[Picture, ...]]) -> list[Picture]:
     """The source, then drivers and result of a few frames, evenly spaced."""
-    chosen = np.unique(np.linspace(0, len(shown) - 1, SHOWN_FRAMES).round().astype(int))
+    count = (SHOWN_COLUMNS - 1) // len(shown[0])
+    chosen = np.unique(np.linspace(0, len(shown) - 1, count).round().astype(int))
     return [source] + [picture for number in chosen for picture in shown[number]]
 
 
