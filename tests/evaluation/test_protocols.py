@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines.augment import default_augment
 from data_pipelines.dataset import ClipDataset
+from data_pipelines.prepare import builder
 from data_pipelines.records import BLENDSHAPES
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics, protocols
@@ -88,6 +89,22 @@ def test_self_of_a_copy_equals_the_copy(dataset, model, tmp_path):
     assert result["items"][0]["psnr_copy"] == pytest.approx(
         np.mean(-10 * np.log10(error)), abs=0.01
     )
+
+
+def test_the_source_is_the_first_frame_of_the_video(model, tmp_path):
+    """Also where that frame is in another split."""
+    whole = fixtures.make_clip(5, 12, session="video")
+    splits = {
+        "train": lambda: iter([whole.part(0, 8)]),
+        "validation": lambda: iter([whole.part(8, 12)]),
+    }
+    data = builder.write_dataset(splits, tmp_path / "data")
+    result = run(data, tmp_path / "out", "self", max_frames=3)
+    runner = protocols.Runner(model, Sampling(), 3)
+    truth, source = runner.pictures(whole, [9, 10, 11]), runner.pictures(whole, [0])
+    error = np.square((truth.astype(float) - source) / 255).mean((1, 2, 3))
+    assert result["psnr_copy"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=0.01)
+    assert (model.drives[0].source_expression != model.drives[0].expressions).any()
 
 
 def test_cross_and_disentangled_of_a_copy(dataset, model, tmp_path):
