@@ -1,6 +1,6 @@
 """Building blocks of the Stable Diffusion networks, with diffusers' attribute names.
 
-Everything is channels-last. GroupNorm and LayerNorm take their statistics in float32.
+Everything is channels-last.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dexportrait_jax.models.animator.norms import GroupNorm
 from dexportrait_jax.models.layers import Conv
-
-
-def group_norm(
-    channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
-    """GroupNorm over ``groups`` groups; complains in words when they do not divide."""
-    if channels % groups:
-        raise ValueError(f"{channels} channels do not divide into {groups} GroupNorm groups")
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 def timestep_features(
@@ -68,9 +60,9 @@ class ResnetBlock(nnx.Module):
     ):
         norm = {"epsilon": epsilon, "dtype": dtype, "rngs": rngs}
         conv = {"padding": 1, "dtype": dtype, "rngs": rngs}
-        self.norm1 = group_norm(in_channels, groups, **norm)
+        self.norm1 = GroupNorm(in_channels, groups, **norm)
         self.conv1 = Conv(in_channels, out_channels, (3, 3), **conv)
-        self.norm2 = group_norm(out_channels, groups, **norm)
+        self.norm2 = GroupNorm(out_channels, groups, **norm)
         self.conv2 = Conv(out_channels, out_channels, (3, 3), **conv)
         if time_features is None:
             self.time_emb_proj = None
@@ -149,8 +141,3 @@ class FeedForward(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "... features"]) -> Float[Array, "... features"]:
         return self.net["2"](self.net["0"](hidden))
-
-
-def layer_norm(features: int, *, dtype=jnp.float32, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with PyTorch's epsilon."""
-    return nnx.LayerNorm(features, epsilon=1e-5, dtype=dtype, rngs=rngs)

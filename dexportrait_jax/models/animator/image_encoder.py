@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dexportrait_jax.models.animator.blocks import layer_norm
+from dexportrait_jax.models.animator.norms import LayerNorm
 from dexportrait_jax.models.attention import attention
 from dexportrait_jax.models.layers import Conv
 
@@ -88,9 +88,9 @@ class EncoderLayer(nnx.Module):
         self, features: int, heads: int, activation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         build = {"dtype": dtype, "rngs": rngs}
-        self.layer_norm1 = layer_norm(features, **build)
+        self.layer_norm1 = LayerNorm(features, **build)
         self.self_attn = SelfAttention(features, heads, **build)
-        self.layer_norm2 = layer_norm(features, **build)
+        self.layer_norm2 = LayerNorm(features, **build)
         self.mlp = MLP(features, activation, **build)
 
     def __call__(self, hidden: Float[Array, "batch tokens c"]) -> Float[Array, "batch tokens c"]:
@@ -127,9 +127,9 @@ class VisionModel(nnx.Module):
     ):
         build = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(image_size, patch, features, **build)
-        self.pre_layrnorm = layer_norm(features, **build)  # spelled so in the published keys
+        self.pre_layrnorm = LayerNorm(features, **build)  # spelled so in the published keys
         self.encoder = Encoder(layers, features, heads, activation, **build)
-        self.post_layernorm = layer_norm(features, **build)
+        self.post_layernorm = LayerNorm(features, **build)
 
     def __call__(self, images: Float[Array, "batch H W 3"]) -> Float[Array, "batch c"]:
         hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)))

@@ -13,10 +13,9 @@ from jaxtyping import Array, Float
 
 from dexportrait_jax.models.animator.blocks import (
     FeedForward,
-    group_norm,
-    layer_norm,
     position_features,
 )
+from dexportrait_jax.models.animator.norms import GroupNorm, LayerNorm
 from dexportrait_jax.models.attention import Attention, Backend
 
 
@@ -35,11 +34,11 @@ class TemporalBlock(nnx.Module):
     ):
         build = {"dtype": dtype, "rngs": rngs}
         self.features, self.max_frames, self.dtype = features, max_frames, dtype
-        self.norm1 = layer_norm(features, **build)
+        self.norm1 = LayerNorm(features, **build)
         self.attn1 = Attention(features, heads, backend=backend, **build)
-        self.norm2 = layer_norm(features, **build)
+        self.norm2 = LayerNorm(features, **build)
         self.attn2 = Attention(features, heads, backend=backend, **build)
-        self.norm3 = layer_norm(features, **build)
+        self.norm3 = LayerNorm(features, **build)
         self.ff = FeedForward(features, **build)
 
     def __call__(self, hidden: Float[Array, "pixels frames c"]) -> Float[Array, "pixels frames c"]:
@@ -66,7 +65,7 @@ class TemporalModule(nnx.Module):
     ):
         build = {"dtype": dtype, "rngs": rngs}
         self.max_frames = max_frames
-        self.norm = group_norm(features, groups, epsilon=1e-6, **build)
+        self.norm = GroupNorm(features, groups, epsilon=1e-6, **build)
         self.proj_in = nnx.Linear(features, features, **build)
         block = TemporalBlock(features, heads, max_frames, backend=backend, **build)
         self.transformer_blocks = nnx.List([block])

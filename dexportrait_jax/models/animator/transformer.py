@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dexportrait_jax.models.animator.blocks import FeedForward, group_norm, layer_norm
+from dexportrait_jax.models.animator.blocks import FeedForward
+from dexportrait_jax.models.animator.norms import GroupNorm, LayerNorm
 from dexportrait_jax.models.attention import Attention, Backend
 from dexportrait_jax.models.layers import Conv
 
@@ -90,7 +91,7 @@ class TransformerBlock(nnx.Module):
     ):
         build = {"dtype": dtype, "rngs": rngs}
         heads, backend = options.heads, options.backend
-        self.norm1 = layer_norm(features, **build)
+        self.norm1 = LayerNorm(features, **build)
         self.attn1 = Attention(features, heads, backend=backend, **build)
         if options.warp_kernel == 0:
             self.warp_projection = None
@@ -106,7 +107,7 @@ class TransformerBlock(nnx.Module):
         if options.cross_attention_features is None:
             self.norm2 = self.attn2 = None
         else:
-            self.norm2 = layer_norm(features, **build)
+            self.norm2 = LayerNorm(features, **build)
             self.attn2 = Attention(
                 features,
                 heads,
@@ -117,7 +118,7 @@ class TransformerBlock(nnx.Module):
         if options.expression_features is None or options.expression_injector != "in_block":
             self.norm_expression = self.attn_expression = None
         else:
-            self.norm_expression = layer_norm(features, **build)
+            self.norm_expression = LayerNorm(features, **build)
             self.attn_expression = Attention(
                 features,
                 options.expression_heads or heads,
@@ -126,7 +127,7 @@ class TransformerBlock(nnx.Module):
                 backend=backend,
                 **build,
             )
-        self.norm3 = layer_norm(features, **build)
+        self.norm3 = LayerNorm(features, **build)
         self.ff = FeedForward(features, **build)
 
     def __call__(
@@ -204,7 +205,7 @@ class Transformer2D(nnx.Module):
         rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
-        self.norm = group_norm(features, groups, epsilon=1e-6, **build)
+        self.norm = GroupNorm(features, groups, epsilon=1e-6, **build)
         self.proj_in = Conv(features, features, (1, 1), **build)
         self.transformer_blocks = nnx.List([TransformerBlock(features, options, **build)])
         self.proj_out = Conv(features, features, (1, 1), **build)
@@ -241,11 +242,11 @@ class ExpressionTransformer(nnx.Module):
         cross = {"context_features": options.expression_features, "backend": options.backend}
         heads = options.expression_heads or options.heads
         zeros = nnx.initializers.zeros
-        self.norm = group_norm(features, groups, epsilon=1e-6, **build)
+        self.norm = GroupNorm(features, groups, epsilon=1e-6, **build)
         self.proj_in = nnx.Linear(features, features, **build)
-        self.norms = nnx.List([layer_norm(features, **build) for _ in range(2)])
+        self.norms = nnx.List([LayerNorm(features, **build) for _ in range(2)])
         self.attentions = nnx.List([Attention(features, heads, **cross, **build) for _ in range(2)])
-        self.norm3 = layer_norm(features, **build)
+        self.norm3 = LayerNorm(features, **build)
         self.ff = FeedForward(features, **build)
         self.proj_out = nnx.Linear(features, features, kernel_init=zeros, **build)
 

@@ -19,9 +19,9 @@ from dexportrait_jax.models.animator.blocks import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
-    group_norm,
     timestep_features,
 )
+from dexportrait_jax.models.animator.norms import GroupNorm
 from dexportrait_jax.models.animator.transformer import (
     BlockInputs,
     BlockReference,
@@ -152,7 +152,7 @@ class UNet(nnx.Module):
             change = None if level == 0 else "up"
             self.up_blocks.append(UNetBlock(pairs, transformers, options, change=change, **common))
 
-        self.conv_norm_out = group_norm(widths[0], groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[0], groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.conv_out = Conv(widths[0], out_channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dexportrait_jax.models.animator.blocks import Downsample, ResnetBlock, Upsample, group_norm
+from dexportrait_jax.models.animator.blocks import Downsample, ResnetBlock, Upsample
+from dexportrait_jax.models.animator.norms import GroupNorm
 from dexportrait_jax.models.attention import Attention, Backend
 from dexportrait_jax.models.layers import Conv
 
@@ -31,7 +32,7 @@ class PixelAttention(Attention):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.group_norm = group_norm(channels, groups, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        self.group_norm = GroupNorm(channels, groups, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         super().__init__(channels, 1, input_bias=True, backend=backend, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
@@ -123,7 +124,7 @@ class Encoder(nnx.Module):
         self.mid_block = Middle(
             top, attention=middle_attention, groups=groups, backend=backend, **build
         )
-        self.conv_norm_out = group_norm(top, groups, epsilon=EPSILON, **build)
+        self.conv_norm_out = GroupNorm(top, groups, epsilon=EPSILON, **build)
         self.conv_out = Conv(top, moments, (3, 3), padding=1, **build)
 
     def __call__(
@@ -164,7 +165,7 @@ class Decoder(nnx.Module):
                 Level(before, width, layers + 1, change=change, groups=groups, **build)
             )
             before = width
-        self.conv_norm_out = group_norm(before, groups, epsilon=EPSILON, **build)
+        self.conv_norm_out = GroupNorm(before, groups, epsilon=EPSILON, **build)
         self.conv_out = Conv(before, image_channels, (3, 3), padding=1, **build)
 
     def __call__(self, hidden: Float[Array, "batch h w latent"]) -> Float[Array, "batch H W image"]:

@@ -47,7 +47,9 @@ class World:
         self.network = Network(lambda rngs: Denoiser(**SMALL, rngs=rngs))
         self.params = random_like(self.network.abstract, 1)
         self.reference = Network(lambda rngs: ReferenceUNet(**TINY, rngs=rngs))
-        bank = self.reference.bind(random_like(self.reference.abstract, 2))(normal(SOURCES, 8, 8, 4))
+        bank = self.reference.bind(random_like(self.reference.abstract, 2))(
+            normal(SOURCES, 8, 8, 4)
+        )
         self.latents, self.timesteps = normal(BATCH, 8, 8, 4), jnp.array([1, 200, 700, 953])
         self.conditions = Conditions(
             reference=bank,
@@ -121,9 +123,7 @@ def test_each_condition_matters_and_is_dropped_per_sample(world):
 def test_dropping_everything_is_having_nothing(world):
     nothing = jnp.zeros(BATCH)
     masked = world(
-        world.conditions.replace(
-            keep_reference=nothing, keep_pose=nothing, keep_expression=nothing
-        )
+        world.conditions.replace(keep_reference=nothing, keep_pose=nothing, keep_expression=nothing)
     )
     np.testing.assert_allclose(masked, world(Conditions()), rtol=1e-4, atol=1e-5)
 
@@ -154,9 +154,9 @@ def test_targets_of_a_source_are_independent(world):
 def test_cached_conditions_give_the_same(world):
     expected = world(world.conditions)
     for residuals in (True, False):
-        cached = jax.jit(
-            lambda p, c, r=residuals: world.network.bind(p).cache(c, residuals=r)
-        )(world.params, world.conditions)
+        cached = jax.jit(lambda p, c, r=residuals: world.network.bind(p).cache(c, residuals=r))(
+            world.params, world.conditions
+        )
         assert (cached.reference is None) == residuals
         np.testing.assert_allclose(world(cached), expected, rtol=1e-4, atol=1e-5)
 
