@@ -1,10 +1,9 @@
 """Job `animate`: a portrait and its drivers in, a video out, in every mode of method.md 7.3.
 
-    dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 --expression=b.mp4
-    --out=result.mp4
+    dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 --expression=b.mp4 \\
+        --out=result.mp4
 
-Which driver gives what is decided in `driving`, files become clips in `face_clips`, networks run in
-`inference`.
+`driving` decides which driver gives what, `face_clips` makes clips of files, `inference` pictures.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ _KINDS |= {"guidance": (int, float), "paste_back": bool, "overwrite": bool}  # a
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: the flags of the command line (their meaning: `dexportrait animate
-    --help`).
-    """
+    """One video to make: the flags of the command line."""
 
     source: str
     out: str
@@ -73,8 +70,7 @@ def run_animate(
     overwrite: bool = False,
     **flags: Any,
 ) -> list[Path]:
-    """The job `animate`: one video from flags, or several from ``jobs``, a JSON list of objects of
-    flags.
+    """The job `animate`: one video from flags, or several from ``jobs``, a JSON list of them.
 
     Everything that can be wrong about the flags is found before the model is loaded; a clip or a
     picture that two jobs use is read once. Returns the videos. UserError in one line for whatever

@@ -1,9 +1,8 @@
-"""The diffusion animator at work: source encoded once, clips denoised in windows, latents decoded
-in chunks.
+"""The diffusion animator at work: one source, clips denoised in windows, decoded in chunks.
 
 DDIM with the progressive hybrid guidance (method.md 7.1, 7.2), windows as in 7.4. The reference,
 the windows' warped features, the denoiser and the decoder are compiled once each; a clip's length
-changes none of their shapes, and what lies on the device does not grow with it.
+changes none of their shapes, and what is kept on the device is bounded (WINDOW_CACHE_BYTES).
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ def is_typed_pose(text: str) -> bool:
 
 
 def parse_typed_pose(text: str) -> list[dict[str, float]]:
-    """Keyframes of a typed pose: `{"yaw": 20}` or `[{"frame": 0, "yaw": -20}, {"frame": 24, "yaw":
-    20}]`.
+    """Keyframes of a typed pose: one object such as `{"yaw": 20}`, or a list with "frame" in each.
 
     pitch, yaw, roll in degrees, x, y in crop coordinates ([-1, 1] across the crop), scale > 0,
     frame >= 0. UserError naming the key that is wrong.

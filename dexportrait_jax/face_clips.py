@@ -1,6 +1,4 @@
-"""Portraits and drivers from files, cropped, labelled and encoded exactly as the training data
-were.
-"""
+"""Portraits and drivers from files, cropped and encoded exactly as the training data were."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""An exported model made ready to animate: its encoders, and the base that both kinds of generator
-share.
+"""An exported model made ready to animate: its encoders, and what all kinds of models share.
 
 `load_model(directory)` returns a `PortraitModel`; which kind is decided by the stage of the export.
 Everything compiled runs on batches of a fixed size, so no clip compiles anything that another clip
@@ -30,9 +29,7 @@ STAGES = ("motion", "animator_image", "animator_video")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; what is None is taken from the model's config. The motion trainer uses none of
-    it.
-    """
+    """How to sample; what is None is taken from the model's config."""
 
     seed: int = 0
     steps: int | None = None

@@ -1,5 +1,4 @@
-"""The generated crop back into the full-size picture it was cut from, without a seam (method.md
-7.3).
+"""The generated crop back in the full-size picture, without a seam (method.md 7.3).
 
 The mask is the convex hull of the face in the source and in the result, dilated and feathered, so
 hair, neck and background stay the source's own pixels, bit for bit.

@@ -45,8 +45,7 @@ def transfer_pose(
     relative: Sequence[str] = (),
     reference: Float[np.ndarray, "3 4"] | None = None,
 ) -> Float[np.ndarray, "frames 3 4"]:
-    """The pose of every frame: the driver's, each component absolute or relative to its first
-    frame.
+    """The driver's pose for every frame, each component absolute or relative to its first.
 
     ``relative`` names components of COMPONENTS; ``reference`` is the driver's resting pose
     (default: its first frame). Relative rotation is R_s R_0^T R_i, the source's head turned about

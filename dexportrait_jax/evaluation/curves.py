@@ -1,6 +1,4 @@
-"""Loss curves as inline SVG: small, sharp at any size, readable without a plotting library or a
-script.
-"""
+"""Loss curves as inline SVG: small, sharp at any size, without a plotting library or a script."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ def smoothed(values: Sequence[float], window: float) -> np.ndarray:
 
 
 def curve_svg(curve: Curve, *, colour: str = "#2f6f6d") -> str:
-    """One curve as an `<svg>`: the points pale, their running mean strong, a logarithmic axis where
-    it helps.
-    """
+    """One curve as an `<svg>`: points pale, running mean strong, logarithmic where it helps."""
     steps, values = np.asarray(curve.steps, float), np.asarray(curve.values, float)
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]

@@ -1,5 +1,4 @@
-"""Measuring instruments for faces: pose and expression read off a picture by a model that is not
-ours.
+"""Measuring instruments: pose and expression read off a picture by a model that is not ours.
 
 `FaceEstimator` is all the protocols ask for, so another estimator (SMIRK, Deep3DFaceRecon) is a
 function away. The default is MediaPipe's Face Landmarker: angles of its head transform and its 52

@@ -70,8 +70,7 @@ def run_evaluate(
     overwrite: bool = False,
     estimator: FaceEstimator | None = None,
 ) -> dict[str, Any]:
-    """The job `evaluate`: writes ``out``/metrics.json and samples.png and returns what the JSON
-    holds.
+    """The job `evaluate`: writes ``out``/metrics.json and samples.png, returns the JSON.
 
     ``max_frames``: frames made of each clip. ``estimator``: reads pose and expression off pictures,
     by default MediaPipe. UserError for what the user can put right; an ``out`` that was there stays
@@ -153,9 +152,7 @@ class Runner:
         pose: tuple[Clip, np.ndarray] | None,
         expression: tuple[Clip, np.ndarray] | None,
     ) -> Frames:
-        """The first frame of ``source`` with pose and expression of the drivers' frames; None = its
-        own.
-        """
+        """The first frame of ``source``, driven by frames of clips; None = its own."""
         own_pose, own_expression = encode_clip(self.model, source, np.array([0]))
         count = len((pose or expression)[1])
         poses, expressions = np.repeat(own_pose, count, 0), np.repeat(own_expression, count, 0)
@@ -234,8 +231,7 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
 
 
 def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
-    """Pose of A, expression of B, face of C; and each part driven alone (method.md 8.1,
-    diagnostics).
+    """Pose of A, expression of B, face of C; then each driven alone (method.md 8.1).
 
     apd, aed: to the driver of that part. apd_leak, aed_leak: to the other driver, should stay as
     large as apd_between, aed_between, the drivers' own distance. apd_expression_only,
@@ -328,9 +324,7 @@ class _Distances:
         self.compare(np.repeat(self.source[None], count, 0), pose, expression, made_here=False)
 
     def means(self) -> dict[str, float | None]:
-        """The mean of each distance (None: no face was found), and the share of pictures with a
-        face.
-        """
+        """Mean of each distance (None: no face found), and the share of pictures with a face."""
         means = {name: _mean(np.array(values)) for name, values in self._values.items()}
         return {**means, "faces_found": self._found / max(1, self._made)}
 

@@ -77,8 +77,9 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report, *, overwrite: bool = True) -> Path:
-    """Write ``report`` as one HTML file, atomically. UserError where it cannot be written or a
-    video is missing.
+    """Write ``report`` as one HTML file, atomically.
+
+    UserError where it cannot be written or a video is missing.
     """
     path = Path(path)
     if path.exists() and not overwrite:

@@ -1,6 +1,4 @@
-"""The style sheet of the report: one column, light, readable on a telephone; no fonts from
-elsewhere.
-"""
+"""The style sheet of the report: one light column, readable on a telephone, no fetched fonts."""
 
 STYLE = """
 :root{--ink:#22282b;--soft:#667075;--line:#e3e1da;--paper:#fbfaf7;--card:#fff;--accent:#2f6f6d}
