@@ -26,6 +26,7 @@ TINY = SIZES | {"heads": 2}
 SMALL = TINY | {"expression_latent": 16, "expression_tokens": (2, 8)}
 SOURCES, TARGETS = 2, 2
 BATCH = SOURCES * TARGETS
+KEEPS = ("keep_reference", "keep_pose", "keep_expression")
 
 
 def poses(count: int, seed: int) -> jnp.ndarray:
@@ -59,15 +60,17 @@ class World:
         )
         self._run = jax.jit(lambda *a: self.network.bind(a[0])(*a[1:]))
 
-    def __call__(self, conditions, latents=None, timesteps=None, params=None):
-        return np.asarray(
-            self._run(
-                self.params if params is None else params,
-                self.latents if latents is None else latents,
-                self.timesteps if timesteps is None else timesteps,
-                conditions,
+    def __call__(self, conditions, latents=None, timesteps=None):
+        """The prediction; every keep field is given, so that most tests share one program."""
+        if conditions.reference is not None or conditions.keys_values is not None:
+            given = {name: getattr(conditions, name) for name in KEEPS}
+            everything = jnp.ones(BATCH)
+            conditions = conditions.replace(
+                **{name: everything if keep is None else keep for name, keep in given.items()}
             )
-        )
+        latents = self.latents if latents is None else latents
+        timesteps = self.timesteps if timesteps is None else timesteps
+        return np.asarray(self._run(self.params, latents, timesteps, conditions))
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +118,15 @@ def test_plain_unet_at_initialisation_when_the_reference_is_dropped(world, injec
 def test_each_condition_matters_and_is_dropped_per_sample(world):
     everything = world(world.conditions)
     keep = jnp.array([1.0, 0.0, 1.0, 0.0])
-    for name in ("keep_reference", "keep_pose", "keep_expression"):
+    for name in KEEPS:
         dropped = world(world.conditions.replace(**{name: keep}))
         assert differ(dropped, everything).tolist() == [False, True, False, True], name
+
+
+def test_no_keep_field_keeps_all(world):
+    run = jax.jit(lambda p, c: world.network.bind(p)(world.latents, world.timesteps, c))
+    ours = run(world.params, world.conditions)
+    np.testing.assert_allclose(ours, world(world.conditions), rtol=1e-4, atol=1e-5)
 
 
 def test_dropping_everything_is_having_nothing(world):
@@ -168,9 +177,9 @@ def test_hidden_reference_tokens(world):
     some = random_token_keep(jax.random.key(0), bank, 0.3)
     assert 0.5 < float(jnp.mean(next(iter(some.values())))) < 0.9
     without_pose = world.conditions.replace(keep_pose=jnp.zeros(BATCH))
+    without_reference = without_pose.replace(keep_reference=jnp.zeros(BATCH))
     hidden = world(without_pose.replace(reference_token_keep=none))
-    dropped = world(without_pose.replace(keep_reference=jnp.zeros(BATCH)))
-    np.testing.assert_allclose(hidden, dropped, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(hidden, world(without_reference), rtol=1e-4, atol=1e-5)
     shown = world(without_pose.replace(reference_token_keep=everything))
     np.testing.assert_allclose(shown, world(without_pose), rtol=1e-4, atol=1e-5)
     assert differ(world(without_pose.replace(reference_token_keep=some)), shown).all()
@@ -216,7 +225,7 @@ def test_branches_of_the_guidance(world):
     null = world(branch_conditions(world.conditions, "null"))
     np.testing.assert_allclose(null, world(Conditions()), rtol=1e-4, atol=1e-5)
     alone = world(branch_conditions(world.conditions, "expression"))
-    bare = Conditions(expression=world.conditions.expression)
+    bare = world.conditions.replace(keep_reference=jnp.zeros(BATCH), keep_pose=jnp.zeros(BATCH))
     np.testing.assert_allclose(alone, world(bare), rtol=1e-4, atol=1e-5)
 
     source = jnp.ones((1, 16))
@@ -244,12 +253,12 @@ def test_every_choice_runs(world, settings):
     conditions = world.conditions
     if settings.get("attn2") == "clip_image":
         conditions = conditions.replace(context=jnp.ones((BATCH, 1, 12)))
-    nothing = {f"keep_{name}": jnp.zeros(BATCH) for name in ("reference", "pose", "expression")}
+    nothing = dict.fromkeys(KEEPS, jnp.zeros(BATCH))
     params = random_like(network.abstract)
     run = jax.jit(lambda p, c: network.bind(p)(world.latents, world.timesteps, c))
-    full, none = run(params, conditions), run(params, conditions.replace(**nothing))
-    assert differ(np.asarray(full), np.asarray(none)).all()
-    np.testing.assert_allclose(none, run(params, Conditions()), rtol=1e-3, atol=1e-4)
+    everything = dict.fromkeys(KEEPS, jnp.ones(BATCH))
+    full = run(params, conditions.replace(**everything))
+    assert differ(np.asarray(full), np.asarray(run(params, conditions.replace(**nothing)))).all()
 
 
 def test_reference_with_ray_map_and_context():
@@ -282,9 +291,13 @@ def count(constructor, **settings) -> float:
 def test_full_sizes():
     """method.md 4.6, in millions."""
     assert count(ReferenceUNet) == pytest.approx(815.5, rel=0.005)
-    assert count(ReferenceUNet, attn2="clip_image") == pytest.approx(859.5, rel=0.005)
     assert count(Denoiser) == pytest.approx(952.3, rel=0.005)
+    assert count(ReferenceUNet, attn2="clip_image") == pytest.approx(859.5, rel=0.005)
     assert count(Denoiser, attn2="clip_image") == pytest.approx(996.3, rel=0.005)
+
+
+@pytest.mark.slow
+def test_full_sizes_of_the_choices():
     assert count(Denoiser, warp_kernel=0) == pytest.approx(840.8, rel=0.005)
     injector = count(Denoiser, expression_injector="xnemo", warp_kernel=0) - count(ReferenceUNet)
     assert injector == pytest.approx(372, rel=0.005)

@@ -10,7 +10,7 @@ import torch
 from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.state import Network, parameter_count
-from tests.published import parameters_from_torch, randomise, relative_error
+from tests.published import parameters_from_torch, random_like, randomise, relative_error
 
 
 def unet_pair(block_channels, layers, heads=4, context=24, groups=8):
@@ -61,20 +61,17 @@ def test_equals_diffusers(channels, layers):
 def test_full_size():
     full = Network(lambda rngs: UNet(rngs=rngs))
     assert parameter_count(full.abstract) == 859_520_964
-    none = TransformerOptions(cross_attention_features=None)
-    without = Network(lambda rngs: UNet(options=none, rngs=rngs))
-    assert parameter_count(without.abstract) == pytest.approx(815.5e6, rel=1e-3)
 
 
 def test_rematerialised_gradients_are_the_same():
-    sizes = {"block_channels": (8, 16), "layers_per_block": 1, "groups": 4}
+    sizes = {"block_channels": (8, 8), "layers_per_block": 1, "groups": 4}
     options = TransformerOptions(heads=2, cross_attention_features=None)
     networks = [
         Network(lambda rngs, remat=remat: UNet(**sizes, options=options, remat=remat, rngs=rngs))
         for remat in (False, True)
     ]
-    params = networks[0].init(jax.random.key(0))
-    latents = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    params = random_like(networks[0].abstract)
+    latents = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
     timesteps = jnp.array([10, 500])
     gradients = [
         jax.jit(jax.grad(lambda p, n=network: jnp.mean(n.bind(p)(latents, timesteps) ** 2)))(params)
