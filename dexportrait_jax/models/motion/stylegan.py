@@ -9,7 +9,6 @@ its blur filters are buffers.
 from __future__ import annotations
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dexportrait_jax.models.layers import convolve
+from dexportrait_jax.models.convolution import convolve
 
 _normal = nnx.initializers.normal(1.0)
 _FILTER = (0.125, 0.375, 0.375, 0.125)
@@ -201,18 +200,15 @@ def _convolve_doubling(inputs: Array, kernel: Array) -> Array:
     Even outputs of the transposed convolution are sums of two inputs, odd ones of one: four small
     convolutions with 2x2 windows, done as one and interleaved. The last odd output is an extra zero.
     """
-    batch, height, width, _ = inputs.shape
     features = kernel.shape[-1]
-    nothing = jnp.zeros_like(kernel[0, 0])
-    phases = []
-    for even_row, even_column in itertools.product((True, False), repeat=2):
-        rows = (2, 0) if even_row else (None, 1)
-        columns = (2, 0) if even_column else (None, 1)
-        window = [
-            [nothing if r is None or c is None else kernel[r, c] for c in columns] for r in rows
-        ]
-        phases.append(jnp.stack([jnp.stack(row) for row in window]))
-    output = convolve(inputs, jnp.concatenate(phases, axis=-1), (1, 1), ((1, 1), (1, 1)))
-    output = output.reshape(batch, height + 1, width + 1, 2, 2, features)
-    output = output.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height + 2, 2 * width + 2, -1)
-    return 4 * blur(output, 1, 0)
+    # Window (r, c) of phase (y, x) holds kernel row (2, 0) for y = 0 and (none, 1) for y = 1; the same
+    # for columns.
+    rows = jnp.stack([kernel[::-2], jnp.stack([jnp.zeros_like(kernel[1]), kernel[1]])])
+    empty = jnp.zeros_like(rows[:, :, 1])
+    columns = [rows[:, :, ::-2], jnp.stack([empty, rows[:, :, 1]], axis=2)]
+    phases = jnp.stack(columns)  # (x, y, r, c, in, out)
+    phases = phases.transpose(2, 3, 4, 1, 0, 5).reshape(2, 2, -1, 4 * features)
+    output = convolve(inputs, phases, (1, 1), ((1, 1), (1, 1)))
+    batch, height, width, _ = output.shape
+    output = output.reshape(batch, height, width, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
+    return 4 * blur(output.reshape(batch, 2 * height, 2 * width, features), 1, 0)
