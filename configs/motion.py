@@ -30,9 +30,10 @@ def get_config(variant: str = "full") -> ConfigDict:
             "clpips": 10.0 if tiny else 100.0,
             "clpips_reduction": "all_positions",  # all_positions | mask_area
             "adversarial": 0.1 if tiny else 1.0,
-            "adversarial_start": 500 if tiny else 0,
+            "adversarial_start": 0,
+            "adversarial_images": 4 if tiny else 0,  # targets that the discriminator sees; 0: all
             "r1_gamma": 10.0,
-            "r1_every": 16,
+            "r1_every": 1 if tiny else 16,
             # Beside the paper's: plain terms that help where there are minutes, not days.
             "masked_l1": 20.0 if tiny else 0.0,
             "gradient_l1": 5.0 if tiny else 0.0,
@@ -112,6 +113,6 @@ def _networks(tiny: bool) -> dict:
             "mapping_features": 64,
             "norm": "group",
         },
-        "discriminator": {"image_size": 64, "widths": (16, 32, 48, 64, 64), "group": 4},
+        "discriminator": {"image_size": 64, "widths": (8, 16, 32, 64, 64), "group": 4},
         "warp_padding": "zeros",
     }

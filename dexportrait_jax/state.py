@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Network:
@@ -33,9 +34,16 @@ class Network:
         self.abstract: Params = _plain(parameters)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters: a nested dict with string keys."""
-        module = self._constructor(nnx.Rngs(key))
-        return _plain(nnx.state(module, nnx.Param))
+        """Fresh parameters: a nested dict with string keys.
+
+        One program that runs once: on a CPU it is compiled without optimisation, in a quarter of the time.
+        """
+
+        def make(key):
+            return _plain(nnx.state(self._constructor(nnx.Rngs(key)), nnx.Param))
+
+        on_cpu = jax.default_backend() == "cpu"
+        return jax.jit(make).lower(key).compile(compiler_options=_QUICK if on_cpu else None)(key)
 
     def bind(self, params: Params) -> nnx.Module:
         """The module with these parameters in it, ready to be called."""

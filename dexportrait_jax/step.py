@@ -38,19 +38,17 @@ class Phase(NamedTuple):
     Attributes:
       name: prefix of its metrics and key of its optimizer state.
       groups: the parameter groups it trains.
-      loss: `(params, batch, key, step, shared) -> (scalar, Outputs)`; params holds every group and the
-        constants.
+      loss: `(params, batch, key, step, shared, events) -> (scalar, Outputs)`; params holds every group
+        and the constants.
       tx: the optax transformation.
-      every: it runs in steps divisible by this.
-      start: and from this step on.
+      when: the event that has to be on for the phase to run; None: it always runs.
     """
 
     name: str
     groups: tuple[str, ...]
     loss: Callable[..., tuple[jax.Array, Outputs]]
     tx: optax.GradientTransformation
-    every: int = 1
-    start: int = 0
+    when: str | None = None
 
 
 def init_optimizers(phases: Sequence[Phase], params: dict[str, Tree]) -> dict[str, Tree]:
@@ -71,20 +69,26 @@ def make_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
-) -> Callable[[Tree, Tree, Tree], tuple[Tree, dict[str, jax.Array]]]:
-    """Builds the pure function `(state, batch, constants) -> (state, metrics)`.
+) -> Callable[[Tree, Tree, Tree, frozenset[str]], tuple[Tree, dict[str, jax.Array]]]:
+    """Builds the pure function `(state, batch, constants, events) -> (state, metrics)`.
 
     Args:
       phases: run in this order on the same batch.
       seed: of everything random in the losses.
-      ema_decay: decay of the moving average of `state["ema"]`'s groups, warmed up as min(decay, (1+n)/(10+n)).
+      ema_decay: decay of the moving average of `state["ema"]`'s groups, warmed up as
+        min(decay, (1+n)/(10+n)).
       accumulate: the batch is cut into this many parts along its first axis and the gradients averaged.
+
+    `events` are the names of what happens in this step and not in every step (a lazy penalty, a phase that has
+    not started before). They are static: each set of them is a program of its own, which computes nothing that
+    the step does not need. A conditional inside one program would be a trap, at least on CPUs, where
+    convolutions inside it run some forty times slower.
 
     A step whose loss or gradient is not finite leaves the phase's parameters and optimizer as they were and
     is counted in `opt[phase]["skipped"]` and `["skipped_in_a_row"]`.
     """
 
-    def step_function(state, batch, constants):
+    def step_function(state, batch, constants, events=frozenset()):
         step = state["step"]
         key = jax.random.fold_in(jax.random.key(seed), step)
         params, opt = dict(state["params"]), dict(state["opt"])
@@ -92,33 +96,22 @@ def make_step(
         shared: dict[str, jax.Array] = {}
 
         for index, phase in enumerate(phases):
-            phase_key = jax.random.fold_in(key, index)
-
-            def run(params, opt_state, shared, phase=phase, phase_key=phase_key):
-                return _run_phase(
-                    phase, params, opt_state, constants, batch, phase_key, step, shared, accumulate
+            if phase.when is None or phase.when in events:
+                trained, opt[phase.name], phase_metrics, given = _run_phase(
+                    phase,
+                    params,
+                    opt[phase.name],
+                    constants,
+                    batch,
+                    jax.random.fold_in(key, index),
+                    step,
+                    shared,
+                    events,
+                    accumulate,
                 )
-
-            if phase.every == 1 and phase.start == 0:
-                trained, opt[phase.name], phase_metrics, given = run(
-                    params, opt[phase.name], shared
-                )
+                params |= trained
                 shared |= given
-            else:
-                due = (step >= phase.start) & (step % phase.every == 0)
-                shapes = jax.eval_shape(run, params, opt[phase.name], shared)[2]
-
-                def idle(params, opt_state, shared, phase=phase, shapes=shapes):
-                    kept = {group: params[group] for group in phase.groups}
-                    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-                    return kept, opt_state, zeros
-
-                # A phase that does not always run gives nothing to later phases.
-                trained, opt[phase.name], phase_metrics = jax.lax.cond(
-                    due, lambda *args: run(*args)[:3], idle, params, opt[phase.name], shared
-                )
-            params |= trained
-            metrics |= {f"{phase.name}/{name}": value for name, value in phase_metrics.items()}
+                metrics |= {f"{phase.name}/{name}": value for name, value in phase_metrics.items()}
             metrics[f"{phase.name}/skipped"] = opt[phase.name]["skipped"]
             metrics[f"{phase.name}/skipped_in_a_row"] = opt[phase.name]["skipped_in_a_row"]
 
@@ -135,14 +128,14 @@ def make_step(
     return step_function
 
 
-def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, accumulate):
+def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, events, accumulate):
     trained = {group: params[group] for group in phase.groups}
     frozen = {
         group: tree for group, tree in params.items() if group not in phase.groups
     } | constants
 
     def loss_of(trained, batch, key):
-        value, outputs = phase.loss(frozen | trained, batch, key, step, shared)
+        value, outputs = phase.loss(frozen | trained, batch, key, step, shared, events)
         return value.astype(jnp.float32), outputs
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)

@@ -94,7 +94,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             for step, batch in zip(range(done + 1, config.num_steps + 1), loader, strict=False):
                 batch = sharding.put_batch(batch, mesh, task.frames)
-                state, metrics = step_function(state, batch, constants)
+                state, metrics = step_function(state, batch, constants, task.events(step - 1))
                 if step == done + 1:
                     jax.block_until_ready(metrics)
                     say(f"{config.stage}: first step after compilation is done")
@@ -129,7 +129,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def build(
     task: Task, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any, Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]]:
+) -> tuple[Any, Any, Callable[..., tuple[Any, dict[str, jax.Array]]]]:
     """Shapes of the State with their shardings, the shardings, and the compiled-on-first-use step."""
     abstract = abstract_state(task, config)
     shardings = sharding.state_shardings(abstract, mesh)
@@ -144,7 +144,12 @@ def build(
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
     )
-    compiled = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
+    compiled = jax.jit(
+        step,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+        static_argnums=3,
+    )
     return abstract, shardings, compiled
 
 
@@ -214,7 +219,8 @@ def _due(config: ml_collections.ConfigDict, step: int, last_save: float) -> bool
 
 
 def _note(row: dict[str, Any], task: Task) -> str:
-    return ", ".join(f"{phase.name} {row[f'{phase.name}/loss']:.4f}" for phase in task.phases)
+    losses = {phase.name: row.get(f"{phase.name}/loss") for phase in task.phases}
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
 
 
 def _refuse_endless_skipping(rows, task: Task, config: ml_collections.ConfigDict) -> None:

@@ -29,7 +29,7 @@ def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
         phase.decay, phase.warmup_steps = "constant", 2
     if stage == "motion":
         config.loss.adversarial_start = 1
-        config.loss.r1_every = 2
+        config.loss.r1_every = 2  # so that the steps differ: without, with adversary, with penalty
     else:
         config.model.autoencoder.update(block_channels=(8, 8, 8), groups=4)
     if "unet" in config.model:

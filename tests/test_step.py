@@ -11,13 +11,13 @@ from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
 RATE = 0.1
 
 
-def push(params, batch, key, step, shared):
+def push(params, batch, key, step, shared, events):
     """generator: (g - mean x)^2, d stays."""
     made = params["g"]["w"] * jnp.ones_like(batch["x"])
     return jnp.mean((made - batch["x"]) ** 2), Outputs({"made": jnp.mean(made)}, {"made": made})
 
 
-def pull(params, batch, key, step, shared):
+def pull(params, batch, key, step, shared, events):
     """discriminator: (d - what the generator made)^2."""
     return jnp.mean((params["d"]["w"] - shared["made"]) ** 2), Outputs({}, {})
 
@@ -62,15 +62,17 @@ def test_two_phases_by_hand():
     assert state["ema"]["g"]["w"] == pytest.approx(0.1 * 1.0 + 0.9 * 1.4)
 
 
-def test_every_and_start():
-    phases = two_phases(every=2, start=3)
-    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+def test_a_phase_runs_when_its_event_is_on():
+    phases = two_phases(when="adversarial")
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5), static_argnums=3)
     state, moved = new_state(phases), []
-    for _ in range(7):
+    for number in range(6):
         before = state["params"]["d"]["w"]
-        state, _ = step(state, BATCH, {})
+        events = frozenset({"adversarial"} if number >= 3 and number % 2 else ())
+        state, metrics = step(state, BATCH, {}, events)
         moved.append(bool(state["params"]["d"]["w"] != before))
-    assert moved == [False, False, False, False, True, False, True]
+        assert ("discriminator/loss" in metrics) == moved[-1]
+    assert moved == [False, False, False, True, False, True]
 
 
 def test_non_finite_step_changes_nothing_but_the_count():
@@ -103,7 +105,7 @@ def test_accumulation_equals_the_whole_batch():
 
 
 def test_randomness_is_a_function_of_seed_and_step():
-    def noisy(params, batch, key, step, shared):
+    def noisy(params, batch, key, step, shared, events):
         draw = jax.random.normal(key)
         return params["g"]["w"] * draw, Outputs({"draw": draw}, {})
 
@@ -125,7 +127,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 
 def test_constants_reach_the_loss_and_are_not_trained():
-    def with_constant(params, batch, key, step, shared):
+    def with_constant(params, batch, key, step, shared, events):
         return (params["g"]["w"] - params["c"]["w"]) ** 2, Outputs({}, {})
 
     phases = (Phase("generator", ("g",), with_constant, optax.sgd(RATE)),)

@@ -35,6 +35,9 @@ class Task(Protocol):
     ema_groups: tuple[str, ...]
     frames: bool
 
+    def events(self, step: int) -> frozenset[str]:
+        """What happens in step number `step` (from 0) beside what happens in every step."""
+
     def pretrained(self) -> dict[str, Any]:
         """Groups that start from saved weights, as host arrays."""
 

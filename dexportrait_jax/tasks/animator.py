@@ -80,6 +80,10 @@ class AnimatorTask:
         )
         self._preview = jax.jit(self._one_step_preview)
 
+    def events(self, step: int) -> frozenset[str]:
+        """Every step is like every other."""
+        return frozenset()
+
     def pretrained(self) -> dict[str, Any]:
         """What `config.init` names: an export of the image stage, or of the motion trainer and an autoencoder."""
         init = self.config.init
@@ -140,9 +144,9 @@ class AnimatorTask:
             context=None if context is None else jnp.repeat(context, targets, 0),
         )
 
-    def loss(self, params, batch, key, step, shared):
+    def loss(self, params, batch, key, step, shared, events):
         """Mean squared error of the denoiser's prediction, with condition dropout (method.md 4.7)."""
-        del step, shared
+        del step, shared, events
         config = self.config
         sources, targets = batch["target_image"].shape[:2]
         keys = jax.random.split(key, 5)

@@ -51,6 +51,10 @@ class AutoencoderTask:
         )
         self._preview = jax.jit(self._reconstruct)
 
+    def events(self, step: int) -> frozenset[str]:
+        """Every step is like every other."""
+        return frozenset()
+
     def pretrained(self) -> dict[str, Any]:
         """None: this stage exists because there is nothing to start from."""
         return {}
@@ -59,9 +63,9 @@ class AutoencoderTask:
         """Weights of the perceptual network."""
         return {"perceptual": load_lpips(self.config.loss.perceptual)}
 
-    def loss(self, params, batch, key, step, shared):
+    def loss(self, params, batch, key, step, shared, events):
         """All frames of the batch, sources and targets alike."""
-        del step, shared
+        del step, shared, events
         weights = self.config.loss
         images = to_float(
             jnp.concatenate([batch["source_image"], flatten_targets(batch["target_image"])])

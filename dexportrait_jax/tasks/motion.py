@@ -108,10 +108,18 @@ class MotionTask:
                 ("discriminator",),
                 self.discriminator_loss,
                 make_optimizer(config.optim.discriminator, config.num_steps),
-                start=config.loss.adversarial_start,
+                when="adversarial",
             ),
         )
         self._preview = jax.jit(self._predict)
+
+    def events(self, step: int) -> frozenset[str]:
+        """ "adversarial" from its start on, "r1" in every `r1_every`-th of these steps."""
+        weights = self.config.loss
+        if weights.adversarial == 0 or step < weights.adversarial_start:
+            return frozenset()
+        lazy = (step - weights.adversarial_start) % weights.r1_every == 0
+        return frozenset({"adversarial", "r1"} if lazy else {"adversarial"})
 
     def pretrained(self) -> dict[str, Any]:
         """None: every group starts fresh."""
@@ -142,7 +150,7 @@ class MotionTask:
         )
         return image, poses, expression
 
-    def generator_loss(self, params, batch, key, step, shared):
+    def generator_loss(self, params, batch, key, step, shared, events):
         """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
         del key, shared
         weights = self.config.loss
@@ -174,39 +182,36 @@ class MotionTask:
             losses.decaying_weight(step, **weights.blendshape_label),
             jnp.mean(jnp.square(read - flatten_targets(batch["target_blendshapes"]))),
         )
-        if weights.adversarial > 0:
+        judged = image[: self.judged(image.shape[0])]
+        # Before the discriminator has started it knows nothing; its gradient would be noise.
+        if "adversarial" in events:
             discriminator = self.networks["discriminator"].bind(params["discriminator"])
-            # Before the discriminator has started it knows nothing; its gradient would be noise.
             terms["adversarial"] = (
                 weights.adversarial,
-                jax.lax.cond(
-                    step >= weights.adversarial_start,
-                    lambda fake: losses.generator_adversarial(discriminator(fake)),
-                    lambda fake: jnp.zeros(()),
-                    image,
-                ),
+                losses.generator_adversarial(discriminator(judged)),
             )
         total = sum(weight * value for weight, value in terms.values())
         metrics = {name: value for name, (_, value) in terms.items()}
-        return total, Outputs(metrics, {"image": image})
+        return total, Outputs(metrics, {"image": judged})
 
-    def discriminator_loss(self, params, batch, key, step, shared):
+    def discriminator_loss(self, params, batch, key, step, shared, events):
         """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
-        del key
+        del key, step
         weights = self.config.loss
-        real = to_float(flatten_targets(batch["target_image"]))
+        fake = shared["image"]
+        real = to_float(flatten_targets(batch["target_image"]))[: fake.shape[0]]
         discriminator = self.networks["discriminator"].bind(params["discriminator"])
-        fake_logits, real_logits = discriminator(shared["image"]), discriminator(real)
-        adversarial = losses.discriminator_adversarial(fake_logits, real_logits)
-        r1 = jax.lax.cond(
-            step % weights.r1_every == 0,
-            lambda images: losses.r1_penalty(discriminator, images),
-            lambda images: jnp.zeros(()),
-            real,
-        )
-        total = adversarial + 0.5 * weights.r1_gamma * weights.r1_every * r1
-        metrics = {"r1": r1, "fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
+        fake_logits, real_logits = discriminator(fake), discriminator(real)
+        total = losses.discriminator_adversarial(fake_logits, real_logits)
+        metrics = {"fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
+        if "r1" in events:
+            metrics["r1"] = losses.r1_penalty(discriminator, real)
+            total += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
         return total, Outputs(metrics, {})
+
+    def judged(self, targets: int) -> int:
+        """How many of a batch's targets the discriminator sees: all, or `loss.adversarial_images`."""
+        return min(targets, self.config.loss.adversarial_images or targets)
 
     def evaluate(self, state, constants, workdir: Path, step: int) -> None:
         """A picture of held-out frames: source, driving frame, result."""
