@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dexportrait_jax.models import layers
 
@@ -95,3 +96,39 @@ def test_conv_computes_in_its_dtype():
     conv = layers.Conv(4, 6, (3, 3), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert conv.kernel[...].dtype == jnp.float32
     assert conv(jnp.ones((1, 4, 4, 4))).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 8), (3, 2, 3, 4, 8)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_equals_torch(shape, groups):
+    """Also where the mean is a thousand times the deviation."""
+    random = np.random.default_rng(0)
+    inputs = (1000 + random.standard_normal(shape)).astype(np.float32)
+    scale, bias = random.standard_normal((2, 8)).astype(np.float32)
+    norm = layers.GroupNorm(8, groups, epsilon=1e-3, rngs=nnx.Rngs(0))
+    norm.scale, norm.bias = nnx.Param(jnp.asarray(scale)), nnx.Param(jnp.asarray(bias))
+    image, *parameters = (torch.tensor(a) for a in (np.moveaxis(inputs, -1, 1), scale, bias))
+    expected = torch.nn.functional.group_norm(
+        image.double(), groups, *(p.double() for p in parameters), 1e-3
+    )
+    close(jax.jit(norm)(inputs), np.moveaxis(expected.numpy(), 1, -1), 1e-4)
+
+
+def test_group_norm_keeps_statistics_in_float32():
+    norm = layers.GroupNorm(4, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    inputs = 100 + jax.random.normal(jax.random.key(0), (1, 64, 64, 4))
+    output = norm(inputs)
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_allclose(output.astype(jnp.float32).std(), 1, rtol=0.01)
+
+
+def test_normalisation_groups():
+    groups = {
+        n: layers.normalisation("group", n, dtype=jnp.float32, rngs=nnx.Rngs(0)).groups
+        for n in (6, 8, 24, 64, 68, 512)
+    }
+    assert groups == {6: 1, 8: 2, 24: 6, 64: 16, 68: 17, 512: 32}
+    assert layers.normalisation("instance", 8, dtype=jnp.float32, rngs=nnx.Rngs(0)).groups == 8
+    assert layers.normalisation("layer", 8, dtype=jnp.float32, rngs=nnx.Rngs(0)).groups == 1
+    with pytest.raises(ValueError, match="batch"):
+        layers.normalisation("batch", 8, dtype=jnp.float32, rngs=nnx.Rngs(0))

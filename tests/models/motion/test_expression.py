@@ -1,0 +1,100 @@
+"""The face alignment network against a PyTorch statement of its layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dexportrait_jax.models.motion.expression import ExpressionEncoder, FanBlock, Hourglass
+from tests.models.motion.torch_statements import close, conv2d, group_norm, randomised, to_torch
+
+SIZES = {"image_size": 32, "stem": 8, "widths": (8, 16, 32), "depth": 2, "heat_maps": 4}
+BUILD = {"norm": "group", "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+
+
+def torch_block(block, x):
+    first = conv2d(block.conv1, group_norm(block.bn1, x).relu(), padding=1)
+    second = conv2d(block.conv2, group_norm(block.bn2, first).relu(), padding=1)
+    third = conv2d(block.conv3, group_norm(block.bn3, second).relu(), padding=1)
+    if block.downsample is not None:
+        x = conv2d(block.downsample["2"], group_norm(block.downsample["0"], x).relu())
+    return torch.cat([first, second, third], 1) + x
+
+
+def torch_hourglass(hourglass, level, x):
+    upper = torch_block(getattr(hourglass, f"b1_{level}"), x)
+    lower = torch_block(getattr(hourglass, f"b2_{level}"), torch.nn.functional.avg_pool2d(x, 2))
+    if level > 1:
+        lower = torch_hourglass(hourglass, level - 1, lower)
+    else:
+        lower = torch_block(hourglass.b2_plus_1, lower)
+    lower = torch_block(getattr(hourglass, f"b3_{level}"), lower)
+    resize = {"size": upper.shape[-2:], "mode": "bilinear", "align_corners": False}
+    return upper + torch.nn.functional.interpolate(lower, **resize)
+
+
+@pytest.mark.parametrize("features", [16, 8])
+def test_fan_block_equals_torch(features):
+    block = randomised(FanBlock(features, 16, **BUILD))
+    inputs = np.random.default_rng(0).standard_normal((2, 6, 5, features)).astype(np.float32)
+    close(jax.jit(block)(inputs), torch_block(block, to_torch(inputs)))
+
+
+def test_hourglass_equals_torch_at_uneven_sizes():
+    """7 -> 3 -> 1 and back to 3 and 7."""
+    hourglass = randomised(Hourglass(8, 2, dropout=0.5, **BUILD))
+    inputs = np.random.default_rng(0).standard_normal((2, 7, 7, 8)).astype(np.float32)
+    close(jax.jit(hourglass)(inputs), torch_hourglass(hourglass, 2, to_torch(inputs)))
+
+
+def test_whole_encoder_equals_torch():
+    encoder = randomised(ExpressionEncoder(**SIZES, latent=12, rngs=nnx.Rngs(0)))
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    x = conv2d(encoder.conv1, to_torch(image), stride=2, padding=3)
+    x = torch_block(encoder.conv2, group_norm(encoder.bn1, x).relu())
+    x = torch_block(encoder.conv3, torch.nn.functional.max_pool2d(x, 2))
+    x = torch_hourglass(encoder.m0, 2, torch_block(encoder.conv4, x))
+    x = conv2d(encoder.conv_last0, torch_block(encoder.top_m_0, x))
+    x = conv2d(encoder.l0, group_norm(encoder.bn_end0, x).relu())
+    x = conv2d(encoder.conv6, group_norm(encoder.bn5, x).relu(), stride=2, padding=1)
+    kernel, bias = (torch.tensor(np.asarray(p[...])) for p in (encoder.fc.kernel, encoder.fc.bias))
+    close(jax.jit(encoder)(image), x.flatten(1).relu() @ kernel + bias)
+
+
+def test_attention_blocks_change_nothing_at_first():
+    attention = {"kind": "fan_sa", "heads": 2, "head_features": 32}
+    with_attention = ExpressionEncoder(**SIZES, **attention, latent=12, rngs=nnx.Rngs(0))
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    run = jax.jit(lambda model, image: nnx.merge(*model)(image))
+    before = run(nnx.split(with_attention), image)
+    with_attention.sa1 = with_attention.sa2 = with_attention.sa3 = None
+    np.testing.assert_allclose(before, with_attention(image), atol=1e-5)
+
+
+def test_attention_moves_information_between_patches():
+    attention = {"kind": "fan_sa", "heads": 2, "head_features": 32}
+    block = ExpressionEncoder(**SIZES, **attention, latent=12, rngs=nnx.Rngs(0)).sa2
+    block.proj_out.kernel = nnx.Param(0.1 * jnp.ones_like(block.proj_out.kernel[...]))
+    inputs = jax.random.normal(jax.random.key(0), (1, 8, 8, 32))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sin(block(x)[0, 0, 0]).sum()))(inputs)
+    assert np.all(np.abs(gradient).max(axis=-1) > 0)
+
+
+def test_dropout_acts_only_with_a_key_and_keeps_the_mean():
+    hourglass = Hourglass(8, 1, dropout=0.5, **BUILD)
+    inputs = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
+    run = jax.jit(jax.vmap(hourglass, (None, 0)))
+    plain = jax.jit(hourglass)(inputs)
+    dropped = run(inputs, jax.random.split(jax.random.key(1), 200))
+    assert np.abs(dropped[0] - plain).max() > 0.1
+    np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=1.0)
+    np.testing.assert_allclose(dropped.mean(), plain.mean(), atol=0.02)
+
+
+def test_sizes_that_cannot_work():
+    with pytest.raises(ValueError, match="at least 64"):
+        ExpressionEncoder(image_size=32, depth=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="transformer"):
+        ExpressionEncoder(kind="transformer", rngs=nnx.Rngs(0))
