@@ -15,6 +15,15 @@ import pytest  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_compiled_once(tmp_path_factory):
+    """Tests that build the same program again, as a resumed run does, need not compile it again."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real clips and models; the test is skipped, with a reason, where it is absent."""

@@ -27,9 +27,16 @@ def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
     config.evaluate.at_end = False
     for phase in config.optim.values():
         phase.decay, phase.warmup_steps = "constant", 2
+    if "pose" in config.model:
+        config.model.pose.depths = (1, 1, 1, 1)
+        config.model.expression.depth = 1
     if stage == "motion":
+        config.model.appearance.blocks = 1
         config.loss.adversarial_start = 1
-        config.loss.r1_every = 2  # so that the steps differ: without, with adversary, with penalty
+        config.loss.r1_every = (
+            3  # steps 1 and 4 with the penalty, 2, 3 and 5 without, 0 without all
+        )
+        config.loss.adversarial_images = 0
     else:
         config.model.autoencoder.update(block_channels=(8, 8, 8), groups=4)
     if "unet" in config.model:

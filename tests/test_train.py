@@ -26,6 +26,13 @@ def places(tmp_path_factory):
     return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs the loop on one of the eight devices, which is quicker where nothing is asked about the mesh."""
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config: make(config, jax.devices()[:1]))
+
+
 def leaves(tree):
     flat = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
@@ -57,7 +64,9 @@ def interrupt_in_step(monkeypatch, number):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_interrupted_equals_uninterrupted_bit_for_bit(stage, places, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted_bit_for_bit(
+    stage, places, tmp_path, monkeypatch, one_device
+):
     config = micro(stage, *places)
     whole = leaves(train(config, tmp_path / "whole"))
 
@@ -79,7 +88,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(stage, places, tmp_path, m
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sharded_equals_one_device(stage, places):
-    """Three steps over eight devices against the same three on one, in float32."""
+    """Two steps over eight devices against the same two on one, in float32."""
     mesh = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
     if stage in ("motion", "autoencoder"):
         mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
@@ -93,16 +102,14 @@ def test_sharded_equals_one_device(stage, places):
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         loader = loading.make_loader(config.data, seed=0, step=0)
         with jax.set_mesh(placed):
-            for _, batch in zip(range(3), loader, strict=False):
+            for number, batch in zip(range(2), loader, strict=False):
                 batch = sharding.put_batch(batch, placed, task.frames)
-                state, metrics = step(state, batch, constants)
+                state, metrics = step(state, batch, constants, task.events(number + 1))
         loader.close()
         results.append((leaves(state["params"]), leaves(metrics), state))
     (one, one_metrics, _), (many, many_metrics, sharded) = results
     spread = [
-        leaf
-        for leaf in jax.tree.leaves(sharded["params"])
-        if len({shard.index for shard in leaf.addressable_shards}) > 1
+        leaf for leaf in jax.tree.leaves(sharded["params"]) if not leaf.sharding.is_fully_replicated
     ]
     assert spread, "no parameter was sharded: the test would show nothing"
     # Adam's first steps move every weight by about the learning rate whatever the gradient's size, so where a
@@ -110,13 +117,13 @@ def test_sharded_equals_one_device(stage, places):
     rates = [phase.learning_rate for phase in config.optim.values()]
     for name, value in one.items():
         error = np.abs(many[name] - value)
-        assert error.max() <= 3.5 * max(rates), name
+        assert error.max() <= 2.5 * max(rates), name
         assert np.mean(error > 1e-2 * max(rates)) < 0.02, name
     for name, value in one_metrics.items():
         np.testing.assert_allclose(many_metrics[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
 
 
-def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path):
+def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path, one_device):
     config = micro("animator_video", *places, num_steps=2)
     task = make_task(config)
     before = leaves(first_state(task, config)["params"])
@@ -137,7 +144,7 @@ def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_pat
     assert held and count <= 2 * temporal + 2
 
 
-def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys):
+def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys, one_device):
     config = micro("autoencoder", *places, checkpoint__every_steps=2)
     whole = leaves(train(config, tmp_path / "whole"))
     train(config, tmp_path / "torn")
@@ -153,7 +160,7 @@ def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys):
     assert (tmp_path / "torn" / "unreadable_checkpoint_6").is_dir()
 
 
-def test_no_readable_checkpoint_is_an_error_not_a_new_start(places, tmp_path):
+def test_no_readable_checkpoint_is_an_error_not_a_new_start(places, tmp_path, one_device):
     config = micro("autoencoder", *places, num_steps=2)
     train(config, tmp_path)
     for file in (tmp_path / "checkpoints").rglob("*"):
@@ -163,7 +170,7 @@ def test_no_readable_checkpoint_is_an_error_not_a_new_start(places, tmp_path):
         train(config, tmp_path)
 
 
-def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path):
+def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, one_device):
     config = micro("autoencoder", *places, num_steps=2)
     train(config, tmp_path)
     saved = (tmp_path / "config.json").read_text()
@@ -175,7 +182,9 @@ def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path):
     assert json.loads(saved)["stage"] == "autoencoder"
 
 
-def test_endless_non_finite_steps_end_the_run_with_the_phase_name(places, tmp_path, monkeypatch):
+def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
+    places, tmp_path, monkeypatch, one_device
+):
     config = micro("autoencoder", *places, num_steps=30, max_skipped_in_a_row=3, log_every=5)
     make = loading.make_loader
 

@@ -1,0 +1,288 @@
+"""What goes wrong ends in one line that says what and what to do, a non-zero code, and nothing half-made."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.video import VideoWriter
+from dexportrait_jax import cli
+from dexportrait_jax import config as configs
+from dexportrait_jax.metrics import read_rows
+from dexportrait_jax.tasks import build_networks
+from dexportrait_jax.weights.exporting import export_groups
+from tests import fixtures
+from tests.stages import micro
+
+
+@pytest.fixture
+def fails(capfd):
+    """Runs a job that must fail; returns its one line."""
+
+    def run(*arguments, code=1):
+        capfd.readouterr()
+        assert cli.run([str(argument) for argument in arguments]) == code
+        told = capfd.readouterr()
+        assert "Traceback" not in told.err + told.out
+        said = [line for line in told.err.splitlines() if line.startswith("dexportrait")]
+        assert len(said) == 1, told.err
+        return said[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
+
+
+@pytest.fixture(scope="module")
+def weights(places, tmp_path_factory):
+    """An export of a motion trainer that has learnt nothing."""
+    config = micro("motion", *places)
+    groups = {
+        name: jax.tree.map(np.asarray, network.init(jax.random.key(0)))
+        for name, network in build_networks(config).items()
+    }
+    model = {
+        "stage": "motion",
+        "config": configs.to_json(config),
+        "step": 0,
+        "ema": False,
+        "crop": {},
+    }
+    return export_groups(tmp_path_factory.mktemp("weights") / "motion", model, groups)
+
+
+def video(path: Path, frames: int) -> Path:
+    with VideoWriter(path, 25.0, (96, 96)) as writer:
+        for number in range(frames):
+            writer.write(np.full((96, 96, 3), 10 * number, np.uint8))
+    return path
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, options: str):
+    """A tmpfs of its own; the test is skipped where that is not allowed."""
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def read_only(path: Path):
+    """A folder nobody can write to: by its rights, or for root, who ignores rights, by its mount."""
+    if os.geteuid() != 0:
+        path.mkdir(mode=0o500)
+        yield path
+        return
+    with small_disk(path, "ro,size=64k") as disk:
+        yield disk
+
+
+# --- the command line -----------------------------------------------------------------
+
+
+def test_a_job_that_does_not_exist(fails):
+    line = fails("trian", code=2)
+    assert "no job 'trian'; did you mean 'train'" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--confg=x"), "--config"),
+        (("prepare", "--videos=x"), "--out"),
+        (("animate", "--wieghts=x", "--source=y"), "--weights"),
+        (("evaluate", "--weights=x", "--data=y", "--out=z", "--protocol=selff"), "selff"),
+    ],
+)
+def test_wrong_flags(fails, arguments, words):
+    assert words in fails(*arguments, code=2)
+
+
+def test_every_job_has_help_with_an_example(capfd):
+    for job in cli.JOBS:
+        assert cli.run([job, "--help"]) == 0
+        assert "example: dexportrait" in capfd.readouterr().out
+
+
+def test_misspelt_config_key(fails, tmp_path):
+    line = fails(
+        "train",
+        "--config=configs/motion.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.optim.generator.learning_rat=1",
+    )
+    assert "did you mean 'learning_rate'" in line
+    assert not (tmp_path / "run").exists()
+
+
+# --- prepare --------------------------------------------------------------------------
+
+
+def test_no_video_matches(fails, tmp_path):
+    line = fails("prepare", f"--videos={tmp_path}/*.mp4", f"--out={tmp_path / 'data'}")
+    assert "no" in line and "*.mp4" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "one_frame"])
+def test_videos_that_are_none(fails, tmp_path, kind, shared_data):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    if kind == "text":
+        (folder / "notes.mp4").write_text("this is no video\n")
+    else:
+        video(folder / "short.mp4", 1)
+    line = fails("prepare", f"--videos={folder}/*.mp4", f"--out={tmp_path / 'data'}", "--size=64")
+    assert "data" in line or "video" in line
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.slow
+def test_every_hostile_clip_is_refused_or_cut(tmp_path, shared_data, capfd):
+    import json
+
+    code = cli.run(
+        [
+            "prepare",
+            f"--videos={shared_data}/negative/clips/*.mp4",
+            f"--out={tmp_path / 'data'}",
+            "--size=64",
+        ]
+    )
+    assert code == 0, capfd.readouterr().err
+    report = json.loads((tmp_path / "data" / "drop_report.json").read_text())
+    text = json.dumps(report)
+    for name in ("neg_no_face", "neg_two_people", "neg_fullbody_no_usable_face"):
+        assert name in text
+    from data_pipelines.dataset import ClipDataset, split_names
+
+    kept = [
+        clip_id
+        for split in split_names(tmp_path / "data")
+        for clip_id in ClipDataset(tmp_path / "data", split).index["clip_id"]
+    ]
+    assert kept and all(clip_id.startswith("neg_endcard_cut") for clip_id in kept)
+
+
+# --- train ----------------------------------------------------------------------------
+
+
+def test_a_dataset_that_is_not_there(fails, tmp_path):
+    line = fails(
+        "train",
+        "--config=configs/autoencoder.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={tmp_path / 'nothing'}",
+    )
+    assert "nothing" in line
+
+
+def test_weights_of_another_stage(fails, places, weights, tmp_path):
+    line = fails(
+        "train",
+        "--config=configs/animator_video.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={places[0]}",
+        f"--config.init.image={weights}",
+        "--config.data.batch_size=8",
+    )
+    assert str(weights) in line
+
+
+def test_read_only_workdir(fails, tmp_path, places):
+    with read_only(tmp_path / "locked") as folder:
+        line = fails(
+            "train",
+            "--config=configs/autoencoder.py:tiny",
+            f"--workdir={folder / 'run'}",
+            f"--config.data.path={places[0]}",
+        )
+    assert "cannot write" in line
+
+
+def test_full_disk_while_training_keeps_the_checkpoint_before(places, tmp_path, fails, monkeypatch):
+    """The second save does not fit; the first stays readable and the run goes on from it elsewhere."""
+    from dexportrait_jax import train as loop
+
+    config = micro("autoencoder", *places, checkpoint__every_steps=2, num_steps=4)
+    monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
+    with small_disk(tmp_path / "disk", "size=40m") as disk:
+        job = ("train", "--config=the one above", f"--workdir={disk / 'run'}")
+        filler = disk / "filler"
+        save = loop.checkpoint.Checkpoints.save
+
+        def crowded(self, step, state):
+            if step == 4:
+                self.wait()
+                with contextlib.suppress(OSError), filler.open("wb") as stream:
+                    while True:
+                        stream.write(bytes(1 << 16))
+            save(self, step, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.checkpoint.Checkpoints, "save", crowded)
+            line = fails(*job)
+        assert "full" in line
+        filler.unlink()
+        assert cli.run([str(argument) for argument in job]) == 0
+        assert loop.checkpoint.newest_step(disk / "run") == 4
+        assert [row["step"] for row in read_rows(disk / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+# --- animate, export ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("still", ["neg_mountain.jpg", "neg_s40.jpg", "neg_dog.jpg"])
+def test_portraits_without_a_person(fails, weights, shared_data, tmp_path, still):
+    driver = shared_data / "clips" / "pyfeat_single.mp4"
+    line = fails(
+        "animate",
+        f"--weights={weights}",
+        f"--source={shared_data / 'negative' / 'stills' / still}",
+        f"--driving={driver}",
+        f"--out={tmp_path / 'out.mp4'}",
+        "--max_frames=4",
+    )
+    assert still in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_are_not_overwritten(fails, weights, places, tmp_path):
+    shutil.copytree(weights, tmp_path / "export")
+    before = {path: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+    (tmp_path / "out.mp4").write_bytes(b"mine")
+    picture = tmp_path / "face.png"
+    cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    line = fails(
+        "animate",
+        f"--weights={tmp_path / 'export'}",
+        f"--source={picture}",
+        '--pose={"yaw":10}',
+        f"--out={tmp_path / 'out.mp4'}",
+    )
+    assert "--overwrite" in line
+    assert (tmp_path / "out.mp4").read_bytes() == b"mine"
+    assert {path: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
+
+
+def test_export_of_no_run(fails, tmp_path):
+    line = fails("export", f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert "not a training run" in line
+    assert not (tmp_path / "out").exists()
