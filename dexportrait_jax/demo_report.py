@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.files import write_json
+from dexportrait_jax import driving
 from dexportrait_jax.evaluation.curves import read_curves
 from dexportrait_jax.evaluation.report import Quality, Report, Stage, Video, write_report
 
@@ -34,7 +35,8 @@ QUALITY_KEYS = ("psnr", "psnr_copy", "ssim", "lpips", "lpips_copy")
 LIMITS = (
     "Three people and minutes of training on a CPU at 64 pixels: this shows that every part works together, "
     "not what the method can do. The full sizes are in configs/*.py:full.",
-    "The figures are on later frames of the same clips: the people were seen in training, these frames were not.",
+    "The figures are on the last fifth of every clip, which was not trained on, from the clip's first frame as the "
+    "source, which was: the people are known, the measured frames are not.",
     "Pose and expression of people it was not trained on will not be followed well by a model of this size.",
 )
 
@@ -74,6 +76,7 @@ def write(
                 workdir / "clips" / f"{mode}_side_by_side.mp4",
                 title,
                 note,
+                panels=driving.PANELS[mode],
                 command=clip_commands[mode],
             )
             for mode, (title, note) in MODES.items()

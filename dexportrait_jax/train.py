@@ -55,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         non-finite gradients.
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
+    started = time.monotonic()
     with _claimed(workdir, config), _sigterm() as stop_asked:
         # Mesh, task, the shape of everything, and the step.
         mesh = sharding.make_mesh(config.mesh)
@@ -89,7 +90,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # The loop.
         writer = MetricWriter(workdir, done)
-        progress = Progress(f"{config.stage}", config.num_steps, done)
         last_save = time.monotonic()
         with jax.set_mesh(mesh):
             for step, batch in zip(range(done + 1, config.num_steps + 1), loader, strict=False):
@@ -97,7 +97,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 state, metrics = step_function(state, batch, constants, task.events(step - 1))
                 if step == done + 1:
                     jax.block_until_ready(metrics)
-                    say(f"{config.stage}: first step after compilation is done")
+                    seconds = time.monotonic() - started
+                    say(f"{config.stage}: ready to train after {seconds:.0f} s")
+                    progress = Progress(config.stage, config.num_steps, step)
                 writer.add(step, metrics)
 
                 last, stopping = step == config.num_steps, stop_asked()
