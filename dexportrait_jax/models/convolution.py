@@ -25,9 +25,7 @@ _BACKENDS = ("auto", "xla", "matmul")
 # Part of the key under which JAX keeps what it traced: another choice traces again.
 _backend = jax.make_user_context("auto")
 
-# Sizes of the CPU rule, measured forward + backward on two cores.
 _TOEPLITZ_POSITIONS = 256  # depthwise as a dense matrix per channel up to 16 x 16 positions
-_SHIFTED_POSITIONS = 64 * 64  # from here on the kernel's gradient is faster tap by tap
 
 
 @contextlib.contextmanager
@@ -58,8 +56,8 @@ def convolve(
     - window of 1: one matrix product;
     - window equal to the stride: patches by reshape, one product;
     - 3D: the taps along depth stacked on channels, then 2D;
-    - 2D from 64 x 64 positions on, or with an even window: XLA's, but the kernel's gradient tap by
-      tap (XLA's is up to thirty times slower for even windows);
+    - 2D with an even window: XLA's, but the kernel's gradient tap by tap (XLA's own was measured
+      thirty times slower);
     - depthwise: a banded matrix per channel up to 16 x 16 positions, else shifted multiply-adds;
     - anything else: XLA's.
     """
@@ -76,11 +74,8 @@ def convolve(
             return _by_blocks(inputs, kernel, positions)
         if len(window) == 3:
             return _by_depth(inputs, kernel, strides, pads)
-        if len(window) == 2 and max(strides) == 1:
-            even_window = any(n % 2 == 0 for n in window)
-            large = np.prod(positions) >= _SHIFTED_POSITIONS and kernel.shape[-2] >= 8
-            if even_window or large:
-                return _with_tapwise_gradient(inputs, kernel, pads)
+        if len(window) == 2 and max(strides) == 1 and any(n % 2 == 0 for n in window):
+            return _with_tapwise_gradient(inputs, kernel, pads)
     elif groups == inputs.shape[-1] == kernel.shape[-1] and len(window) == 2 and max(strides) == 1:
         if np.prod(positions) <= _TOEPLITZ_POSITIONS:
             return _depthwise_dense(inputs, kernel, pads, positions)
