@@ -52,6 +52,7 @@ def adam(learning_rate: float, **changes) -> ConfigDict:
         "decay": "constant",
         "final_fraction": 0.1,
         "clip_norm": 1.0,
+        "multipliers": (),  # (("group/module", factor of the learning rate), ...)
     }
     unknown = set(changes) - set(values)
     if unknown:
@@ -120,7 +121,7 @@ def autoencoder(variant: str) -> ConfigDict:
     if variant == "tiny":
         return ConfigDict(
             {
-                "latent_channels": 4,
+                "latent_channels": 8,
                 "block_channels": (16, 32, 32),
                 "layers_per_block": 1,
                 "groups": 8,

@@ -52,7 +52,13 @@ def get_config(variant: str = "full") -> ConfigDict:
         }
     )
     if tiny:
-        generator = common.adam(2e-3, decay="cosine", final_fraction=0.05)
+        generator = common.adam(
+            2e-3,
+            decay="cosine",
+            final_fraction=0.05,
+            # Equalised layers hold weights of unit size: the same step moves them relatively less.
+            multipliers=(("generator/decoder", 5.0),),
+        )
         discriminator = common.adam(1e-3, b1=0.0, clip_norm=0.0)
     else:
         generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
@@ -95,20 +101,20 @@ def _networks(tiny: bool) -> dict:
         }
     return {
         "appearance": {
-            "widths": (16, 32, 64),
+            "widths": (16, 32),
             "volume_depth": 4,
             "volume_channels": 8,
             "blocks": 2,
             "norm": "group",
         },
         "generator": {
-            "volume_shape": (4, 16, 16),
+            "volume_shape": (4, 32, 32),
             "volume_channels": 8,
             "expression_features": 64,
             "appearance_widths": (8, 16, 32, 16),
-            "appearance_strides": (2, 2, 1),
-            "down_channels": (64, 64),
-            "up_channels": (64, 48, 24),
+            "appearance_strides": (2, 2, 2),
+            "down_channels": (48, 48),
+            "up_channels": (48, 24),
             "injection": "modulated",
             "mapping_features": 64,
             "norm": "group",

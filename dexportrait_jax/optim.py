@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_collections
 import optax
 
@@ -30,7 +31,9 @@ def make_optimizer(
     """The transformation for one phase.
 
     Config keys: name (adam | adamw), learning_rate, b1, b2, eps, weight_decay, warmup_steps,
-    decay (constant | cosine), final_fraction, clip_norm (0 = off; global norm over the phase's groups).
+    decay (constant | cosine), final_fraction, clip_norm (0 = off; global norm over the phase's groups),
+    multipliers (pairs of the start of a parameter's path, "group/module", and a factor of its learning rate;
+    the first that fits holds).
     """
     steps = []
     if config.clip_norm > 0:
@@ -40,5 +43,21 @@ def make_optimizer(
         steps.append(optax.add_decayed_weights(config.weight_decay))
     elif config.name != "adam":
         raise UserError(f"optimizer name is 'adam' or 'adamw', not {config.name!r}")
+    if config.multipliers:
+        steps.append(_scale_by_path(config.multipliers))
     steps.append(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
     return optax.chain(*steps)
+
+
+def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        del params
+
+        def scale(path, leaf):
+            name = "/".join(str(key.key) for key in path)
+            factors = (factor for start, factor in multipliers if name.startswith(start))
+            return leaf * next(factors, 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
