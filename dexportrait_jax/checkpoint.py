@@ -8,7 +8,6 @@ it; when none can be read that is an error, because starting from scratch in sil
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.files import writing_to
+from dexportrait_jax import distributed
 from dexportrait_jax.errors import UserError
 
 FOLDER = "checkpoints"
@@ -89,12 +89,16 @@ class Checkpoints:
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Renames checkpoints newer than the one that was restored, so that they can be written anew."""
-        for newer in [saved for saved in self.steps() if saved > step]:
-            target = self.directory.parent / f"unreadable_checkpoint_{newer}"
-            shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(newer)).rename(target)
-            print(f"checkpoint {newer} was set aside as {target}", file=sys.stderr)
+        """Renames checkpoints newer than the one that was restored, so that they can be written anew.
+
+        Several processes share the directory: the main one renames, the others wait for it.
+        """
+        if distributed.is_main():
+            for newer in [saved for saved in self.steps() if saved > step]:
+                target = _unused(self.directory.parent / f"unreadable_checkpoint_{newer}")
+                (self.directory / str(newer)).rename(target)
+                print(f"checkpoint {newer} was set aside as {target}", file=sys.stderr)
+        distributed.wait_for_all("set aside")
         self._checkpointer.reload()
 
     def close(self) -> None:
@@ -151,6 +155,15 @@ def _on_one_device(metadata: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata
     )
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with the first number behind it that nothing has yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}_{number}")
+    return free
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 # Set by launchers of ours, by JAX's own, by Slurm's srun and on Cloud TPU pods.
 _SIGNS = (
@@ -42,3 +44,21 @@ def initialize(mode: str = "auto") -> None:
 def is_main() -> bool:
     """True in the one process that prints and writes records."""
     return jax.process_index() == 0
+
+
+def agree(save: bool, stop: bool) -> tuple[bool, bool]:
+    """What all processes do together: save when the main one finds it is time, stop when any was asked to.
+
+    Clocks and signals differ between hosts, while saving needs every one of them. All must call this in the
+    same step.
+    """
+    if jax.process_count() == 1:
+        return save, stop
+    asked = multihost_utils.process_allgather(np.array([save, stop], np.int32))
+    return bool(asked[0, 0]), bool(asked[:, 1].any())
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
