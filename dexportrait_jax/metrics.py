@@ -24,11 +24,15 @@ class MetricWriter:
     Args:
       workdir: the run's directory.
       resume_step: steps already done; rows of later steps are dropped.
+      write: False in all processes but one: they fetch the same rows and write nothing.
     """
 
-    def __init__(self, workdir: Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int, write: bool = True):
         self.path = Path(workdir) / FILE
         self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._file = None
+        if not write:
+            return
         if self.path.exists():
             kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
             temporary = self.path.with_suffix(".tmp")
@@ -52,15 +56,18 @@ class MetricWriter:
             rows.append({"step": step, **values})
             # JSON has no NaN; a missing measurement is null.
             clean = {k: (v if math.isfinite(v) else None) for k, v in rows[-1].items()}
-            self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            if self._file:
+                self._file.write(json.dumps(clean) + "\n")
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return rows
 
     def close(self) -> None:
         """Writes what waits and closes the file."""
         self.flush()
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

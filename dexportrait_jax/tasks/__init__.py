@@ -39,7 +39,7 @@ class Task(Protocol):
         """What happens in step number `step` (from 0) beside what happens in every step."""
 
     def pretrained(self) -> dict[str, Any]:
-        """Groups that start from saved weights, as host arrays."""
+        """Groups that start from saved weights, as host arrays; all frozen ones have to be among them."""
 
     def constants(self) -> dict[str, Any]:
         """Groups that losses need but checkpoints do not hold, because they come from assets."""

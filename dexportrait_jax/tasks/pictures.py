@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
+
+from dexportrait_jax import distributed
+from dexportrait_jax.evaluation.report import write_png
 
 
 def to_float(image: UInt8[Array, ...]) -> Float[Array, ...]:
@@ -32,7 +37,14 @@ def save_comparison(
     result: Float[Array, "b h w 3"],
     smallest: int = 128,
 ) -> None:
-    """A PNG with one row a source: the source, then driving frame and result side by side for each target."""
+    """A PNG with one row a source: the source, then driving frame and result side by side for each target.
+
+    Of several processes all must call this, because each may hold a part of `result`; the main one writes.
+    """
+    if jax.process_count() > 1:
+        result = multihost_utils.process_allgather(result, tiled=True)
+    if not distributed.is_main():
+        return
     sources, targets = target.shape[:2]
     made = to_uint8(result).reshape(target.shape)
     rows = []
@@ -44,7 +56,4 @@ def save_comparison(
     grid = np.concatenate(rows, 0)
     factor = max(1, smallest // target.shape[2])
     grid = cv2.resize(grid, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    cv2.imwrite(str(temporary), cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))
-    temporary.replace(path)
+    write_png(path, grid)
