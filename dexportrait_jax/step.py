@@ -77,7 +77,8 @@ def make_step(
       seed: of everything random in the losses.
       ema_decay: decay of the moving average of `state["ema"]`'s groups, warmed up as
         min(decay, (1+n)/(10+n)).
-      accumulate: the batch is cut into this many parts along its first axis and the gradients averaged.
+      accumulate: the batch is cut into this many parts along its first axis and the gradients averaged; what a
+        phase shares stays in these parts, so that a later phase sees with each part what was made of it.
 
     `events` are the names of what happens in this step and not in every step (a lazy penalty, a phase that has
     not started before). They are static: each set of them is a program of its own, which computes nothing that
@@ -134,17 +135,18 @@ def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, ev
         group: tree for group, tree in params.items() if group not in phase.groups
     } | constants
 
-    def loss_of(trained, batch, key):
+    def loss_of(trained, batch, key, shared):
         value, outputs = phase.loss(frozen | trained, batch, key, step, shared, events)
         return value.astype(jnp.float32), outputs
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
     if accumulate == 1:
-        (value, outputs), gradients = differentiate(trained, batch, key)
+        (value, outputs), gradients = differentiate(trained, batch, key, shared)
         metrics, given = outputs
     else:
-        value, metrics, gradients = _accumulated(differentiate, trained, batch, key, accumulate)
-        given = {}
+        (value, metrics, gradients), given = _accumulated(
+            differentiate, trained, batch, key, shared, accumulate
+        )
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -163,22 +165,27 @@ def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, ev
     return keep_if_finite(updated, trained), new_opt, metrics, jax.lax.stop_gradient(given)
 
 
-def _accumulated(differentiate, trained, batch, key, parts):
-    """Mean loss, metrics and gradients over `parts` equal pieces of the batch, one piece at a time."""
+def _accumulated(differentiate, trained, batch, key, shared, parts):
+    """Mean loss, metrics and gradients over `parts` equal pieces of the batch, one piece at a time.
+
+    Every array of `shared`, and of what is shared in turn, has the piece as its first axis.
+    """
     cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
 
-    def body(total, piece):
-        index, piece_batch = piece
+    def one(index, piece, given):
         (value, outputs), gradients = differentiate(
-            trained, piece_batch, jax.random.fold_in(key, index)
+            trained, piece, jax.random.fold_in(key, index), given
         )
-        return jax.tree.map(jnp.add, total, (value, outputs.metrics, gradients)), None
+        return (value, outputs.metrics, gradients), outputs.shared
 
-    first = jax.tree.map(lambda leaf: leaf[0], cut)
-    shapes = jax.eval_shape(differentiate, trained, first, key)
-    (value, outputs), gradients = shapes
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (value, outputs.metrics, gradients)
-    )
-    total, _ = jax.lax.scan(body, zeros, (jnp.arange(parts), cut))
-    return jax.tree.map(lambda leaf: leaf / parts, total)
+    def body(total, piece):
+        sums, made = one(*piece)
+        return jax.tree.map(jnp.add, total, sums), made
+
+    pieces = (jnp.arange(parts), cut, shared)
+    shapes, _ = jax.eval_shape(one, *jax.tree.map(lambda leaf: leaf[0], pieces))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # A loop on the device keeps the memory of one piece. On CPUs, convolutions inside loops run many times slower,
+    # so there the pieces are written out one after the other.
+    total, made = jax.lax.scan(body, zeros, pieces, unroll=jax.default_backend() == "cpu")
+    return jax.tree.map(lambda leaf: leaf / parts, total), made

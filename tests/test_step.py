@@ -104,6 +104,31 @@ def test_accumulation_equals_the_whole_batch():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_hands_each_part_to_the_phase_after(parts):
+    def make(params, batch, key, step, shared, events):
+        made = params["g"]["w"] * batch["x"]
+        return jnp.mean((made - 1.0) ** 2), Outputs({}, {"made": made})
+
+    def judge(params, batch, key, step, shared, events):
+        return jnp.mean((params["d"]["w"] * batch["x"] - shared["made"]) ** 2), Outputs({}, {})
+
+    phases = (
+        Phase("generator", ("g",), make, optax.sgd(1e-2)),
+        Phase("discriminator", ("d",), judge, optax.sgd(1e-2)),
+    )
+    results = []
+    for accumulate in (1, parts):
+        step = jax.jit(make_step(phases, seed=0, ema_decay=0.5, accumulate=accumulate))
+        state = new_state(phases)
+        for _ in range(3):
+            state, metrics = step(state, {"x": jnp.arange(8.0)}, {})
+        params = state["params"]
+        results.append((params["g"]["w"], params["d"]["w"], metrics["discriminator/loss"]))
+    assert results[0][1] != 0
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
 def test_randomness_is_a_function_of_seed_and_step():
     def noisy(params, batch, key, step, shared, events):
         draw = jax.random.normal(key)
