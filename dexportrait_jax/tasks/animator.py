@@ -85,16 +85,22 @@ class AnimatorTask:
         return frozenset()
 
     def pretrained(self) -> dict[str, Any]:
-        """What `config.init` names: an export of the image stage, or of the motion trainer and an autoencoder."""
+        """What `config.init` names: an export of the image stage, or of the motion trainer and an autoencoder.
+
+        The two UNets of `init.unet` go before those of `init.image`. In the image stage it also brings the
+        image encoder, where the model has one. The same export may be named more than once.
+        """
         init = self.config.init
+        unet = ["reference", "denoiser"]
         if self.frames:
-            sources = {init.image: [name for name in self.networks if name != "temporal"]}
+            sources = [(init.image, [name for name in self.networks if name != "temporal"])]
         else:
-            sources = {init.motion: ["pose", "expression"], init.autoencoder: ["autoencoder"]}
+            sources = [(init.motion, ["pose", "expression"]), (init.autoencoder, ["autoencoder"])]
+            unet += [name for name in self.networks if name == "image_encoder"]
         if init.unet:
-            sources[init.unet] = ["reference", "denoiser"]
+            sources.append((init.unet, unet))
         groups = {}
-        for path, names in sources.items():
+        for path, names in sources:
             if not path:
                 key = "image" if self.frames else "motion and config.init.autoencoder"
                 raise UserError(
