@@ -1,7 +1,8 @@
 """`dexportrait <job>`: reads the command line and calls one function a job.
 
 Exit codes: 0 the job did its work; 1 it could not, and one line says why; 2 the command line is wrong;
-75 stopped by SIGTERM after saving, start the same command again; 130 interrupted.
+70 a fault in the program (--debug shows where); 75 stopped by SIGTERM after saving, start the same command
+again; 130 interrupted; 141 whoever read the output went away, as `head` does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -17,7 +19,16 @@ from typing import NamedTuple, NoReturn
 from dexportrait_jax import __version__
 from dexportrait_jax.errors import UserError
 
-USAGE_ERROR, FAILED, FAULT = 2, 1, 70
+USAGE_ERROR, FAILED, FAULT, NO_READER = 2, 1, 70, 141
+
+# Which extra of pyproject.toml brings a package that is not there.
+EXTRAS = {
+    "mediapipe": "prepare",
+    "tensorflow_datasets": "prepare",
+    "psutil": "demo",
+    "torch": "torch",
+    "optuna": "sweep",
+}
 
 
 class Job(NamedTuple):
@@ -32,6 +43,13 @@ class Job(NamedTuple):
 
 def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options) -> None:
     parser.add_argument(f"--{name}", help=help, **options)
+
+
+def _seed(text: str) -> int:
+    """A whole number from 0, which is what random generators take."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
 
 
 def _demo(parser):
@@ -61,6 +79,20 @@ def _prepare(parser):
     )
     _flag(
         parser, "holdout_fraction", "how much of it (default: %(default)s)", type=float, default=0.1
+    )
+    _flag(
+        parser,
+        "holdout_gap",
+        "frames left out between training and validation, with --holdout=time (default: %(default)s)",
+        type=int,
+        default=5,
+    )
+    _flag(
+        parser,
+        "identity",
+        "whose video it is: a regular expression searched in each path, with groups named identity, "
+        "session and camera, such as '(?P<identity>id[0-9]+)/' (default: each video is a person)",
+        default=None,
     )
     _flag(
         parser, "max_frames", "frames to read of each video (default: all)", type=int, default=None
@@ -146,7 +178,7 @@ def _animate(parser):
         parser,
         "seed",
         "of the noise; same seed, same video (default: %(default)s)",
-        type=int,
+        type=_seed,
         default=0,
     )
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
@@ -188,7 +220,7 @@ def _evaluate(parser):
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)
     _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
     _flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
-    _flag(parser, "seed", "of the noise (default: %(default)s)", type=int, default=0)
+    _flag(parser, "seed", "of the noise (default: %(default)s)", type=_seed, default=0)
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
     _flag(parser, "overwrite", "replace results that are there", action="store_true")
 
@@ -263,11 +295,21 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the `dexportrait` command; ends the process with the job's exit code."""
-    raise SystemExit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        code = run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = NO_READER
+        # What is still to be written goes nowhere, instead of failing once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(code)
 
 
 def run(arguments: list[str]) -> int:
-    """Runs one job and returns its exit code; people's errors are printed in one line."""
+    """Runs one job and returns its exit code; people's errors are printed in one line.
+
+    Raises BrokenPipeError when nobody reads the output any more.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else USAGE_ERROR
@@ -293,6 +335,8 @@ def run(arguments: list[str]) -> int:
         getattr(importlib.import_module(module), function)(**flags)
         return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            raise
         if debug:
             raise
         print(f"dexportrait {name}: {_in_words(error, name)}", file=sys.stderr)
@@ -352,10 +396,19 @@ def _in_words(error: Exception, name: str) -> str:
         return f"the disk is full ({error.filename or 'while writing'}); free some space and run it again"
     if isinstance(error, OSError):
         return text
-    if isinstance(error, ModuleNotFoundError):
-        extra = "prepare" if name in ("prepare", "animate", "evaluate", "demo") else "test"
-        return f"package {error.name!r} is missing; install it with pip install 'dexportrait-jax[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        extra = "demo" if name == "demo" else EXTRAS.get(error.name.partition(".")[0])
+        wanted = f"'.[{extra}]'" if extra else "."
+        return f"package {error.name!r} is missing; install it with pip install -e {wanted}"
+    if isinstance(error, ImportError):
+        return f"a package is damaged or lacks a system library: {text}"
     return f"fault in the program: {type(error).__name__}: {text[:300]} (--debug shows where)"
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(1, select.POLLERR)  # file descriptor 1, whatever sys.stdout is by now
+    return bool(poll.poll(0))
 
 
 def _silence_native_logs() -> None:

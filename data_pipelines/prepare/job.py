@@ -47,7 +47,8 @@ def run_prepare(
     """Makes a dataset of face videos.
 
     Args:
-        videos: glob pattern (`**` for any depth); several ones separated by commas.
+        videos: glob pattern (`**` for any depth); several ones separated by commas, where no file
+            matches the whole.
         out: directory of the dataset.
         size: side of the stored frames in pixels.
         holdout: what validation keeps: "identity", some people chosen by a hash of their name, or
@@ -66,7 +67,7 @@ def run_prepare(
         UserError: no video matches, none can be used, or the result cannot be written.
     """
     paths = _matching(videos)
-    _check_flags(size, holdout, holdout_fraction, max_frames, workers)
+    _check_flags(size, holdout, holdout_fraction, holdout_gap, max_frames, workers)
     namings = _namings(paths, identity)
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
     made_with = {
@@ -116,11 +117,13 @@ def run_prepare(
     _say(f"{out}: {_contents(out)}, made in {time.monotonic() - started:.0f} s")
 
 
-def _check_flags(size, holdout, holdout_fraction, max_frames, workers) -> None:
+def _check_flags(size, holdout, holdout_fraction, holdout_gap, max_frames, workers) -> None:
     if holdout not in splits.HOLDOUTS:
         raise UserError(f"--holdout is '{holdout}'; it must be {' or '.join(splits.HOLDOUTS)}")
     if not 0 <= holdout_fraction < 1:
         raise UserError(f"--holdout_fraction is {holdout_fraction}; it must be 0 or more, below 1")
+    if holdout_gap < 0:
+        raise UserError(f"--holdout_gap is {holdout_gap}; it must be 0 or more frames")
     if not 16 <= size <= 4096:
         raise UserError(f"--size is {size}; it must lie between 16 and 4096 pixels")
     if max_frames is not None and max_frames < 1:
@@ -130,17 +133,20 @@ def _check_flags(size, holdout, holdout_fraction, max_frames, workers) -> None:
 
 
 def _matching(pattern: str) -> list[Path]:
-    found = {
-        Path(path)
-        for part in str(pattern).split(",")
-        for path in glob.glob(str(Path(part.strip()).expanduser()), recursive=True)  # noqa: PTH207
-        if Path(path).is_file()
-    }
+    pattern = str(pattern)
+    # The whole first: a folder may have a comma in its name.
+    found = _glob(pattern) or {path for part in pattern.split(",") for path in _glob(part.strip())}
     if not found:
         raise UserError(
             f"no video matches {pattern}; put the pattern in quotes, such as --videos='clips/*.mp4'"
         )
     return sorted(found)
+
+
+def _glob(pattern: str) -> set[Path]:
+    home = os.path.expanduser(pattern)  # noqa: PTH111 - unlike Path's, leaves unknown users alone
+    matches = glob.glob(home, recursive=True)  # noqa: PTH207
+    return {Path(path) for path in matches if Path(path).is_file()}
 
 
 def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]:
