@@ -93,6 +93,7 @@ def encoders(variant: str) -> dict:
                 "depth": 2,
                 "heat_maps": 16,
                 "latent": 64,
+                "leak": 0.2,
                 "norm": "group",
             },
         }
@@ -111,6 +112,7 @@ def encoders(variant: str) -> dict:
             "depth": 4,
             "heat_maps": 68,
             "latent": 512,
+            "leak": 0.2,  # 0: the published ReLU, which can die in the first steps and take the latent with it
             "norm": "group",  # of the features; group needs no statistics of the batch
         },
     }

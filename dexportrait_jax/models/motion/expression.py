@@ -173,6 +173,8 @@ class ExpressionEncoder(nnx.Module):
         widths: features of the blocks at E/2 (one) and E/4 (all others; the last is the hourglass').
         depth: halvings inside the hourglass, which starts at E/4.
         heat_maps: features of the heat-map head (68 landmarks in a face alignment network).
+        leak: slope below zero of the last activation; 0 is the published ReLU. All of the latent passes one
+            feature there, and a plain ReLU dies for good when early steps push that feature below zero.
         heads, head_features: of the attention in "fan_sa".
     """
 
@@ -187,6 +189,7 @@ class ExpressionEncoder(nnx.Module):
         heat_maps: int = 68,
         latent: int = 512,
         dropout: float = 0.5,
+        leak: float = 0.0,
         heads: int = 8,
         head_features: int = 128,
         norm: Normalisation = "group",
@@ -200,6 +203,7 @@ class ExpressionEncoder(nnx.Module):
                 f"crops of {image_size} pixels do not suit: take a multiple of 8, at least "
                 f"{4 << depth} for an hourglass of depth {depth}"
             )
+        self.leak = leak
         build = {"dtype": dtype, "rngs": rngs}
         normed = {"norm": norm, **build}
         first, middle, last = widths
@@ -230,7 +234,8 @@ class ExpressionEncoder(nnx.Module):
         """The latent; with ``dropout_key`` the hourglass drops parts of its shortcuts."""
         hidden = self.heat_maps(image, dropout_key)
         hidden = self.conv6(jax.nn.relu(self.bn5(hidden)))
-        return self.fc(jax.nn.relu(hidden.reshape(hidden.shape[0], -1))).astype(jnp.float32)
+        hidden = jax.nn.leaky_relu(hidden.reshape(hidden.shape[0], -1), self.leak)
+        return self.fc(hidden).astype(jnp.float32)
 
     def heat_maps(
         self, image: Float[Array, "b e e 3"], dropout_key: Array | None = None
