@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import glob
+import hashlib
 import json
 import os
 import shlex
@@ -20,31 +22,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from data_pipelines.files import write_json
-from dexportrait_jax import assets, demo_report
+from data_pipelines.files import write_json, writing_to
+from dexportrait_jax import assets, demo_report, provenance
+from dexportrait_jax.config import PROJECT_ROOT
 from dexportrait_jax.errors import UserError
 
 PEOPLE = ("carphone", "pexels_langer", "pyfeat_single")
+MODELS = ("face_landmarker", "lpips_alexnet")  # assets that the parts look for themselves
 FRAMES_A_CLIP = 16
+STOPPED, INTERRUPTED = 75, 130  # exit codes after SIGTERM and after Ctrl-C
 
 
 @dataclass
 class Part:
-    """One part of the demo: an ordinary job, and the files that show it is done."""
+    """One part of the demo: an ordinary job, and the files that show it is done.
+
+    `arguments` are what the demo runs. `redo` does the part again, alone, and leaves what the others made: it
+    overwrites, or trains beside the run that is there.
+    """
 
     name: str
     arguments: list[str]
     made: list[Path] = field(default_factory=list)
+    redo: list[str] = field(default_factory=list)
 
     @property
     def command(self) -> str:
-        """What a person types to redo it alone."""
-        return shlex.join(["dexportrait", *self.arguments])
+        """What a person types to do it again alone."""
+        return shlex.join(["dexportrait", *(self.redo or self.arguments)])
 
 
 def plan(workdir: Path) -> list[Part]:
@@ -53,9 +64,12 @@ def plan(workdir: Path) -> list[Part]:
 
     def train(name: str, config: str, *overrides: str) -> Part:
         run = workdir / "runs" / name
-        arguments = ["train", f"--config=configs/{config}.py:tiny", f"--workdir={run}"]
-        arguments += [f"--config.data.path={data}", *(f"--config.{text}" for text in overrides)]
-        return Part(f"train_{name}", arguments, [run / "config.json"])
+        settings = [f"--config.{text}" for text in (f"data.path={data}", *overrides)]
+        first, again = (
+            ["train", f"--config=configs/{config}.py:tiny", f"--workdir={place}", *settings]
+            for place in (run, run.with_name(f"{name}_again"))
+        )
+        return Part(f"train_{name}", first, [run / "config.json"], again)
 
     def export(name: str) -> Part:
         out = exports / name
@@ -74,20 +88,17 @@ def plan(workdir: Path) -> list[Part]:
 
     encoders = f"init.motion={exports / 'motion'}"
     autoencoder = f"init.autoencoder={exports / 'autoencoder'}"
-    clips = workdir / "clips"
+    prepare = [
+        "prepare",
+        f"--videos={glob.escape(str(workdir / 'inputs'))}/*.mp4",
+        f"--out={data}",
+        "--size=64",
+        "--holdout=time",
+        "--holdout_fraction=0.2",
+    ]
+    animate = ["animate", f"--weights={exports / 'video'}"]
     return [
-        Part(
-            "prepare",
-            [
-                "prepare",
-                f"--videos={workdir / 'inputs' / '*.mp4'}",
-                f"--out={data}",
-                "--size=64",
-                "--holdout=time",
-                "--holdout_fraction=0.2",
-            ],
-            [data],
-        ),
+        Part("prepare", prepare, [data], [*prepare, "--overwrite"]),
         train("motion", "motion"),
         export("motion"),
         evaluate("motion"),
@@ -100,8 +111,9 @@ def plan(workdir: Path) -> list[Part]:
         evaluate("video"),
         Part(
             "animate",
-            ["animate", f"--weights={exports / 'video'}", f"--jobs={workdir / 'clips.json'}"],
-            [clips / f"{mode}.mp4" for mode in demo_report.MODES],
+            [*animate, f"--jobs={workdir / 'clips_missing.json'}", "--overwrite"],
+            [path for job in clip_jobs(workdir) for path in clip_files(job)],
+            [*animate, f"--jobs={workdir / 'clips.json'}", "--overwrite"],
         ),
     ]
 
@@ -134,6 +146,11 @@ def clip_jobs(workdir: Path) -> list[dict]:
     ]
 
 
+def clip_files(job: dict) -> list[Path]:
+    """What one job of `animate` makes; each is there whole or not at all, and the sidecar comes last."""
+    return [Path(job["out"]), Path(job["side_by_side"]), provenance.sidecar_path(job["out"])]
+
+
 def clip_command(workdir: Path, mode: str) -> str:
     """What a person types to make one of the five videos again."""
     job = clip_jobs(workdir)[list(demo_report.MODES).index(mode)]
@@ -146,39 +163,77 @@ def run_demo(workdir: str = "runs/demo") -> None:
     """The job `demo`."""
     root = Path(workdir)
     try:
-        (root / "clips").mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    with lock:
+        with _claimed(root), _stopped_by_sigterm():
+            _run_all(root)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(
+            "dexportrait demo: stopped; start the same command again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = stop.code if isinstance(stop, SystemExit) else INTERRUPTED
+        raise SystemExit(code) from None
+
+
+def _run_all(root: Path) -> None:
+    record, parts, jobs = _Record(root / "demo.json"), plan(root), clip_jobs(root)
+    if not all(record.done(part) for part in parts):
+        start = time.monotonic()
+        if _gather_inputs(root / "inputs") or not record.seconds("inputs"):
+            record.write("inputs", time.monotonic() - start, _memory_gb(os.getpid()), True)
+    with writing_to(root):
+        write_json(root / "clips.json", jobs)  # all of them: it is for people
+    for number, part in enumerate(parts, 1):
+        label = f"[{number}/{len(parts)}] {part.name}"
+        if part.name == "animate" and not record.done(part):
+            missing = [job for job in jobs if not all(path.exists() for path in clip_files(job))]
+            if not missing:  # killed between its last file and its end
+                record.write(part.name, record.seconds(part.name), 0.0, True)
+            with writing_to(root):
+                write_json(root / "clips_missing.json", missing)
+        if record.done(part):
+            print(f"{label}: done before, in {record.seconds(part.name):.0f} s", flush=True)
+            continue
+        print(f"{label}: {shlex.join(['dexportrait', *part.arguments])}", flush=True)
+        _run(part, record)
+    start = time.monotonic()
+    commands = {mode: clip_command(root, mode) for mode in demo_report.MODES}
+    with writing_to(root / "summary.json"):
+        report = demo_report.write(root, parts, commands, record.values)
+    record.write("report", time.monotonic() - start, _memory_gb(os.getpid()), True)
+    print(f"the demo is finished: open {report}")
+
+
+@contextlib.contextmanager
+def _claimed(root: Path) -> Iterator[None]:
+    """Holds the directory for this process alone."""
+    with contextlib.ExitStack() as stack:
+        with writing_to(root):
+            root.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((root / ".lock").open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another demo is running in {workdir}; wait for it or end it"
-            ) from error
-        record = _Record(root / "demo.json")
-        with record.timed("inputs"):
-            _gather_inputs(root / "inputs")
-        # Clips that are there are whole: they are renamed into place when they are.
-        missing = [job for job in clip_jobs(root) if not Path(job["side_by_side"]).exists()]
-        write_json(root / "clips.json", [job | {"overwrite": True} for job in missing])
-        parts = plan(root)
-        for number, part in enumerate(parts, 1):
-            label = f"[{number}/{len(parts)}] {part.name}"
-            if record.done(part):
-                print(f"{label}: done before, in {record.seconds(part.name):.0f} s", flush=True)
-                continue
-            print(f"{label}: {part.command}", flush=True)
-            _run(part, record)
-        with record.timed("report"):
-            report = demo_report.write(
-                root,
-                parts,
-                {mode: clip_command(root, mode) for mode in demo_report.MODES},
-                record.values,
-            )
-        print(f"the demo is finished: open {report}")
+        except BlockingIOError:
+            raise UserError(f"another demo is running in {root}; wait for it or end it") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the demo as Ctrl-C does, so that the running part is ended and can save."""
+
+    def stop(*_):
+        raise SystemExit(STOPPED)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: somebody else's program, somebody else's signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Record:
@@ -188,7 +243,12 @@ class _Record:
         self.path = path
         self.values: dict[str, dict] = {}
         if path.exists():
-            self.values = json.loads(path.read_text())
+            try:
+                self.values = json.loads(path.read_text())
+            except ValueError as error:
+                raise UserError(
+                    f"{path} is damaged ({error}); remove it, and what is done is found again"
+                ) from error
 
     def done(self, part: Part) -> bool:
         return self.values.get(part.name, {}).get("done", False) and all(
@@ -205,37 +265,42 @@ class _Record:
             "peak_memory_gb": round(max(before, memory), 2),
             "done": done,
         }
-        write_json(self.path, self.values)
-
-    def timed(self, name: str):
-        return _Timed(self, name)
+        with writing_to(self.path):
+            write_json(self.path, self.values)
 
 
-class _Timed:
-    """Times a part that runs inside this process."""
+def _gather_inputs(folder: Path) -> bool:
+    """Fetches all that the parts need, and puts the clips where `--videos` finds them.
 
-    def __init__(self, record: _Record, name: str):
-        self.record, self.name = record, name
-
-    def __enter__(self):
-        self.start = time.monotonic()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            seconds = time.monotonic() - self.start
-            self.record.write(self.name, seconds, _memory_gb(os.getpid()), True)
-
-
-def _gather_inputs(folder: Path) -> None:
-    """Puts the talking-head clips where `--videos` finds them, under the names of the people."""
-    assets.fetch("face_landmarker")
-    folder.mkdir(parents=True, exist_ok=True)
+    Returns whether anything was not here already. Whole copies are left alone: a dataset knows its videos by
+    their times too.
+    """
+    new = False
+    for name in MODELS:
+        new |= assets.find(name) is None
+        assets.fetch(name)
     for person in PEOPLE:
-        clip, here = assets.fetch(person), folder / f"{person}.mp4"
-        if not here.exists() or here.stat().st_size != clip.stat().st_size:
+        here = folder / f"{person}.mp4"
+        if here.exists() and _sha256(here) == assets.ASSETS[person].sha256:
+            continue
+        clip, new = assets.fetch(person), True
+        with writing_to(here):
+            folder.mkdir(exist_ok=True)
             temporary = here.with_suffix(".part")
             shutil.copyfile(clip, temporary)
             temporary.replace(here)
+    return new
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _executed(arguments: list[str]) -> list[str]:
+    """The arguments with the project's own configs, whatever lies under their names where we are."""
+    own = f"--config={PROJECT_ROOT}/configs/"
+    return [text.replace("--config=configs/", own, 1) for text in arguments]
 
 
 def _run(part: Part, record: _Record) -> None:
@@ -247,9 +312,10 @@ def _run(part: Part, record: _Record) -> None:
         "JAX_COMPILATION_CACHE_DIR", str((record.path.parent / "compilation_cache").absolute())
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "dexportrait_jax", *part.arguments],
+        # -P: a folder named like one of our packages, where we are, is none of ours.
+        [sys.executable, "-P", "-m", "dexportrait_jax", *_executed(part.arguments)],
         env=environment,
-        preexec_fn=_die_with_parent,
+        preexec_fn=_bound_to_parent,
     )
     try:
         while (code := process.poll()) is None:
@@ -260,12 +326,11 @@ def _run(part: Part, record: _Record) -> None:
                 record.write(part.name, before + seconds, peak, False)
             time.sleep(0.2)
     except BaseException:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        _end(process)
         raise
     record.write(part.name, before + time.monotonic() - start, peak, code == 0)
-    if code == 75:
-        raise SystemExit(75)
+    if code == STOPPED:
+        raise SystemExit(STOPPED)
     if code != 0:
         raise UserError(
             f"the part {part.name} ended with code {code}, its own message stands above; "
@@ -273,9 +338,22 @@ def _run(part: Part, record: _Record) -> None:
         )
 
 
-def _die_with_parent() -> None:
+def _end(process: subprocess.Popen) -> None:
+    """Lets a part save and end; asked a second time, it does not wait for that."""
+    process.terminate()
+    try:
+        process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _bound_to_parent() -> None:
     # Killed with SIGKILL, the demo cannot end its parts; the kernel does it (PR_SET_PDEATHSIG = 1).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # A terminal sends Ctrl-C to parts too, which would die without saving; the demo sends them SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _memory_gb(pid: int) -> float:
