@@ -32,22 +32,45 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 SMALLEST_SHARDED = 2**14
 
 
-def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all); one axis may be -1 and takes what is left."""
+def make_mesh(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[Any] | None = None,
+    rows: int | None = None,
+) -> Mesh:
+    """A mesh over `devices` (default: all); one axis may be -1 and takes what is left.
+
+    Args:
+      config: the size of every axis.
+      devices: what to spread over.
+      rows: with it, data or fsdp at -1 takes only as many devices as can share a batch of so many rows evenly; the
+        last devices stay idle. (In one process: with several, each has to have its part of the batch.)
+    """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config[axis] for axis in AXES]
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1:
+    sizes = {axis: config[axis] for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
         raise UserError("config.mesh: only one axis may be -1")
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    for axis in free:
+        most, rest = divmod(len(devices), known)
+        shared = []
+        if rows is not None and axis in BATCH_AXES:
+            others = int(np.prod([sizes[other] for other in BATCH_AXES if other != axis]))
+            shared = [size for size in range(1, most + 1) if rows % (size * others) == 0]
+        if shared:
+            sizes[axis] = max(shared)
+            devices = devices[: known * sizes[axis]]
+        elif not rest:
+            sizes[axis] = most
+    if -1 in sizes.values() or int(np.prod(list(sizes.values()))) != len(devices):
         wanted = ", ".join(f"{axis}={config[axis]}" for axis in AXES)
         raise UserError(
             f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be equal"
         )
     # Automatic axes: the compiler places what we do not name. (The default is explicit since jax 0.9.)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
+    )
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

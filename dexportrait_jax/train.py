@@ -9,33 +9,27 @@ trains is in `tasks/`; what one step does is in `step.py`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
+import functools
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
-import dexportrait_jax
 from data_pipelines import loading
-from data_pipelines.files import write_json
-from dexportrait_jax import checkpoint, distributed, sharding
+from dexportrait_jax import checkpoint, distributed, run_directory, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import Task, make_task
 
-# Changing these does not make another run of it.
-FREE_KEYS = ("num_steps", "log_every", "checkpoint.", "evaluate.", "data.workers", "mesh.")
+COMPUTE_TYPES = ("float32", "bfloat16", "float16")
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
 
 
@@ -43,6 +37,10 @@ def run_train(
     config: str, workdir: str, overrides: list[str], distributed_mode: str = "auto"
 ) -> None:
     """The job `train`."""
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir={workdir} is an address, not a directory; mount the bucket and give the path it has there"
+        )
     distributed.initialize(distributed_mode)
     train(configs.load_config(config, overrides), Path(workdir))
 
@@ -56,30 +54,30 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
     started = time.monotonic()
-    with _claimed(workdir, config), _sigterm() as stop_asked:
-        # Mesh, task, the shape of everything, and the step.
-        mesh = sharding.make_mesh(config.mesh)
-        task = make_task(config)
-        _check_batch(config, mesh, task)
-        abstract, shardings, step_function = build(task, config, mesh)
+    _check(config)
+    with run_directory.claimed(workdir), _sigterm() as stop_asked:
+        run_directory.check_same_run(workdir, config)
         say = print if distributed.is_main() else lambda *_: None
 
-        # Restore, or make the first state.
+        # Mesh, task, the shape of everything, and the step.
+        mesh = _mesh(config, say)
+        task = make_task(config)
+        _check_shares(config, mesh, task)
+        abstract, shardings, step_function = build(task, config, mesh)
+
+        # Restore what there is.
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-        restored = checkpoints.restore(abstract)
-        if restored is None:
-            state, done = jax.device_put(first_state(task, config), shardings), 0
-        else:
-            done, state = restored
+        done, state = checkpoints.restore(abstract) or (0, None)
+        if state is not None:
             checkpoints.set_aside_after(done)
             if done >= config.num_steps:
                 say(f"{workdir}: already trained to step {done} of {config.num_steps}")
                 checkpoints.close()
                 return state
             say(f"{workdir}: going on from step {done}")
-        constants = jax.device_put(task.constants(), sharding.replicated(mesh))
 
-        # Data: batch number `done` is the next one, whatever happened before.
+        # Data: batch number `done` is the next one, whatever happened before. What is missing is found here, before
+        # anything is compiled, and not when the first evaluation comes.
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
@@ -87,9 +85,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        if config.evaluate.at_end or config.evaluate.every_steps:
+            loading.Examples(config.data, split=config.evaluate.split)
+
+        # Or make the first state.
+        if state is None:
+            state = first_state(task, config, shardings)
+        constants = jax.device_put(task.constants(), sharding.replicated(mesh))
+        run_directory.write_description(workdir, config)
 
         # The loop.
-        writer = MetricWriter(workdir, done)
+        writer = MetricWriter(workdir, done, write=distributed.is_main())
         last_save = time.monotonic()
         with jax.set_mesh(mesh):
             for step, batch in zip(range(done + 1, config.num_steps + 1), loader, strict=False):
@@ -102,8 +108,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     progress = Progress(config.stage, config.num_steps, step)
                 writer.add(step, metrics)
 
-                last, stopping = step == config.num_steps, stop_asked()
-                save = last or stopping or _due(config.checkpoint, step, last_save)
+                last = step == config.num_steps
+                late, stopping = False, False
+                # Asking the other processes makes all of them wait; alone, it costs nothing.
+                if jax.process_count() == 1 or last or step % config.log_every == 0:
+                    late, stopping = distributed.agree(
+                        _late(config.checkpoint, last_save), stop_asked()
+                    )
+                every = config.checkpoint.every_steps
+                save = last or stopping or late or (every and step % every == 0)
                 if save or len(writer) >= config.log_every:
                     # Rows reach the disk before the checkpoint that covers them.
                     rows = writer.flush()
@@ -175,31 +188,90 @@ def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, A
     }
 
 
-def first_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The State before the first step: pretrained groups where the task has them, else fresh ones."""
+def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -> dict[str, Any]:
+    """The State before the first step: pretrained groups where the task has them, else fresh ones.
+
+    Every group is put in its place before the next one is made: no device has to hold them all.
+
+    Raises:
+      UserError: a group would be neither trained nor read from weights.
+    """
     pretrained = task.pretrained()
+    trained = {group for phase in task.phases for group in phase.groups}
+    forgotten = [name for name in task.networks if name not in trained and name not in pretrained]
+    if forgotten:
+        raise UserError(
+            f"{config.stage}: {', '.join(forgotten)} would stay random, because this stage does not train it and "
+            "config.init names no weights that hold it; name an export that does"
+        )
     abstract = abstract_state(task, config)
     params = {}
     for group, network in task.networks.items():
         if group in pretrained:
-            tree = pretrained[group]
+            tree = pretrained.pop(group)
         else:
             # The group's name, not its place in a list, decides what it is drawn from.
             key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(group.encode()))
             tree = network.init(key)
-        params[group] = jax.tree.map(
-            lambda shape, leaf: jnp.asarray(leaf, shape.dtype), abstract["params"][group], tree
+        typed = jax.tree.map(
+            lambda shape, leaf: leaf.astype(shape.dtype), abstract["params"][group], tree
         )
+        params[group] = jax.device_put(typed, shardings["params"][group])
+        del tree, typed
+    make_optimizers = jax.jit(
+        functools.partial(init_optimizers, task.phases), out_shardings=shardings["opt"]
+    )
+    # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
+    averages = {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups}
     return {
-        "step": jnp.zeros((), jnp.int32),
+        "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"]),
         "params": params,
-        "opt": init_optimizers(task.phases, params),
-        # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
-        "ema": {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups},
+        "opt": make_optimizers(params),
+        "ema": jax.device_put(averages, shardings["ema"]),
     }
 
 
-def _check_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
+def _check(config: ml_collections.ConfigDict) -> None:
+    """Values that no stage can work with."""
+    numbers = {
+        "num_steps": (config.num_steps, 1),
+        "accumulate": (config.accumulate, 1),
+        "log_every": (config.log_every, 1),
+        "seed": (config.seed, 0),
+        "data.batch_size": (config.data.batch_size, 1),
+    }
+    for key, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"config.{key}={value} is out of range; it is {least} or more")
+    for axis in sharding.AXES:
+        if config.mesh[axis] < 1 and config.mesh[axis] != -1:
+            raise UserError(
+                f"config.mesh.{axis}={config.mesh[axis]} is out of range; it is 1 or more, or -1 for "
+                "all devices that are left"
+            )
+    for key in ("dtype", "frozen_dtype"):
+        if config[key] not in COMPUTE_TYPES:
+            raise UserError(
+                f"config.{key} is one of {', '.join(COMPUTE_TYPES)}, not {config[key]!r}"
+            )
+
+
+def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.sharding.Mesh:
+    """The mesh, with a word about devices that the batch leaves idle."""
+    if jax.process_count() > 1:
+        return sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size // config.accumulate)
+    idle = len(jax.devices()) - mesh.size
+    if idle:
+        say(
+            f"{config.stage}: {idle} of {len(jax.devices())} devices stay idle, because config.data.batch_size="
+            f"{config.data.batch_size} cannot be shared by more than {mesh.size}"
+        )
+    return mesh
+
+
+def _check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
+    """Batch and clips must be cut into equal parts."""
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % (replicas * config.accumulate):
         raise UserError(
@@ -214,10 +286,8 @@ def _check_batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, tas
         )
 
 
-def _due(config: ml_collections.ConfigDict, step: int, last_save: float) -> bool:
-    if config.every_steps:
-        return step % config.every_steps == 0
-    return time.monotonic() - last_save > 60 * config.minutes
+def _late(config: ml_collections.ConfigDict, last_save: float) -> bool:
+    return not config.every_steps and time.monotonic() - last_save > 60 * config.minutes
 
 
 def _note(row: dict[str, Any], task: Task) -> str:
@@ -232,64 +302,9 @@ def _refuse_endless_skipping(rows, task: Task, config: ml_collections.ConfigDict
                 raise UserError(
                     f"phase '{phase.name}' gave non-finite losses or gradients in "
                     f"{config.max_skipped_in_a_row} steps in a row, up to step {row['step']}; its "
-                    "parameters are unharmed in the last checkpoint: lower its learning rate or look at the data"
+                    "parameters are unharmed in the last checkpoint: look at the data, or go on with a lower "
+                    f"--config.optim.{phase.name}.learning_rate"
                 )
-
-
-@contextlib.contextmanager
-def _claimed(workdir: Path, config: ml_collections.ConfigDict) -> Iterator[None]:
-    """Holds the directory for this process alone and checks that it belongs to this config."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / f".lock{jax.process_index() or ''}").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is training in {workdir}; wait for it or end it"
-            ) from error
-        _same_run(workdir, config)
-        yield
-
-
-def _same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    path, values = workdir / "config.json", configs.to_json(config)
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before.get("stage") != values["stage"]:
-            raise UserError(
-                f"{workdir} holds a run of stage {before.get('stage')!r}, this config is of stage "
-                f"{values['stage']!r}; give another --workdir"
-            )
-        changed = [
-            (key, old, new)
-            for key, old, new in configs.differences(before, values)
-            if not key.startswith(FREE_KEYS)
-        ]
-        if changed:
-            key, old, new = changed[0]
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise UserError(
-                f"{workdir} was started with config.{key}={old!r}, now it is {new!r}{more}; "
-                "give another --workdir, or the config it was started with"
-            )
-    if distributed.is_main():
-        write_json(path, values)
-        write_json(
-            workdir / "environment.json",
-            {
-                "dexportrait_jax": dexportrait_jax.__version__,
-                "jax": jax.__version__,
-                "numpy": np.__version__,
-                "devices": len(jax.devices()),
-                "platform": jax.default_backend(),
-                "processes": jax.process_count(),
-                "pid": os.getpid(),
-            },
-        )
 
 
 @contextlib.contextmanager

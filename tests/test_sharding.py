@@ -10,14 +10,38 @@ from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
 
 
-def mesh(data=1, fsdp=1, context=1, tensor=1):
+def mesh(data=1, fsdp=1, context=1, tensor=1, rows=None):
     return sharding.make_mesh(
-        ConfigDict(dict(data=data, fsdp=fsdp, context=context, tensor=tensor))
+        ConfigDict(dict(data=data, fsdp=fsdp, context=context, tensor=tensor)), rows=rows
     )
 
 
 def test_minus_one_takes_what_is_left():
     assert dict(mesh(data=-1, fsdp=4).shape) == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "found"),
+    [
+        ({"data": -1}, 8, (8, 1)),
+        ({"data": -1}, 4, (4, 1)),
+        ({"data": -1}, 2, (2, 1)),
+        ({"data": -1}, 1, (1, 1)),
+        ({"data": -1}, 12, (6, 1)),
+        ({"data": -1, "fsdp": 2}, 4, (2, 2)),
+        ({"data": -1, "fsdp": 3}, 6, (2, 3)),
+        ({"data": 2, "fsdp": -1}, 4, (2, 2)),
+    ],
+)
+def test_minus_one_takes_no_more_than_can_share_the_batch(sizes, rows, found):
+    placed = mesh(**sizes, rows=rows)
+    assert (placed.shape["data"], placed.shape["fsdp"]) == found
+    assert list(placed.devices.flat) == jax.devices()[: found[0] * found[1]]
+
+
+def test_explicit_sizes_stay_strict():
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        mesh(data=4, rows=4)
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():

@@ -10,11 +10,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import loading
-from dexportrait_jax import sharding
+from dexportrait_jax import config as configs
+from dexportrait_jax import run_directory, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import build, first_state, train
+from dexportrait_jax.train import build, first_state, run_train, train
 from tests import fixtures
 from tests.stages import STAGES, micro
 
@@ -30,7 +31,7 @@ def places(tmp_path_factory):
 def one_device(monkeypatch):
     """Runs the loop on one of the eight devices, which is quicker where nothing is asked about the mesh."""
     make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda config: make(config, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda config, rows: make(config, jax.devices()[:1]))
 
 
 def leaves(tree):
@@ -98,7 +99,7 @@ def test_sharded_equals_one_device(stage, places):
         placed = sharding.make_mesh(ConfigDict(sizes), devices)
         task = make_task(config)
         _, shardings, step = build(task, config, placed)
-        state = jax.device_put(first_state(task, config), shardings)
+        state = first_state(task, config, shardings)
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         loader = loading.make_loader(config.data, seed=0, step=0)
         with jax.set_mesh(placed):
@@ -126,7 +127,8 @@ def test_sharded_equals_one_device(stage, places):
 def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path, one_device):
     config = micro("animator_video", *places, num_steps=2)
     task = make_task(config)
-    before = leaves(first_state(task, config)["params"])
+    _, shardings, _ = build(task, config, sharding.make_mesh(config.mesh, rows=8))
+    before = leaves(first_state(task, config, shardings)["params"])
     state = train(config, tmp_path)
     after = leaves(state["params"])
     for name, value in after.items():
@@ -180,6 +182,103 @@ def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, one_devi
         train(micro("motion", *places), tmp_path)
     assert (tmp_path / "config.json").read_text() == saved
     assert json.loads(saved)["stage"] == "autoencoder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__path": "nowhere"}, "nowhere"),
+        ({"evaluate__at_end": True, "evaluate__split": "test"}, "no split 'test'"),
+        ({"mesh__data": 3}, "does not fit 8 devices"),
+        ({"data__batch_size": 12, "mesh__data": 8}, "cannot be shared"),
+        ({"num_steps": 0}, "config.num_steps=0 is out of range"),
+        ({"accumulate": 0}, "config.accumulate=0 is out of range"),
+        ({"seed": -1}, "config.seed=-1 is out of range"),
+        ({"mesh__fsdp": 0}, "config.mesh.fsdp=0 is out of range"),
+        ({"data__batch_size": 0}, "config.data.batch_size=0 is out of range"),
+        ({"dtype": "float31"}, "not 'float31'"),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing(changes, words, places, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train(micro("autoencoder", *places, **changes), tmp_path / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_forgotten_weights_leave_nothing_behind(places, tmp_path):
+    with pytest.raises(UserError, match="config.init.image"):
+        train(micro("animator_video", *places, init__image=""), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_is_no_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/run is an address"):
+        run_train("configs/autoencoder.py:tiny", "gs://bucket/run", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_helps_a_run_on_may_change(places, tmp_path):
+    config = micro("autoencoder", *places)
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_json(config)))
+    other = micro("autoencoder", *places, loss__l1=5.0)
+    run_directory.check_same_run(tmp_path, other)  # nothing was trained yet
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="config.loss.l1"):
+        run_directory.check_same_run(tmp_path, other)
+    free = {"optim__autoencoder__learning_rate": 1e-5, "data__path": "moved", "num_steps": 9}
+    run_directory.check_same_run(tmp_path, micro("autoencoder", *places, **free))
+    for key, value in (("name", "adamw"), ("clip_norm", 0.0)):
+        with pytest.raises(UserError, match=f"config.optim.autoencoder.{key}"):
+            run_directory.check_same_run(
+                tmp_path,
+                micro("autoencoder", *places, **{f"optim__autoencoder__{key}": value}),
+            )
+
+
+def test_the_batch_decides_how_many_devices_work(places, capsys):
+    from dexportrait_jax.train import _mesh
+
+    assert _mesh(micro("autoencoder", *places, data__batch_size=4), print).size == 4
+    assert "4 of 8 devices stay idle" in capsys.readouterr().out
+    halves = micro("autoencoder", *places, data__batch_size=4, accumulate=2)
+    assert _mesh(halves, print).size == 2
+    assert _mesh(micro("autoencoder", *places), print).size == 8
+
+
+def test_one_export_may_be_named_twice(places, monkeypatch):
+    from dexportrait_jax.tasks import animator
+
+    asked = []
+    monkeypatch.setattr(
+        animator,
+        "load_groups",
+        lambda path, wanted: (asked.append((path, list(wanted))), ({}, {}))[1],
+    )
+    config = micro("animator_image", *places)
+    with config.unlocked():
+        config.init.update(motion="all", autoencoder="all", unet="all")
+    make_task(config).pretrained()
+    unet = ["reference", "denoiser"]
+    assert asked == [("all", ["pose", "expression"]), ("all", ["autoencoder"]), ("all", unet)]
+
+    asked.clear()
+    with config.unlocked():
+        config.init.update(unet="sd")
+        config.model.attn2.attn2 = "clip_image"
+        config.model.image_encoder.update(features=16, layers=1, heads=1)
+    make_task(config).pretrained()
+    assert asked[-1] == ("sd", [*unet, "image_encoder"])
+
+
+def test_a_group_that_would_stay_random_is_an_error(places, monkeypatch):
+    config = micro("animator_image", *places)
+    task = make_task(config)
+    given = task.pretrained()
+    del given["expression"]
+    monkeypatch.setattr(task, "pretrained", lambda: given)
+    with pytest.raises(UserError, match="expression would stay random"):
+        first_state(task, config, None)
 
 
 def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
