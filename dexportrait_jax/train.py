@@ -121,7 +121,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     # Rows reach the disk before the checkpoint that covers them.
                     rows = writer.flush()
                     _refuse_endless_skipping(rows, task, config)
-                    progress.update(step, _note(rows[-1], task))
+                    if distributed.is_main():
+                        progress.update(step, _note(rows[-1], task))
                 if save:
                     checkpoints.save(step, state)
                     last_save = time.monotonic()
