@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -12,13 +14,16 @@ import numpy as np
 import pytest
 
 from data_pipelines.video import VideoWriter
-from dexportrait_jax import cli
+from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.weights.exporting import export_groups
 from tests import fixtures
 from tests.stages import micro
+
+# What a job tells on the way: "prepare: ...", or a stage or a video with how far it is.
+PROGRESS = re.compile(r"prepare: |[\w .-]+: \d+/\d+ (step|frame|clip)s")
 
 
 @pytest.fixture
@@ -30,8 +35,8 @@ def fails(capfd):
         assert cli.run([str(argument) for argument in arguments]) == code
         told = capfd.readouterr()
         assert "Traceback" not in told.err + told.out
-        said = [line for line in told.err.splitlines() if line.startswith("dexportrait")]
-        assert len(said) == 1, told.err
+        said = [line for line in told.err.splitlines() if not PROGRESS.match(line)]
+        assert len(said) == 1 and said[0].startswith("dexportrait"), told.err
         return said[0]
 
     return run
@@ -62,7 +67,7 @@ def weights(places, tmp_path_factory):
 
 
 def video(path: Path, frames: int) -> Path:
-    with VideoWriter(path, 25.0, (96, 96)) as writer:
+    with VideoWriter(path, 25.0) as writer:
         for number in range(frames):
             writer.write(np.full((96, 96, 3), 10 * number, np.uint8))
     return path
@@ -81,6 +86,17 @@ def small_disk(path: Path, options: str):
         yield path
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def full_disk(path: Path):
+    """A disk with room for names and for nothing else."""
+    with small_disk(path, "size=1m") as disk:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb") as stream:
+            while True:
+                stream.write(bytes(1 << 12))
+                stream.flush()
+        yield disk
 
 
 @contextlib.contextmanager
@@ -109,6 +125,8 @@ def test_a_job_that_does_not_exist(fails):
         (("prepare", "--videos=x"), "--out"),
         (("animate", "--wieghts=x", "--source=y"), "--weights"),
         (("evaluate", "--weights=x", "--data=y", "--out=z", "--protocol=selff"), "selff"),
+        (("animate", "--weights=x", "--seed=-1"), "--seed: '-1' is no whole number from 0"),
+        (("evaluate", "--weights=x", "--seed=1.5"), "--seed"),
     ],
 )
 def test_wrong_flags(fails, arguments, words):
@@ -130,6 +148,41 @@ def test_misspelt_config_key(fails, tmp_path):
     )
     assert "did you mean 'learning_rate'" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "package", "command"),
+    [
+        ("demo", "psutil", "pip install -e '.[demo]'"),
+        ("demo", "mediapipe.tasks", "pip install -e '.[demo]'"),
+        ("animate", "mediapipe", "pip install -e '.[prepare]'"),
+        ("prepare", "tensorflow_datasets", "pip install -e '.[prepare]'"),
+        ("train", "orbax", "pip install -e ."),
+    ],
+)
+def test_a_missing_package_names_the_command_that_brings_it(job, package, command):
+    error = ModuleNotFoundError(f"No module named {package!r}", name=package)
+    assert cli._in_words(error, job) == f"package {package!r} is missing; install it with {command}"
+
+
+@pytest.mark.parametrize("words", [["assets"], ["help"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_nobody_reads(words, buffered):
+    """`dexportrait assets | head` ends in silence."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dexportrait_jax", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": buffered},
+            timeout=60,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.NO_READER, "")
 
 
 # --- prepare --------------------------------------------------------------------------
@@ -190,6 +243,7 @@ def test_a_dataset_that_is_not_there(fails, tmp_path):
         "--config=configs/autoencoder.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tmp_path / 'nothing'}",
+        "--config.data.batch_size=8",
     )
     assert "nothing" in line
 
@@ -246,6 +300,22 @@ def test_full_disk_while_training_keeps_the_checkpoint_before(places, tmp_path, 
         assert [row["step"] for row in read_rows(disk / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+# --- the demo -------------------------------------------------------------------------
+
+
+def test_demo_in_a_read_only_folder(fails, tmp_path):
+    with read_only(tmp_path / "locked") as folder:
+        line = fails("demo", f"--workdir={folder / 'demo'}")
+    assert "cannot write" in line and "locked" in line
+
+
+def test_demo_on_a_full_disk(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "_gather_inputs", lambda folder: False)
+    with full_disk(tmp_path / "disk") as folder:
+        line = fails("demo", f"--workdir={folder / 'demo'}")
+    assert "disk is full" in line
+
+
 # --- animate, export ------------------------------------------------------------------
 
 
@@ -280,6 +350,36 @@ def test_results_are_not_overwritten(fails, weights, places, tmp_path):
     assert "--overwrite" in line
     assert (tmp_path / "out.mp4").read_bytes() == b"mine"
     assert {path: path.read_bytes() for path in (tmp_path / "export").iterdir()} == before
+
+
+@pytest.mark.parametrize("place", [read_only, full_disk])
+def test_export_where_nothing_can_be_written(places, tmp_path, monkeypatch, fails, place):
+    """The run stays as it is; where the export was to be, nothing is."""
+    config = micro("autoencoder", *places, num_steps=1)
+    monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
+    run = tmp_path / "run"
+    assert cli.run(["train", "--config=the one above", f"--workdir={run}"]) == 0
+    before = sorted(run.rglob("*"))
+    with place(tmp_path / "disk") as disk:
+        line = fails("export", f"--workdir={run}", f"--out={disk / 'export'}")
+        assert "cannot write" in line
+        assert not (disk / "export").exists()
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", [read_only, full_disk])
+def test_animate_where_nothing_can_be_written(weights, shared_data, tmp_path, fails, place):
+    with place(tmp_path / "disk") as disk:
+        line = fails(
+            "animate",
+            f"--weights={weights}",
+            f"--source={shared_data / 'clips' / 'pyfeat_single.mp4'}",
+            '--pose={"yaw":10}',
+            f"--out={disk / 'out.mp4'}",
+            "--max_frames=2",
+        )
+        assert "cannot write" in line
+        assert not [path for path in disk.iterdir() if path.name != "filler"]
 
 
 def test_export_of_no_run(fails, tmp_path):
