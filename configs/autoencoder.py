@@ -22,7 +22,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The autoencoder at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.base("autoencoder", variant)
-    config.num_steps = 400 if tiny else 200_000
+    config.num_steps = 250 if tiny else 200_000
     config.model = ConfigDict({"autoencoder": common.autoencoder(variant)})
     config.loss = ConfigDict(
         {
@@ -31,11 +31,12 @@ def get_config(variant: str = "full") -> ConfigDict:
             "lpips": 0.1,
             "kl": 1e-4 if tiny else 1e-6,
             "moments": 0.1,
+            "sample": not tiny,  # decode a sample of the posterior; its noise slows the first minutes down
         }
     )
     config.optim = ConfigDict(
         {
-            "autoencoder": common.adam(3e-3, decay="cosine", final_fraction=0.05)
+            "autoencoder": common.adam(6e-3, decay="cosine", final_fraction=0.05)
             if tiny
             else common.adam(1e-4, warmup_steps=1000)
         }

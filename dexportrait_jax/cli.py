@@ -412,6 +412,7 @@ def _reader_is_gone() -> bool:
 
 
 def _silence_native_logs() -> None:
-    # MediaPipe's and XLA's native code write INFO and WARNING lines that say nothing to the user.
+    # Native code of MediaPipe and XLA writes lines that say nothing to the user ("Very slow compile?");
+    # what really fails comes as an exception.
     os.environ.setdefault("GLOG_minloglevel", "2")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

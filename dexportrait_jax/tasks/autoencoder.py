@@ -72,7 +72,8 @@ class AutoencoderTask:
         )
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
         mean, log_variance = autoencoder.encode(images)
-        decoded = autoencoder.decode(autoencoder.sample(mean, log_variance, key))
+        latents = autoencoder.sample(mean, log_variance, key) if weights.sample else mean
+        decoded = autoencoder.decode(latents)
         perceptual = self.perceptual.bind(params["perceptual"])
         centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
         terms = {
