@@ -22,7 +22,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The autoencoder at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.base("autoencoder", variant)
-    config.num_steps = 250 if tiny else 200_000
+    config.num_steps = 400 if tiny else 200_000
+    if tiny:
+        config.ema_decay = 0.98
     config.model = ConfigDict({"autoencoder": common.autoencoder(variant)})
     config.loss = ConfigDict(
         {
@@ -36,7 +38,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            "autoencoder": common.adam(6e-3, decay="cosine", final_fraction=0.05)
+            "autoencoder": common.adam(5e-3, decay="cosine", final_fraction=0.05)
             if tiny
             else common.adam(1e-4, warmup_steps=1000)
         }
@@ -44,7 +46,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     common.set_data(
         config,
         **common.sizes(variant, latent_diffusion=True),
-        batch_size=4 if tiny else 32,
+        batch_size=2 if tiny else 32,
         targets=2 if tiny else 4,
     )
     return config

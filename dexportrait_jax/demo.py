@@ -35,7 +35,7 @@ from dexportrait_jax.errors import UserError
 
 PEOPLE = ("carphone", "pexels_langer", "pyfeat_single")
 MODELS = ("face_landmarker", "lpips_alexnet")  # assets that the parts look for themselves
-FRAMES_A_CLIP = 16
+FRAMES_A_CLIP = 24
 STOPPED, INTERRUPTED = 75, 130  # exit codes after SIGTERM and after Ctrl-C
 
 
