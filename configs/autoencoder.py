@@ -31,7 +31,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             "perceptual": "alexnet" if tiny else "vgg16",
             "l1": 1.0,
             "lpips": 0.1,
-            "kl": 1e-4 if tiny else 1e-6,
+            "kl": 0.0 if tiny else 1e-6,
             "moments": 0.1,
             "sample": not tiny,  # decode a sample of the posterior; its noise slows the first minutes down
         }

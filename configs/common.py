@@ -205,6 +205,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "final_alpha_one": False,
         }
     )
+    config.sample_latents = not tiny  # train on samples of the autoencoder's posterior, or on its mean
     config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
     config.noise_offset = 0.0
     config.dropout = ConfigDict(

@@ -156,8 +156,10 @@ class AnimatorTask:
         config = self.config
         sources, targets = batch["target_image"].shape[:2]
         keys = jax.random.split(key, 5)
+        # The mean where the autoencoder was trained without sampling: its variance then means nothing.
+        latent_key = keys[0] if config.sample_latents else None
         latents = jax.lax.stop_gradient(
-            self.encode(params, to_float(flatten_targets(batch["target_image"])), keys[0])
+            self.encode(params, to_float(flatten_targets(batch["target_image"])), latent_key)
         )
         conditions = self.conditions(params, batch)
 
