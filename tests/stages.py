@@ -32,10 +32,8 @@ def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
         config.model.expression.depth = 1
     if stage == "motion":
         config.model.appearance.blocks = 1
-        config.loss.adversarial_start = 1
-        config.loss.r1_every = (
-            3  # steps 1 and 4 with the penalty, 2, 3 and 5 without, 0 without all
-        )
+        config.loss.adversarial_start = 0
+        config.loss.r1_every = 1  # one program: each takes most of a minute to compile
         config.loss.adversarial_images = 0
     else:
         config.model.autoencoder.update(block_channels=(8, 8, 8), groups=4)

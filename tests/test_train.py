@@ -64,7 +64,14 @@ def interrupt_in_step(monkeypatch, number):
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def stages(*quick):
+    """Every stage; those that take minutes to compile are left to the slow tests."""
+    return [
+        stage if stage in quick else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES
+    ]
+
+
+@pytest.mark.parametrize("stage", stages("autoencoder", "animator_image"))
 def test_interrupted_equals_uninterrupted_bit_for_bit(
     stage, places, tmp_path, monkeypatch, one_device
 ):
@@ -87,7 +94,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages("autoencoder"))
 def test_sharded_equals_one_device(stage, places, monkeypatch):
     """Two steps over eight devices against the same two on one, in float32."""
     if stage == "autoencoder":  # so narrow here that nothing would be spread
