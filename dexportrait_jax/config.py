@@ -34,6 +34,8 @@ def load_config(address: str, overrides: list[str] | None = None) -> ml_collecti
     """
     path_text, _, variant = address.partition(":")
     path = _find(path_text)
+    if path.suffix != ".py":
+        raise UserError(f"config {path} is not a Python file; is it a config file?")
     spec = importlib.util.spec_from_file_location(f"dexportrait_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -158,5 +160,5 @@ def _find(text: str) -> Path:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
