@@ -6,6 +6,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -107,8 +108,11 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
         config = micro(stage, *places)
         placed = sharding.make_mesh(ConfigDict(sizes), devices)
         task = make_task(config)
+        descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.01))
+        task.phases = tuple(phase._replace(tx=descent) for phase in task.phases)
         _, shardings, step = build(task, config, placed)
         state = first_state(task, config, shardings)
+        start = leaves(state["params"])
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         loader = loading.make_loader(config.data, seed=0, step=0)
         with jax.set_mesh(placed):
@@ -122,15 +126,15 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
         leaf for leaf in jax.tree.leaves(sharded["params"]) if not leaf.sharding.is_fully_replicated
     ]
     assert spread, "no parameter was sharded: the test would show nothing"
-    # Adam's first steps move every weight by about the learning rate whatever the gradient's size, so where a
-    # gradient is all rounding its sign, and the step, may differ; such weights are few.
-    rates = [phase.learning_rate for phase in config.optim.values()]
-    for name, value in one.items():
-        error = np.abs(many[name] - value)
-        assert error.max() <= 2.5 * max(rates), name
-        assert np.mean(error > 1e-2 * max(rates)) < 0.02, name
+    # Relative to how far each group moved. Plain descent moves in proportion to the gradient; Adam's first steps
+    # have the size of the learning rate even where the gradient is nothing but rounding.
+    for group in {name.split("']")[0] for name in one}:
+        names = [name for name in one if name.startswith(group + "']")]
+        moved = np.sqrt(sum(np.sum((one[name] - start[name]) ** 2) for name in names))
+        apart = np.sqrt(sum(np.sum((many[name] - one[name]) ** 2) for name in names))
+        assert apart <= 5e-3 * moved, (group, apart, moved)
     for name, value in one_metrics.items():
-        np.testing.assert_allclose(many_metrics[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(many_metrics[name], value, rtol=5e-3, atol=1e-4, err_msg=name)
 
 
 def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path, one_device):
