@@ -7,6 +7,7 @@ has not.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Drive:
         return len(self.poses)
 
 
-class PortraitModel:
+class PortraitModel(abc.ABC):
     """Encoders of pose and expression, and a way from a source and a Drive to pictures."""
 
     groups: tuple[str, ...] = ("pose", "expression")
@@ -111,6 +112,7 @@ class PortraitModel:
         expression = self.networks["expression"].bind(params["expression"])
         return poses, expression(to_float(expression_images))
 
+    @abc.abstractmethod
     def animate(
         self,
         source: UInt8[np.ndarray, "h w 3"],
@@ -122,7 +124,6 @@ class PortraitModel:
 
         ``report(part, note)`` is told how much of the work is done, from 0 to 1.
         """
-        raise NotImplementedError
 
 
 class MotionModel(PortraitModel):
