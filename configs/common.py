@@ -126,8 +126,8 @@ def autoencoder(variant: str) -> ConfigDict:
     if variant == "tiny":
         return ConfigDict(
             {
-                "latent_channels": 8,
-                "block_channels": (16, 32, 32),
+                "latent_channels": 16,
+                "block_channels": (16, 16, 32),
                 "layers_per_block": 1,
                 "groups": 8,
                 "scale": 1.0,
@@ -205,7 +205,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "final_alpha_one": False,
         }
     )
-    config.sample_latents = not tiny  # train on samples of the autoencoder's posterior, or on its mean
+    config.sample_latents = not tiny  # train on samples of the posterior, or on its mean
     config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
     config.noise_offset = 0.0
     config.dropout = ConfigDict(
@@ -213,15 +213,16 @@ def animator(stage: str, variant: str) -> ConfigDict:
     )
     config.sampling = ConfigDict(
         {
-            "steps": 12 if tiny else 35,
-            "guidance": 1.5 if tiny else 2.5,
-            "hybrid_steps": 2 if tiny else 5,  # S of the progressive hybrid guidance
+            "steps": 8 if tiny else 35,
+            "guidance": 2.0 if tiny else 2.5,
+            "hybrid_steps": 1 if tiny else 5,  # S of the progressive hybrid guidance
             "expression_null": "learned",  # learned | zero (as trained) | source
             "reading": "hybrid",
             "spacing": "trailing" if tiny else "leading",
             "offset": 1,
             "eta": 0.0,
             "start": "noise",  # noise | ref_blur
+            "shared_noise": 1.0 if tiny else 0.0,  # share of it that all frames have in common
             "overlap": 2 if tiny else 4,
         }
     )

@@ -20,7 +20,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The motion trainer at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.base("motion", variant)
-    config.num_steps = 380 if tiny else 200_000
+    config.num_steps = 700 if tiny else 200_000
     config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
     config.loss = ConfigDict(
         {
@@ -64,7 +64,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
         discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
     config.optim = ConfigDict({"generator": generator, "discriminator": discriminator})
-    batch = {"tiny": (8, 2), "small": (4, 4), "full": (28, 4)}[variant]
+    batch = {"tiny": (4, 2), "small": (4, 4), "full": (28, 4)}[variant]
     common.set_data(config, **common.sizes(variant), batch_size=batch[0], targets=batch[1])
     return config
 

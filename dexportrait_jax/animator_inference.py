@@ -177,9 +177,7 @@ class AnimatorModel(PortraitModel):
             spacing=self.config.sampling.spacing,
             offset=self.config.sampling.offset,
             eta=self.config.sampling.eta,
-            noise=lambda step: frame_noise(
-                sampling.seed, len(drive), latents.shape[1:], step=step + 1
-            ),
+            noise=lambda step: self._noise(len(drive), latents.shape[1:], sampling.seed, step + 1),
             progress=lambda done, total: report(share * done / total, f"step {done} of {total}"),
         )
         for first in range(0, len(latents), BATCH):
@@ -193,12 +191,16 @@ class AnimatorModel(PortraitModel):
         self, source: Float[np.ndarray, "h w c"], frames: int, plan: GuidancePlan, seed: int
     ) -> Float[np.ndarray, "frames h w c"]:
         """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1)."""
-        noise = frame_noise(seed, frames, source.shape)
+        noise = self._noise(frames, source.shape, seed, step=0)
         if self.config.sampling.start == "noise":
             return noise
         options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}
         first = sampling_timesteps(self.schedule, len(plan.steps), **options)[0]
         return blurred_start(self.schedule, source, noise, int(first))
+
+    def _noise(self, frames: int, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
+        """Noise of the start (step 0) or of a stochastic step, for all frames."""
+        return frame_noise(seed, frames, shape, step=step, shared=self.config.sampling.shared_noise)
 
 
 class _Windows:

@@ -21,8 +21,12 @@ def main() -> int:
     """Starts the processes, waits for all, ends the others when one fails; the first bad code is ours."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=2, help="how many (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each (default: %(default)s)")
-    parser.add_argument("job", nargs=argparse.REMAINDER, help="-- and a dexportrait job with its flags")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="CPU devices of each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "job", nargs=argparse.REMAINDER, help="-- and a dexportrait job with its flags"
+    )
     arguments = parser.parse_args()
     job = arguments.job[1:] if arguments.job[:1] == ["--"] else arguments.job
     if not job:

@@ -137,18 +137,29 @@ def sample(
 
 
 def frame_noise(
-    seed: int, frames: int, shape: tuple[int, ...], *, first: int = 0, step: int = 0
+    seed: int,
+    frames: int,
+    shape: tuple[int, ...],
+    *,
+    first: int = 0,
+    step: int = 0,
+    shared: float = 0.0,
 ) -> Float[np.ndarray, "frames ..."]:
     """Standard normal noise of ``shape`` for each frame: a function of (seed, step, frame number) alone.
 
     A frame's noise does not depend on the length of the clip nor on how it is cut into windows.
+    ``shared`` is the share of its variance that all frames have in common (the mixed noise of PYoCo,
+    2305.10474): what noise decides then stays the same from frame to frame.
     """
-    return np.stack(
-        [
-            np.random.default_rng([seed, step, first + frame]).standard_normal(shape, np.float32)
-            for frame in range(frames)
-        ]
-    )
+
+    def normal(*numbers: int) -> np.ndarray:
+        return np.random.default_rng([seed, step, *numbers]).standard_normal(shape, np.float32)
+
+    noise = np.stack([normal(first + frame) for frame in range(frames)])
+    if shared == 0.0:
+        return noise
+    common = normal(0, 1)  # numpy takes (seed, step) and (seed, step, 0) for the same
+    return np.float32(np.sqrt(shared)) * common + np.float32(np.sqrt(1 - shared)) * noise
 
 
 def blurred_start(

@@ -32,6 +32,8 @@ class AutoencoderTask:
     """L1 + LPIPS + a weak KL term, and a pull of the latents' moments to 0 and 1.
 
     The pull makes a scale factor of 1 right: the diffusion stages need latents of about unit variance.
+    `loss.latent_noise` is the deviation of noise that the decoder learns to see through. What a diffusion
+    model of few steps gets wrong is such noise: without it those errors come out as blotches.
     """
 
     frames = False
@@ -72,7 +74,11 @@ class AutoencoderTask:
         )
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
         mean, log_variance = autoencoder.encode(images)
-        latents = autoencoder.sample(mean, log_variance, key) if weights.sample else mean
+        sample_key, noise_key = jax.random.split(key)
+        latents = autoencoder.sample(mean, log_variance, sample_key) if weights.sample else mean
+        if weights.latent_noise:  # see the class
+            noise = jax.random.normal(noise_key, latents.shape)
+            latents = latents + weights.latent_noise * noise
         decoded = autoencoder.decode(latents)
         perceptual = self.perceptual.bind(params["perceptual"])
         centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))

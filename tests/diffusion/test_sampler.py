@@ -99,6 +99,18 @@ def test_noise_of_a_frame_depends_on_nothing_else():
     assert np.abs(frame_noise(4, 10, (4, 4, 2)) - long).max() > 0.1
 
 
+def test_noise_that_frames_share():
+    own = frame_noise(3, 4, (32, 32, 4))
+    one = frame_noise(3, 4, (32, 32, 4), shared=1.0)
+    np.testing.assert_array_equal(one, np.repeat(one[:1], 4, 0))
+    half = frame_noise(3, 4, (32, 32, 4), shared=0.5)
+    np.testing.assert_allclose(half, np.sqrt(0.5) * (one + own), atol=1e-6)
+    assert abs(half.std() - 1) < 0.03
+    assert abs(np.corrcoef(half[0].ravel(), half[1].ravel())[0, 1] - 0.5) < 0.05
+    longer = frame_noise(3, 2, (32, 32, 4), first=2, shared=0.5)
+    np.testing.assert_array_equal(longer, half[2:])
+
+
 def test_blurred_start_of_a_flat_reference():
     schedule, timestep = SCHEDULES["xnemo"], 953
     noise = frame_noise(0, 3, (16, 16, 4))

@@ -1,0 +1,60 @@
+"""The autoencoder's loss against values worked out by hand, with an autoencoder that changes nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dexportrait_jax.config import load_config
+from dexportrait_jax.tasks.autoencoder import AutoencoderTask
+
+
+class Unchanged:
+    """Latents are the picture; `lpips` is a constant."""
+
+    def bind(self, params):
+        return self
+
+    def encode(self, images):
+        return images, jnp.zeros_like(images)
+
+    def decode(self, latents):
+        return latents
+
+    def sample(self, mean, log_variance, key):
+        return mean + 10.0
+
+    def lpips(self, first, second):
+        return jnp.full(first.shape[0], 0.25)
+
+
+@pytest.fixture
+def task():
+    task = AutoencoderTask(load_config("configs/autoencoder.py:tiny"))
+    task.networks = {"autoencoder": Unchanged()}
+    task.perceptual = Unchanged()
+    return task
+
+
+def loss(task, **weights):
+    values = {"l1": 1.0, "lpips": 0.0, "kl": 0.0, "moments": 0.0, "latent_noise": 0.0}
+    task.config.loss.update(values | {"sample": False} | weights)
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    batch = {"source_image": images[:, 0], "target_image": images[:, 1:]}
+    params = {"autoencoder": None, "perceptual": None}
+    return task.loss(params, batch, jax.random.key(1), 0, None, frozenset())
+
+
+def test_each_term(task):
+    assert float(loss(task)[0]) == 0.0
+    assert float(loss(task, lpips=0.1)[0]) == pytest.approx(0.025)
+    assert float(loss(task, sample=True)[0]) == pytest.approx(10.0, rel=1e-5)
+
+
+def test_noise_on_the_latents(task):
+    """What comes back is the noise alone: deviation 0.3, mean absolute value 0.3 sqrt(2/pi)."""
+    value, outputs = loss(task, latent_noise=0.3)
+    assert float(value) == pytest.approx(0.3 * np.sqrt(2 / np.pi), rel=0.01)
+    assert float(outputs.metrics["psnr"]) == pytest.approx(10 * np.log10(4 / 0.09), abs=0.1)
