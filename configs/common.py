@@ -213,8 +213,8 @@ def animator(stage: str, variant: str) -> ConfigDict:
     )
     config.sampling = ConfigDict(
         {
-            "steps": 8 if tiny else 35,
-            "guidance": 2.0 if tiny else 2.5,
+            "steps": 4 if tiny else 35,
+            "guidance": 1.5 if tiny else 2.5,
             "hybrid_steps": 1 if tiny else 5,  # S of the progressive hybrid guidance
             "expression_null": "learned",  # learned | zero (as trained) | source
             "reading": "hybrid",

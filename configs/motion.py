@@ -20,7 +20,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The motion trainer at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.base("motion", variant)
-    config.num_steps = 700 if tiny else 200_000
+    config.num_steps = 620 if tiny else 200_000
     config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
     config.loss = ConfigDict(
         {

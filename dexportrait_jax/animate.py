@@ -153,7 +153,7 @@ def _check(job: Job) -> None:
             "--paste_back puts the face back where it was, so the pose must be the source's own: "
             "give --expression alone, without --driving and --pose"
         )
-    for name, least in (("steps", 1), ("max_frames", 1), ("hybrid_steps", 0)):
+    for name, least in (("steps", 1), ("max_frames", 1), ("hybrid_steps", 0), ("seed", 0)):
         value = getattr(job, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: at least {least}")

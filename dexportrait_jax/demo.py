@@ -35,7 +35,7 @@ from dexportrait_jax.errors import UserError
 
 PEOPLE = ("carphone", "pexels_langer", "pyfeat_single")
 MODELS = ("face_landmarker", "lpips_alexnet")  # assets that the parts look for themselves
-FRAMES_A_CLIP = 24
+FRAMES_A_CLIP = 64
 STOPPED, INTERRUPTED = 75, 130  # exit codes after SIGTERM and after Ctrl-C
 
 
@@ -122,7 +122,7 @@ def clip_jobs(workdir: Path) -> list[dict]:
     """The five modes of method.md 7.3 as jobs of `animate`."""
     inputs, clips = workdir / "inputs", workdir / "clips"
     person = {name: str(inputs / f"{name}.mp4") for name in PEOPLE}
-    source, other, third = person["pexels_langer"], person["carphone"], person["pyfeat_single"]
+    source, other, third = (person[name] for name in ("pyfeat_single", "carphone", "pexels_langer"))
     modes = {
         "self": {"source": source, "driving": source},
         "cross": {"source": source, "driving": other, "relative_pose": "all"},

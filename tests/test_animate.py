@@ -214,6 +214,7 @@ def test_several_jobs_of_a_file(model, files, tmp_path):
         ({"source": "a.png", "driving": "b.mp4", "paste_back": True}, "--paste_back"),
         ({"source": "a.png", "driving": "b.mp4", "relative_pose": "zoom"}, "zoom"),
         ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
+        ({"source": "a.png", "driving": "b.mp4", "seed": -1}, "--seed"),
         ({"source": "a.png", "driving": "b.mp4", "side_by_side": "x.avi"}, r"\.mp4"),
     ],
 )
