@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.prepare import job as prepare_job
-from dexportrait_jax import assets, cli, demo
+from dexportrait_jax import assets, cli, demo, demo_plan
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 
@@ -96,7 +96,7 @@ def test_demo_killed_in_every_stage_finishes_and_reaches_its_figures(tmp_path):
         env=os.environ | without_network(tmp_path),
     )
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == len(demo.plan(workdir))
+    assert again.stdout.count("done before") == len(demo_plan.plan(workdir))
 
 
 def without_network(tmp_path: Path) -> dict[str, str]:
@@ -117,33 +117,33 @@ def test_the_plan_is_made_of_ordinary_commands(tmp_path, monkeypatch, folder):
     root = Path(folder) if "relative" in folder else tmp_path / folder
     (root / "inputs").mkdir(parents=True)
     (root / "inputs" / "one.mp4").touch()
-    for part in demo.plan(root):
+    for part in demo_plan.plan(root):
         for arguments in (part.arguments, part.redo or part.arguments):
             name, *flags = arguments
             flags, _ = cli._parse(name, cli.JOBS[name], flags)
             if name == "prepare":
                 assert prepare_job._matching(flags["videos"]) == [root / "inputs" / "one.mp4"]
         assert part.command.startswith(f"dexportrait {name} ")
-    jobs = demo.clip_jobs(root)
+    jobs = demo_plan.clip_jobs(root)
     assert len(jobs) == 5
-    assert len({path for job in jobs for path in demo.clip_files(job)}) == 15
+    assert len({path for job in jobs for path in demo_plan.clip_files(job)}) == 15
 
 
 def test_commands_of_the_report_do_their_part_again(tmp_path):
     """Run as they are they would say that all is done: they overwrite, or train in another folder."""
-    for part in demo.plan(tmp_path):
+    for part in demo_plan.plan(tmp_path):
         if part.name.startswith("train_"):
             again = next(text for text in part.redo if text.startswith("--workdir="))
             assert again.endswith("_again") and again not in part.arguments
         else:
             assert "--overwrite" in part.command
     assert f"--jobs={tmp_path}/clips.json" in part.command
-    assert "--config=configs/motion.py:tiny" in demo.plan(tmp_path)[1].command
+    assert "--config=configs/motion.py:tiny" in demo_plan.plan(tmp_path)[1].command
 
 
 def test_configs_are_the_projects_own():
     """A part gets its config by absolute path: not the one that lies where the demo is started."""
-    arguments = demo._executed(demo.plan(Path("demo"))[1].arguments)
+    arguments = demo._executed(demo_plan.plan(Path("demo"))[1].arguments)
     config = next(text for text in arguments if text.startswith("--config="))
     path = Path(config.removeprefix("--config=").removesuffix(":tiny"))
     assert path.is_absolute() and path.is_file()
@@ -177,7 +177,7 @@ def ran(monkeypatch):
 
 def test_a_finished_demo_needs_nothing(tmp_path, ran, monkeypatch):
     """Started again it runs no part, fetches nothing, and keeps the list of clips that the report names."""
-    write_finished(tmp_path, demo.plan(tmp_path))
+    write_finished(tmp_path, demo_plan.plan(tmp_path))
     monkeypatch.setattr(assets, "fetch", lambda name: pytest.fail(f"fetched {name}"))
     demo.run_demo(str(tmp_path))
     assert ran == []
@@ -189,8 +189,8 @@ def test_a_finished_demo_needs_nothing(tmp_path, ran, monkeypatch):
 def test_a_clip_with_a_file_missing_is_made_again(tmp_path, ran, monkeypatch, lost):
     """Killed between the files of one clip, the demo makes that clip again, and no other."""
     monkeypatch.setattr(demo, "_gather_inputs", lambda folder: False)
-    write_finished(tmp_path, demo.plan(tmp_path))
-    demo.clip_files(demo.clip_jobs(tmp_path)[3])[lost].unlink()
+    write_finished(tmp_path, demo_plan.plan(tmp_path))
+    demo_plan.clip_files(demo_plan.clip_jobs(tmp_path)[3])[lost].unlink()
     demo.run_demo(str(tmp_path))
     assert [part.name for part in ran] == ["animate"]
     assert len(json.loads((tmp_path / "clips.json").read_text())) == 5
@@ -200,7 +200,7 @@ def test_a_clip_with_a_file_missing_is_made_again(tmp_path, ran, monkeypatch, lo
 
 def test_killed_after_the_last_clip_there_is_nothing_to_animate(tmp_path, ran, monkeypatch):
     monkeypatch.setattr(demo, "_gather_inputs", lambda folder: False)
-    parts = demo.plan(tmp_path)
+    parts = demo_plan.plan(tmp_path)
     write_finished(tmp_path, parts)
     record = demo._Record(tmp_path / "demo.json")
     record.write("animate", 3.0, 0.1, False)
@@ -282,7 +282,9 @@ cli.main(["demo", "--workdir={tmp_path / "demo"}"])
 
 def test_a_part_that_failed_is_named(tmp_path):
     record = demo._Record(tmp_path / "demo.json")
-    part = demo.Part("prepare", ["prepare", "--videos=nothing/*.mp4", f"--out={tmp_path / 'data'}"])
+    part = demo_plan.Part(
+        "prepare", ["prepare", "--videos=nothing/*.mp4", f"--out={tmp_path / 'data'}"]
+    )
     with pytest.raises(UserError, match="the part prepare ended with code 1"):
         demo._run(part, record)
     assert not record.done(part)
@@ -306,7 +308,7 @@ def test_parts_do_not_believe_the_current_directory(tmp_path, monkeypatch, capfd
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     record = demo._Record(tmp_path / "demo.json")
-    demo._run(demo.Part("help", ["prepare", "--help"]), record)
+    demo._run(demo_plan.Part("help", ["prepare", "--help"]), record)
     assert "the wrong one" not in capfd.readouterr().err
 
 
