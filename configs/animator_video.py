@@ -21,7 +21,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The temporal stage at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.animator("animator_video", variant)
-    config.num_steps = 60 if tiny else 80_000
+    config.num_steps = 40 if tiny else 80_000
     config.init = ConfigDict(
         {
             "image": "",  # export of the image stage: everything but the temporal modules

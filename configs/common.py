@@ -213,7 +213,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
     )
     config.sampling = ConfigDict(
         {
-            "steps": 4 if tiny else 35,
+            "steps": 8 if tiny else 35,
             "guidance": 1.5 if tiny else 2.5,
             "hybrid_steps": 1 if tiny else 5,  # S of the progressive hybrid guidance
             "expression_null": "learned",  # learned | zero (as trained) | source
@@ -222,6 +222,8 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "offset": 1,
             "eta": 0.0,
             "start": "noise",  # noise | ref_blur
+            # Deviation of the noise. A network of minutes lets noise through to the picture; less noise, less of it.
+            "temperature": 0.2 if tiny else 1.0,
             "shared_noise": 1.0 if tiny else 0.0,  # share of it that all frames have in common
             "overlap": 2 if tiny else 4,
         }

@@ -200,7 +200,9 @@ class AnimatorModel(PortraitModel):
 
     def _noise(self, frames: int, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
         """Noise of the start (step 0) or of a stochastic step, for all frames."""
-        return frame_noise(seed, frames, shape, step=step, shared=self.config.sampling.shared_noise)
+        sampling = self.config.sampling
+        noise = frame_noise(seed, frames, shape, step=step, shared=sampling.shared_noise)
+        return np.float32(sampling.temperature) * noise
 
 
 class _Windows:

@@ -28,6 +28,7 @@ SMALL = [
     "sampling.steps=4",
     "sampling.hybrid_steps=1",
     "sampling.shared_noise=0.5",
+    "sampling.temperature=0.7",
 ]
 STAGES = {
     "motion": ("configs/motion.py:tiny", motion, []),
@@ -161,7 +162,7 @@ def test_animator_equals_the_plain_sampler(video_model):
         lambda z, t, branch: predict(z, t, branch_conditions(full, branch)),
         model.schedule,
         guidance_plan(4, scale=1.0, hold=1),
-        frame_noise(0, frames, latent.shape[1:], shared=model.config.sampling.shared_noise),
+        0.7 * frame_noise(0, frames, latent.shape[1:], shared=0.5),
         spacing=model.config.sampling.spacing,
     )
     decoder = networks["autoencoder"].bind(params["autoencoder"])
