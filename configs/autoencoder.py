@@ -3,7 +3,7 @@
     dexportrait train --config=configs/autoencoder.py:tiny --workdir=runs/autoencoder \
         --config.data.path=data/faces
 
-tiny: 64 px, factor 4, 2 cores, a minute and a half; 29 dB on held-out frames of the people it was trained on.
+tiny: 64 px, factor 4, 2 cores, a minute and a half; 28 dB or better on held-out frames of the people it was trained on.
 small, full: SD's sizes (34.2 + 49.5 M), factor 8. `full` is a pod's job and usually not needed: SD's own
 autoencoder can be used instead.
 """
