@@ -202,8 +202,9 @@ class VideoWriter:
                         raise UserError(f"{self.path}: no frame was written to the video")
                     self._temporary.replace(self.path)
         except Exception:
-            if kind is None:  # an error of the block is the one to be told
+            if kind is None:
                 raise
+            # The block has failed: its error goes on and is the one to be told; the file is removed either way.
         finally:
             self._temporary.unlink(missing_ok=True)
 

@@ -55,6 +55,6 @@ def test_each_term(task):
 
 def test_noise_on_the_latents(task):
     """What comes back is the noise alone: deviation 0.3, mean absolute value 0.3 sqrt(2/pi)."""
-    value, outputs = loss(task, latent_noise=0.3)
+    value, outputs = loss(task, latent_noise=0.3)  # 73,728 draws: their mean spreads by 0.3 %
     assert float(value) == pytest.approx(0.3 * np.sqrt(2 / np.pi), rel=0.01)
     assert float(outputs.metrics["psnr"]) == pytest.approx(10 * np.log10(4 / 0.09), abs=0.1)
