@@ -107,7 +107,12 @@ class AnimatorModel(PortraitModel):
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         self.plan(sampling)
-        return {"seed": sampling.seed, **self._chosen(sampling)}
+        # All of it: a picture is not to be had again from the steps and the scale alone.
+        return {
+            "seed": sampling.seed,
+            **self.config.sampling.to_dict(),
+            **self._chosen(sampling),
+        }
 
     # --- compiled parts ---------------------------------------------------------------
 

@@ -72,6 +72,13 @@ def _prepare(parser):
     )
     _flag(
         parser,
+        "face_scale",
+        "side of the crop in faces, chin to brow; heads that move widen it (default: 2.15)",
+        type=float,
+        default=None,
+    )
+    _flag(
+        parser,
         "holdout",
         "what validation keeps: some people, or the end of every clip (default: %(default)s)",
         choices=("identity", "time"),

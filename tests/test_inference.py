@@ -177,13 +177,11 @@ def test_sampling_settings(video_model, models):
     with pytest.raises(UserError, match="--guidance is for the animator"):
         models("motion").settings(Sampling(guidance=2.0))
     model = video_model
-    assert model.settings(Sampling(seed=2)) == {
-        "seed": 2,
-        "steps": 4,
-        "guidance": model.config.sampling.guidance,
-        "hybrid_steps": 1,
-        "expression_null": "learned",
-    }
+    settings = model.settings(Sampling(seed=2, guidance=3.0))
+    given = {"seed": 2, "steps": 4, "guidance": 3.0, "hybrid_steps": 1, "expression_null": "learned"}
+    # And everything else of the config: start noise, spacing, eta, ...
+    assert settings == {**model.config.sampling.to_dict(), **given}
+    assert {"temperature", "shared_noise", "spacing", "eta"} < set(settings)
     assert model.settings(Sampling(steps=12))["hybrid_steps"] == 3  # S keeps its share
     with pytest.raises(UserError, match="hybrid_steps"):
         model.plan(Sampling(hybrid_steps=3))

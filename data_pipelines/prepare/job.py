@@ -34,6 +34,7 @@ def run_prepare(
     out: str | os.PathLike,
     *,
     size: int = 512,
+    face_scale: float | None = None,
     holdout: str = "identity",
     holdout_fraction: float = 0.1,
     holdout_gap: int = 5,
@@ -51,6 +52,8 @@ def run_prepare(
             matches the whole.
         out: directory of the dataset.
         size: side of the stored frames in pixels.
+        face_scale: side of the crop in face boxes, before the clip's movement widens it; None for
+            that of `settings`. Below their `minimum_scale` it lowers that as well.
         holdout: what validation keeps: "identity", some people chosen by a hash of their name, or
             "time", the end of every clip.
         holdout_fraction: how much of it.
@@ -61,15 +64,21 @@ def run_prepare(
         landmarker_path: `face_landmarker.task`; None for the fetched asset.
         identity: regular expression searched in each path, with groups named identity, session and
             camera (all optional); without it every video is a person of its own.
-        settings: further constants of crop and filters; `size` overrides theirs.
+        settings: further constants of crop and filters; `size` and `face_scale` override theirs.
 
     Raises:
         UserError: no video matches, none can be used, or the result cannot be written.
     """
     paths = _matching(videos)
-    _check_flags(size, holdout, holdout_fraction, holdout_gap, max_frames, workers)
+    _check_flags(size, face_scale, holdout, holdout_fraction, holdout_gap, max_frames, workers)
     namings = _namings(paths, identity)
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
+    if face_scale is not None:
+        settings = dataclasses.replace(
+            settings,
+            face_scale=face_scale,
+            minimum_scale=min(face_scale, settings.minimum_scale),
+        )
     made_with = {
         "videos": {
             naming.name: processing.fingerprint(path)
@@ -117,7 +126,9 @@ def run_prepare(
     _say(f"{out}: {_contents(out)}, made in {time.monotonic() - started:.0f} s")
 
 
-def _check_flags(size, holdout, holdout_fraction, holdout_gap, max_frames, workers) -> None:
+def _check_flags(
+    size, face_scale, holdout, holdout_fraction, holdout_gap, max_frames, workers
+) -> None:
     if holdout not in splits.HOLDOUTS:
         raise UserError(f"--holdout is '{holdout}'; it must be {' or '.join(splits.HOLDOUTS)}")
     if not 0 <= holdout_fraction < 1:
@@ -126,6 +137,8 @@ def _check_flags(size, holdout, holdout_fraction, holdout_gap, max_frames, worke
         raise UserError(f"--holdout_gap is {holdout_gap}; it must be 0 or more frames")
     if not 16 <= size <= 4096:
         raise UserError(f"--size is {size}; it must lie between 16 and 4096 pixels")
+    if face_scale is not None and not 1.2 <= face_scale <= 6:
+        raise UserError(f"--face_scale is {face_scale}; it must lie between 1.2 and 6 faces")
     if max_frames is not None and max_frames < 1:
         raise UserError(f"--max_frames is {max_frames}; it must be at least 1")
     if workers is not None and workers < 1:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from data_pipelines import loading
 from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
@@ -166,7 +166,9 @@ class AnimatorTask:
         # A clip has one noise level and one fate of its conditions; images each have their own.
         independent = sources if self.frames else sources * targets
         repeats = sources * targets // independent
-        timesteps = jax.random.randint(keys[1], (independent,), 0, self.schedule.steps)
+        timesteps = draw_timesteps(
+            keys[1], independent, self.schedule.steps, config.timestep_power
+        )
         timesteps = jnp.repeat(timesteps, repeats)
         keep = {
             name: jnp.repeat(value, repeats)
@@ -225,6 +227,13 @@ class AnimatorTask:
                 batch["target_image"],
                 result,
             )
+
+
+def draw_timesteps(key: Array, count: int, steps: int, power: float) -> Int[Array, " count"]:
+    """Timesteps 0 .. steps - 1 with a density that grows as timestep^(power - 1); 1 is uniform."""
+    place = jax.random.uniform(key, (count,)) ** (1 / power)
+    # A float just below 1 times `steps` may round up to `steps`.
+    return jnp.minimum((place * steps).astype(jnp.int32), steps - 1)
 
 
 def draw_keeps(

@@ -177,6 +177,7 @@ def test_user_errors(videos, tmp_path):
         ({"holdout": "people"}, "--holdout"),
         ({"holdout_fraction": 1.5}, "--holdout_fraction"),
         ({"size": 4}, "--size"),
+        ({"face_scale": 0.5}, "--face_scale"),
         ({"max_frames": 0}, "--max_frames"),
         ({"identity": "("}, "--identity"),
         ({"identity": "(?P<identity>xyz)"}, "does not match"),
@@ -193,6 +194,20 @@ def test_user_errors(videos, tmp_path):
     with pytest.raises(UserError, match="something else than a dataset"):
         _run(videos, tmp_path / "other")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_tighter_crop(videos, tmp_path):
+    _run(videos, tmp_path / "out", face_scale=1.6)
+    clips = dataset.ClipDataset(tmp_path / "out", "train")
+    for clip in (clips[n] for n in range(len(clips))):
+        sides = clip.face_boxes[..., 2:] - clip.face_boxes[..., :2]
+        # In crop coordinates the side is 2. No face here moves far enough to widen the crop.
+        assert 2 / np.median(sides.max(-1)) == pytest.approx(1.6, rel=0.02)
+        assert clip.settings["face_scale"] == clip.settings["minimum_scale"] == 1.6
+    wide = crop.Settings(minimum_scale=1.3)
+    _run(videos, tmp_path / "wide", face_scale=2.5, settings=wide)
+    settings = dataset.ClipDataset(tmp_path / "wide", "train")[0].settings
+    assert (settings["face_scale"], settings["minimum_scale"]) == (2.5, 1.3)
 
 
 def test_identity_of_a_rig_comes_from_the_path(videos, tmp_path):
