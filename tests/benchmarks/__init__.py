@@ -1,0 +1,1 @@
+"""Programs that measure: `python -m tests.benchmarks NAME [options]`. Tests assert, these print."""
