@@ -142,15 +142,13 @@ def warp_volume(
     cells, fractions = [], []
     for axis, size in enumerate(shape):
         position = (coordinates[..., 2 - axis].astype(jnp.float32) + 1) * ((size - 1) / 2)
-        nearest = jnp.round(lax.stop_gradient(position))
-        on_cell = jnp.abs(lax.stop_gradient(position) - nearest) < _SNAP
-        exact = nearest + (position - lax.stop_gradient(position))
-        position = jnp.where(on_cell, exact, position)
         position = jnp.clip(position, -margin, size - 1 + margin).reshape(sources, -1)
         lower = jnp.floor(lax.stop_gradient(position))
         lower = jnp.clip(lower, -margin, max(size - 2 + margin, -margin))
+        fraction = position - lower
+        beside = lax.stop_gradient(jnp.where(fraction > 0.5, fraction - 1, fraction))
+        fractions.append(fraction - jnp.where(jnp.abs(beside) < _SNAP, beside, 0))
         cells.append(lower.astype(jnp.int32))
-        fractions.append(position - lower)
     output = read_between(volume.astype(jnp.float32), tuple(cells), tuple(fractions))
     return output.reshape(batch, *out_shape, channels).astype(volume.dtype)
 

@@ -84,18 +84,15 @@ def programs(warp_volume: Callable) -> dict[str, Callable]:
         return warp_volume(volume, coordinates_of(source, driving, volume.shape))
 
     def to_coordinates(volume, source, driving, weights):
-        coordinates = coordinates_of(source, driving, volume.shape)
-
-        def loss(volume, coordinates):
-            return jnp.sum(weights * warp_volume(volume, coordinates))
-
-        return jax.value_and_grad(loss, (0, 1))(volume, coordinates)
+        warped, back = jax.vjp(warp_volume, volume, coordinates_of(source, driving, volume.shape))
+        return warped, back(weights)
 
     def to_poses(volume, source, driving, weights):
-        def loss(volume, source, driving):
-            return jnp.sum(weights * forward(volume, source, driving, weights))
+        def moved(volume, source, driving):
+            return warp_volume(volume, coordinates_of(source, driving, volume.shape))
 
-        return jax.value_and_grad(loss, (0, 1, 2))(volume, source, driving)
+        warped, back = jax.vjp(moved, volume, source, driving)
+        return warped, back(weights)
 
     return {
         "forward": forward,
