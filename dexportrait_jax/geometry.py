@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -139,17 +138,16 @@ def warp_volume(
     if batch % sources:
         raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
     margin = 1 if padding == "zeros" else 0  # positions reach one cell of zeros round the volume
-    cells, fractions = [], []
-    for axis, size in enumerate(shape):
-        position = (coordinates[..., 2 - axis].astype(jnp.float32) + 1) * ((size - 1) / 2)
-        position = jnp.clip(position, -margin, size - 1 + margin).reshape(sources, -1)
-        lower = jnp.floor(lax.stop_gradient(position))
-        lower = jnp.clip(lower, -margin, max(size - 2 + margin, -margin))
-        fraction = position - lower
-        beside = lax.stop_gradient(jnp.where(fraction > 0.5, fraction - 1, fraction))
-        fractions.append(fraction - jnp.where(jnp.abs(beside) < _SNAP, beside, 0))
-        cells.append(lower.astype(jnp.int32))
-    output = read_between(volume.astype(jnp.float32), tuple(cells), tuple(fractions))
+    last = jnp.array(shape, jnp.float32).reshape(3, 1, 1) - 1
+    position = jnp.flip(coordinates.astype(jnp.float32), -1)  # depth, height, width
+    position = (jnp.moveaxis(position, -1, 0).reshape(3, sources, -1) + 1) * (last / 2)
+    position = jnp.clip(position, -margin, last + margin)
+    lower = jnp.floor(lax.stop_gradient(position))
+    lower = jnp.clip(lower, -margin, jnp.maximum(last - 1 + margin, 0))
+    fraction = position - lower
+    beside = lax.stop_gradient(jnp.where(fraction > 0.5, fraction - 1, fraction))
+    fraction -= jnp.where(jnp.abs(beside) < _SNAP, beside, 0)
+    output = read_between(volume.astype(jnp.float32), lower.astype(jnp.int32), fraction)
     return output.reshape(batch, *out_shape, channels).astype(volume.dtype)
 
 

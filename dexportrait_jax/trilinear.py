@@ -21,19 +21,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 Volume = Float[Array, "sources depth height width channels"]
-# One array for each of depth, height, width.
-Cells = tuple[Int[Array, "sources n"], Int[Array, "sources n"], Int[Array, "sources n"]]
+# Along depth, height and width.
+Cells = Int[Array, "3 sources n"]
+Fractions = Float[Array, "3 sources n"]
 Pair = tuple[Float[Array, "sources n"], Float[Array, "sources n"]]
-Fractions = tuple[Float[Array, "sources n"], Float[Array, "sources n"], Float[Array, "sources n"]]
 
 _CORNERS = tuple(itertools.product((0, 1), repeat=3))
 # More outputs than this on one cell, and the scatter is quicker (measured on a CPU: some 400).
 _MOST_ROUNDS = 256
 
 
-def _read(
-    volume: Volume, cells: Cells, fractions: Fractions
-) -> Float[Array, "sources n channels"]:
+def _read(volume: Volume, cells: Cells, fractions: Fractions) -> Float[Array, "sources n channels"]:
     """Values of float32 volumes between cells; a cell outside of the volume is zero.
 
     Args:
@@ -64,8 +62,8 @@ def _backward(kept, gradient):
     slope = slope.reshape(len(flat), 3, *gradient.shape[1:])
     ones = jnp.ones(volume.shape[-1])
     along = jnp.matmul(gradient[:, None] * slope, ones, precision=lax.Precision.HIGHEST)
-    to_fractions = tuple(jnp.moveaxis(along, 1, 0))
-    return _volume_gradient(volume, cells, fractions, gradient), None, to_fractions
+    to_volume = _volume_gradient(volume, cells, fractions, gradient)
+    return to_volume, None, jnp.moveaxis(along, 1, 0)
 
 
 read_between = jax.custom_vjp(_read)
@@ -100,9 +98,9 @@ def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradien
         parts = []
         for corner, weight in zip(_CORNERS, weights, strict=True):
             # The cell at p is corner c of the lower neighbour p - c.
-            window = (slice(None), *(slice(1 - c, 1 - c + n) for c, n in zip(corner, shape)))
+            window = tuple(slice(1 - c, 1 - c + n) for c, n in zip(corner, shape, strict=True))
             grids = (reader, jnp.where(there, weight, 0))
-            parts.append([grid.reshape(sources, *counts)[window] for grid in grids])
+            parts.append([grid.reshape(sources, *counts)[:, *window] for grid in grids])
         readers, weights = lax.optimization_barrier(tuple(zip(*parts, strict=True)))
         flat = [grid.reshape(sources, -1) for grid in (*readers, *weights)]
         return so_far + _mixed(gradient, flat[:8], flat[8:]).reshape(volume.shape)

@@ -28,7 +28,8 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
-from dexportrait_jax.weights.lpips import load_lpips
+from dexportrait_jax.weights.convnextv2 import load_trunk
+from dexportrait_jax.weights.lpips_names import load_perceptual
 
 BLENDSHAPES = 52
 TRAINED = ("appearance", "pose", "expression", "generator")
@@ -122,12 +123,14 @@ class MotionTask:
         return frozenset({"adversarial", "r1"} if lazy else {"adversarial"})
 
     def pretrained(self) -> dict[str, Any]:
-        """None: every group starts fresh."""
-        return {}
+        """The trunk of the pose encoder, where `config.init.pose` names one; the rest starts fresh."""
+        path = self.config.init.pose
+        return {"pose": load_trunk(path, self.networks["pose"].abstract)} if path else {}
 
     def constants(self) -> dict[str, Any]:
         """Weights of the perceptual network."""
-        return {"perceptual": load_lpips(self.config.loss.perceptual)}
+        loss = self.config.loss
+        return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
     def _predict(self, params, batch):
         """Predicted targets, with the poses and latents that made them."""

@@ -129,7 +129,9 @@ def _files_of(source: Path) -> list[Path]:
         _refuse_pickle(source)
         return [source]
     if not source.is_dir():
-        raise UserError(f"there is nothing at {source}; give a safetensors file or a folder of them")
+        raise UserError(
+            f"there is nothing at {source}; give a safetensors file or a folder of them"
+        )
     index = source / INDEX
     if index.is_file():
         return _shards(index)
@@ -160,13 +162,15 @@ def _shards(index: Path) -> list[Path]:
 def _refuse_pickle(file: Path) -> None:
     try:
         with file.open("rb") as stream:
-            start = stream.read(4)
+            start = stream.read(9)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        return
     if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
         raise UserError(
             f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
-            "it where you trust it: python -c \"import torch, safetensors.torch as s; w = torch.load("
+            'it where you trust it: python -c "import torch, safetensors.torch as s; w = torch.load('
             f"'{file.name}', weights_only=True, map_location='cpu'); w = w.get('model', w); "
             "s.save_file({k: v.contiguous().clone() for k, v in w.items()}, "
             f"'{file.stem}.safetensors')\""

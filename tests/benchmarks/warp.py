@@ -107,7 +107,9 @@ def largest_difference(ours, theirs) -> float:
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
 
 
-def measure(functions: dict[str, Callable], arguments: Sequence, seconds: float) -> dict[str, float]:
+def measure(
+    functions: dict[str, Callable], arguments: Sequence, seconds: float
+) -> dict[str, float]:
     """Median seconds of a call of each function; they take turns for about `seconds` each."""
     taken = {name: [] for name in functions}
     end = time.perf_counter() + seconds * len(functions)
@@ -128,7 +130,9 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     ours, theirs = programs(geometry.warp_volume), programs(warp_by_map_coordinates)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {len(jax.devices())} device(s)")
-    print(f"{'shape':>22}  {'program':<34} {'ours':>9} {'map_coord.':>10} {'ratio':>6} {'differ by':>9}")
+    print(
+        f"{'shape':>22}  {'program':<34} {'ours':>9} {'map_coord.':>10} {'ratio':>6} {'differ by':>9}"
+    )
     for name in options.shapes.split(","):
         for batch in map(int, options.batches.split(",")):
             case = random_case(SHAPES[name], batch)
