@@ -138,16 +138,20 @@ def warp_volume(
     if batch % sources:
         raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
     margin = 1 if padding == "zeros" else 0  # positions reach one cell of zeros round the volume
-    last = jnp.array(shape, jnp.float32).reshape(3, 1, 1) - 1
-    position = jnp.flip(coordinates.astype(jnp.float32), -1)  # depth, height, width
-    position = (jnp.moveaxis(position, -1, 0).reshape(3, sources, -1) + 1) * (last / 2)
+    last = jnp.array(shape[::-1], jnp.float32) - 1
+    position = (coordinates.astype(jnp.float32) + 1) * (last / 2)
+    fixed = lax.stop_gradient(position)
+    nearest = jnp.round(fixed)
+    position = jnp.where(jnp.abs(fixed - nearest) < _SNAP, nearest + (position - fixed), position)
     position = jnp.clip(position, -margin, last + margin)
-    lower = jnp.floor(lax.stop_gradient(position))
-    lower = jnp.clip(lower, -margin, jnp.maximum(last - 1 + margin, 0))
-    fraction = position - lower
-    beside = lax.stop_gradient(jnp.where(fraction > 0.5, fraction - 1, fraction))
-    fraction -= jnp.where(jnp.abs(beside) < _SNAP, beside, 0)
-    output = read_between(volume.astype(jnp.float32), lower.astype(jnp.int32), fraction)
+    cells, fractions = [], []
+    for axis, size in enumerate(shape):
+        along = position[..., 2 - axis].reshape(sources, -1)
+        # At the upper end between the last two cells, not beyond them.
+        lower = jnp.minimum(jnp.floor(lax.stop_gradient(along)), max(size - 2 + margin, 0))
+        cells.append(lower.astype(jnp.int32))
+        fractions.append(along - lower)
+    output = read_between(volume.astype(jnp.float32), tuple(cells), tuple(fractions))
     return output.reshape(batch, *out_shape, channels).astype(volume.dtype)
 
 

@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 Volume = Float[Array, "sources depth height width channels"]
-# Along depth, height and width.
-Cells = Int[Array, "3 sources n"]
-Fractions = Float[Array, "3 sources n"]
+# One array along each of depth, height and width.
+Cells = tuple[Int[Array, "sources n"], ...]
+Fractions = tuple[Float[Array, "sources n"], ...]
 Pair = tuple[Float[Array, "sources n"], Float[Array, "sources n"]]
 
 _CORNERS = tuple(itertools.product((0, 1), repeat=3))
@@ -63,7 +63,7 @@ def _backward(kept, gradient):
     ones = jnp.ones(volume.shape[-1])
     along = jnp.matmul(gradient[:, None] * slope, ones, precision=lax.Precision.HIGHEST)
     to_volume = _volume_gradient(volume, cells, fractions, gradient)
-    return to_volume, None, jnp.moveaxis(along, 1, 0)
+    return to_volume, None, tuple(jnp.moveaxis(along, 1, 0))
 
 
 read_between = jax.custom_vjp(_read)

@@ -1,7 +1,6 @@
 """The warp compiled for a TPU that is not there (compiled, not run): no scatter in the forward pass."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -20,12 +18,10 @@ place = SingleDeviceSharding(device)
 shapes = [(2, 16, 64, 64, 32), (2, 3, 4), (2, 3, 4)]
 arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in shapes]
 compiled = jax.jit(geometry.warp).lower(*arguments).compile()
-memory = compiled.memory_analysis()
-print(json.dumps({"hlo": compiled.as_text(), "temporary": memory.temp_size_in_bytes}))
+print(compiled.as_text())
 """
 
 
-@pytest.mark.slow
 def test_forward_for_v5e_holds_no_scatter():
     """At the paper's volume, two of them; the text is that of the optimised program."""
     if importlib.util.find_spec("libtpu") is None:
@@ -39,8 +35,5 @@ def test_forward_for_v5e_holds_no_scatter():
         [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert "gather" in result["hlo"]
-    assert "scatter" not in result["hlo"]
-    # No table of neighbours: less than the eight-fold volume.
-    assert result["temporary"] < 8 * 2 * 16 * 64 * 64 * 32 * 4
+    assert "gather" in done.stdout
+    assert "scatter" not in done.stdout
