@@ -137,18 +137,19 @@ def warp_volume(
     batch, *out_shape = coordinates.shape[:-1]
     if batch % sources:
         raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
-    margin = 1 if padding == "zeros" else 0  # positions reach one cell of zeros round the volume
     last = jnp.array(shape[::-1], jnp.float32) - 1
     position = (coordinates.astype(jnp.float32) + 1) * (last / 2)
     fixed = lax.stop_gradient(position)
     nearest = jnp.round(fixed)
     position = jnp.where(jnp.abs(fixed - nearest) < _SNAP, nearest + (position - fixed), position)
-    position = jnp.clip(position, -margin, last + margin)
+    if padding == "border":
+        position = jnp.clip(position, 0, last)
     cells, fractions = [], []
     for axis, size in enumerate(shape):
         along = position[..., 2 - axis].reshape(sources, -1)
-        # At the upper end between the last two cells, not beyond them.
-        lower = jnp.minimum(jnp.floor(lax.stop_gradient(along)), max(size - 2 + margin, 0))
+        lower = jnp.floor(lax.stop_gradient(along))
+        if padding == "border":
+            lower = jnp.minimum(lower, max(size - 2, 0))  # the last position has a cell below, too
         cells.append(lower.astype(jnp.int32))
         fractions.append(along - lower)
     output = read_between(volume.astype(jnp.float32), tuple(cells), tuple(fractions))

@@ -36,12 +36,12 @@ def _read(volume: Volume, cells: Cells, fractions: Fractions) -> Float[Array, "s
 
     Args:
         volume: what is read; every source by itself.
-        cells: the lower neighbours along depth, height and width, from -1 to size - 1.
+        cells: the lower neighbours along depth, height and width; any number.
         fractions: how far from there to the next cell, in [0, 1].
     """
-    shape, flat = volume.shape[1:4], _rows(volume)
+    shape = volume.shape[1:4]
     weights = _products(_inside(shape, cells, [(1 - f, f) for f in fractions]))
-    return _mixed(flat, _places(shape, cells), weights)
+    return _mixed(volume, _places(shape, cells), weights)
 
 
 def _forward(volume, cells, fractions):
@@ -50,18 +50,27 @@ def _forward(volume, cells, fractions):
 
 def _backward(kept, gradient):
     volume, cells, fractions = kept
-    shape, flat = volume.shape[1:4], _rows(volume)
+    shape = volume.shape[1:4]
     shares = _inside(shape, cells, [(1 - f, f) for f in fractions])
     rises = _inside(shape, cells, [(-jnp.ones_like(f), jnp.ones_like(f)) for f in fractions])
-    slopes = [_products([*shares[:n], rises[n], *shares[n + 1 :]]) for n in range(3)]
+
     # The three axes as three times the outputs, and a product with ones for the sum over channels:
     # what XLA makes of three readings of the same rows, or of the sum, takes ten times as long on a CPU.
-    thrice = [jnp.tile(place, (1, 3)) for place in _places(shape, cells)]
-    slopes = [jnp.concatenate(three, axis=1) for three in zip(*slopes, strict=True)]
-    slope = _mixed(flat, *lax.optimization_barrier((thrice, slopes)))
-    slope = slope.reshape(len(flat), 3, *gradient.shape[1:])
-    ones = jnp.ones(volume.shape[-1])
-    along = jnp.matmul(gradient[:, None] * slope, ones, precision=lax.Precision.HIGHEST)
+    sources, outputs, channels = gradient.shape
+    axis = jnp.arange(3)[None, :, None]
+    slopes = _products(
+        [
+            tuple(jnp.where(axis == n, r[:, None], s[:, None]) for s, r in zip(*pair, strict=True))
+            for n, pair in enumerate(zip(shares, rises, strict=True))
+        ]
+    )
+    thrice = [jnp.tile(cell, (1, 3)) for cell in cells]
+    slopes = [weight.reshape(sources, -1) for weight in slopes]
+    slope = _mixed(volume, _places(shape, thrice), slopes)
+    slope = slope.reshape(sources, 3, outputs, channels)
+    along = jnp.matmul(
+        gradient[:, None] * slope, jnp.ones(channels), precision=lax.Precision.HIGHEST
+    )
     to_volume = _volume_gradient(volume, cells, fractions, gradient)
     return to_volume, None, tuple(jnp.moveaxis(along, 1, 0))
 
@@ -73,15 +82,15 @@ read_between.defvjp(_forward, _backward)
 def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradient: Array) -> Array:
     """The sum over outputs of weight times gradient, in every cell of the volume."""
     sources, *shape, _ = volume.shape
-    counts = tuple(size + 1 for size in shape)  # lower neighbours are -1 ... size - 1
+    counts = tuple(size + 1 for size in shape)  # lower neighbours that count are -1 ... size - 1
     total = math.prod(counts)
 
     key = jnp.zeros((), jnp.int32)
     outside = jnp.zeros((), bool)
-    for size, cell, fraction in zip(shape, cells, fractions, strict=True):
+    for size, cell in zip(shape, cells, strict=True):
         key = key * (size + 1) + cell + 1
         # Neither neighbour counts; there may be any number of such outputs.
-        outside |= ((cell < 0) & (fraction == 0)) | ((cell == size - 1) & (fraction == 1))
+        outside |= (cell < -1) | (cell >= size)
     key = jnp.where(outside, total, key)
     numbers = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
     key, order = lax.sort_key_val(key, numbers, dimension=1)
@@ -102,8 +111,9 @@ def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradien
             grids = (reader, jnp.where(there, weight, 0))
             parts.append([grid.reshape(sources, *counts)[:, *window] for grid in grids])
         readers, weights = lax.optimization_barrier(tuple(zip(*parts, strict=True)))
-        flat = [grid.reshape(sources, -1) for grid in (*readers, *weights)]
-        return so_far + _mixed(gradient, flat[:8], flat[8:]).reshape(volume.shape)
+        readers = [(grid.reshape(sources, -1),) for grid in readers]
+        weights = [grid.reshape(sources, -1) for grid in weights]
+        return so_far + _mixed(gradient, readers, weights).reshape(volume.shape)
 
     def by_rounds():
         return lax.fori_loop(0, most, in_round, jnp.zeros(volume.shape, jnp.float32))
@@ -115,38 +125,36 @@ def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradien
     return lax.cond(most <= _MOST_ROUNDS, by_rounds, by_scatter)
 
 
-def _rows(volume: Volume) -> Float[Array, "sources cells channels"]:
-    return volume.reshape(volume.shape[0], -1, volume.shape[-1])
-
-
-def _take(table: Array, index: Int[Array, "sources n"]) -> Array:
+def _take(table: Array, *place: Int[Array, "sources n"]) -> Array:
     """Each source's own rows, so that a batch split over devices reads nothing from the others."""
-    return jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(table, index)
+    return jax.vmap(lambda rows, *at: rows.at[at].get(mode="promise_in_bounds"))(table, *place)
 
 
 def _mixed(table: Array, places: list, weights: list) -> Float[Array, "sources n channels"]:
     """The weighted sum of eight rows of the table for each output."""
-    return sum(w[..., None] * _take(table, at) for at, w in zip(places, weights, strict=True))
+    return sum(w[..., None] * _take(table, *at) for at, w in zip(places, weights, strict=True))
 
 
 def _inside(shape: tuple[int, ...], cells: Cells, pairs: list[Pair]) -> list[Pair]:
     """What belongs to the lower and the upper neighbour along each axis, or zero where there is none."""
     return [
-        (jnp.where(cell >= 0, lower, 0), jnp.where(cell < size - 1, upper, 0))
+        (
+            jnp.where((cell >= 0) & (cell < size), lower, 0),
+            jnp.where((cell >= -1) & (cell < size - 1), upper, 0),
+        )
         for size, cell, (lower, upper) in zip(shape, cells, pairs, strict=True)
     ]
 
 
-def _products(pairs: list[Pair]) -> list[Float[Array, "sources n"]]:
+def _products(pairs: list[Pair]) -> list[Array]:
     """For each of the eight neighbours the product of what belongs to it along the three axes."""
     return [a[i] * b[j] * c[k] for a, b, c in [pairs] for i, j, k in _CORNERS]
 
 
-def _places(shape: tuple[int, ...], cells: Cells) -> list[Int[Array, "sources n"]]:
-    """The rows of the eight neighbours; any row of the volume for one that is outside."""
-    _, height, width = shape
+def _places(shape: tuple[int, ...], cells: Cells) -> list[Cells]:
+    """The eight neighbours; any cell of the volume for one that is outside."""
     z, y, x = (
         (jnp.clip(cell, 0, size - 1), jnp.clip(cell + 1, 0, size - 1))
         for size, cell in zip(shape, cells, strict=True)
     )
-    return [(z[i] * height + y[j]) * width + x[k] for i, j, k in _CORNERS]
+    return [(z[i], y[j], x[k]) for i, j, k in _CORNERS]
