@@ -146,7 +146,7 @@ def warp_volume(
         position = jnp.clip(position, 0, last)
     cells, fractions = [], []
     for axis, size in enumerate(shape):
-        along = position[..., 2 - axis].reshape(sources, -1)
+        along = position[..., 2 - axis].reshape(sources, -1, *out_shape)
         lower = jnp.floor(lax.stop_gradient(along))
         if padding == "border":
             lower = jnp.minimum(lower, max(size - 2, 0))  # the last position has a cell below, too

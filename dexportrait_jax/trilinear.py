@@ -22,16 +22,18 @@ from jaxtyping import Array, Float, Int
 
 Volume = Float[Array, "sources depth height width channels"]
 # One array along each of depth, height and width.
-Cells = tuple[Int[Array, "sources n"], ...]
-Fractions = tuple[Float[Array, "sources n"], ...]
-Pair = tuple[Float[Array, "sources n"], Float[Array, "sources n"]]
+Cells = tuple[Int[Array, "sources *outputs"], ...]
+Fractions = tuple[Float[Array, "sources *outputs"], ...]
+Pair = tuple[Float[Array, "sources *outputs"], Float[Array, "sources *outputs"]]
 
 _CORNERS = tuple(itertools.product((0, 1), repeat=3))
 # More outputs than this on one cell, and the scatter is quicker (measured on a CPU: some 400).
 _MOST_ROUNDS = 256
 
 
-def _read(volume: Volume, cells: Cells, fractions: Fractions) -> Float[Array, "sources n channels"]:
+def _read(
+    volume: Volume, cells: Cells, fractions: Fractions
+) -> Float[Array, "sources *outputs channels"]:
     """Values of float32 volumes between cells; a cell outside of the volume is zero.
 
     Args:
@@ -50,6 +52,9 @@ def _forward(volume, cells, fractions):
 
 def _backward(kept, gradient):
     volume, cells, fractions = kept
+    whole = fractions[0].shape
+    gradient = gradient.reshape(volume.shape[0], -1, volume.shape[-1])
+    cells, fractions = ([x.reshape(len(x), -1) for x in three] for three in (cells, fractions))
     shape = volume.shape[1:4]
     shares = _inside(shape, cells, [(1 - f, f) for f in fractions])
     rises = _inside(shape, cells, [(-jnp.ones_like(f), jnp.ones_like(f)) for f in fractions])
@@ -72,7 +77,7 @@ def _backward(kept, gradient):
         gradient[:, None] * slope, jnp.ones(channels), precision=lax.Precision.HIGHEST
     )
     to_volume = _volume_gradient(volume, cells, fractions, gradient)
-    return to_volume, None, tuple(jnp.moveaxis(along, 1, 0))
+    return to_volume, None, tuple(along[:, n].reshape(whole) for n in range(3))
 
 
 read_between = jax.custom_vjp(_read)
@@ -100,8 +105,8 @@ def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradien
     most = jnp.max(count)
 
     def in_round(number, so_far):
-        reader = _take(order, jnp.minimum(first + number, key.shape[1] - 1))
-        near = [_take(fraction, reader) for fraction in fractions]
+        reader = _take(order, (jnp.minimum(first + number, key.shape[1] - 1),))
+        near = [_take(fraction, (reader,)) for fraction in fractions]
         weights = _products([(1 - f, f) for f in near])
         there = number < count
         parts = []
@@ -125,14 +130,14 @@ def _volume_gradient(volume: Volume, cells: Cells, fractions: Fractions, gradien
     return lax.cond(most <= _MOST_ROUNDS, by_rounds, by_scatter)
 
 
-def _take(table: Array, *place: Int[Array, "sources n"]) -> Array:
+def _take(table: Array, place: Cells) -> Array:
     """Each source's own rows, so that a batch split over devices reads nothing from the others."""
-    return jax.vmap(lambda rows, *at: rows.at[at].get(mode="promise_in_bounds"))(table, *place)
+    return jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(table, place)
 
 
-def _mixed(table: Array, places: list, weights: list) -> Float[Array, "sources n channels"]:
+def _mixed(table: Array, places: list, weights: list) -> Float[Array, "sources *outputs channels"]:
     """The weighted sum of eight rows of the table for each output."""
-    return sum(w[..., None] * _take(table, *at) for at, w in zip(places, weights, strict=True))
+    return sum(w[..., None] * _take(table, at) for at, w in zip(places, weights, strict=True))
 
 
 def _inside(shape: tuple[int, ...], cells: Cells, pairs: list[Pair]) -> list[Pair]:
