@@ -5,15 +5,17 @@ import os
 import pickle
 import re
 import tracemalloc
+import zlib
 
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import save_file
 from transformers import ConvNextV2Config, ConvNextV2Model
 
-from dexportrait_jax import cli
+from dexportrait_jax import cli, sharding, train
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.motion.pose import ConvNeXtV2, PoseEncoder
@@ -21,6 +23,7 @@ from dexportrait_jax.state import Network, filled
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.weights import published
 from dexportrait_jax.weights.convnextv2 import IMAGENET, load_trunk
+from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
 from tests.published import randomise, relative_error
 
@@ -173,9 +176,17 @@ def test_motion_trainer_starts_from_it_and_from_a_motion_export(tmp_path):
     task = make_task(config)
     trunk = task.pretrained()["pose"]
     assert set(trunk) == {"downsample_layers", "stages", "norm"}
-    # An encoder that was trained here has our input already: taken as it is, without its heads.
-    from dexportrait_jax.weights.exporting import export_groups
 
+    abstract = train.abstract_state(task, config)
+    mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size)
+    state = train.first_state(task, config, sharding.state_shardings(abstract, mesh))
+    started = state["params"]["pose"]
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"pose"))
+    fresh = task.networks["pose"].init(key)
+    jax.tree.map(np.testing.assert_array_equal, started, filled(trunk, fresh))
+    jax.tree.map(np.testing.assert_array_equal, state["ema"]["pose"], started)
+
+    # An encoder that was trained here has our input already: taken as it is, without its heads.
     whole = jax.tree.map(np.asarray, task.networks["pose"].init(jax.random.key(3)))
     model = {"stage": "motion", "config": {}, "step": 1, "ema": True, "crop": None}
     export_groups(tmp_path / "motion", model, {"pose": whole})
@@ -282,8 +293,6 @@ def test_types(tmp_path, dtype):
     model = published_model()
     kind = getattr(torch, dtype)
     tensors = {key: value.to(kind) for key, value in model.state_dict().items()}
-    import safetensors.torch
-
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     published.run_import("convnextv2", str(tmp_path / "a.safetensors"), str(tmp_path / "export"))
     stored = safetensors.torch.load_file(tmp_path / "export" / "pose.safetensors")
