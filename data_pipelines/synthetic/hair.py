@@ -15,7 +15,6 @@ from data_pipelines.synthetic import parts, template
 from data_pipelines.synthetic.template import smooth
 
 CENTRE = np.array([0.0, -0.16, 0.04])
-_AXIS_Z = 0.05
 
 
 class Style(NamedTuple):
@@ -96,7 +95,7 @@ def coverage(points: np.ndarray, style: Style) -> np.ndarray:
     """(..., 3) canonical points of the head's surface -> how deep they lie in the hair, canonical units."""
     if style.top < 0:
         return np.full(points.shape[:-1], -1.0)
-    angle = np.arctan2(points[..., 0], -(points[..., 2] - _AXIS_Z))
+    angle = np.arctan2(points[..., 0], -(points[..., 2] - template.AXIS_Z))
     inside = hairline(angle, style) - points[..., 1]
     if style.bald:
         ring = points[..., 1] + 0.30 + 0.25 * smooth(1.3, 0.7, np.abs(angle))
@@ -155,7 +154,7 @@ def shell(style: Style, level: int) -> parts.Piece | None:
         return None
     directions, scalp = _scalp(level)
     inside = coverage(scalp, style)
-    angle = np.arctan2(scalp[..., 0], -(scalp[..., 2] - _AXIS_Z))
+    angle = np.arctan2(scalp[..., 0], -(scalp[..., 2] - template.AXIS_Z))
     up = smooth(-0.15, -0.55, scalp[..., 1])
     thick = style.sides + (style.top - style.sides) * up
     lean = np.tanh(6 * (scalp[..., 0] - 0.25 * style.parting)) * -np.sign(style.parting)
@@ -202,10 +201,10 @@ def curtain(style: Style, level: int) -> parts.Piece | None:
     taper = smooth(0.0, 0.12, v)
     radius = turned * (0.97 + 0.03 * taper)
     x = (half + ripple) * radius * np.sin(angle)
-    z = _AXIS_Z - (deep + ripple) * radius * np.cos(angle) + 0.02 * v
+    z = template.AXIS_Z - (deep + ripple) * radius * np.cos(angle) + 0.02 * v
     outside = np.stack(np.broadcast_arrays(x, y, z), -1)
     inner = (1 - 0.03 * smooth(0, 0.1, v)) * np.array(0.95)
-    inside = np.stack(np.broadcast_arrays(x * inner, y, _AXIS_Z + (z - _AXIS_Z) * inner), -1)
+    inside = np.stack(np.broadcast_arrays(x * inner, y, template.AXIS_Z + (z - template.AXIS_Z) * inner), -1)
     u = parts.steps(columns)[None]
     uv = np.stack(np.broadcast_arrays(u, 0.3 + 0.7 * v), -1)
     shade = np.clip(0.85 + 10 * ripple, 0.55, 1.0) * (1 - 0.35 * edge)

@@ -24,7 +24,7 @@ LOWER_INNER_LIP = (95, 88, 178, 87, 14, 317, 402, 318, 324)
 HINGE = np.array([0.0, 0.03, -0.03])  # the jaw turns about the x axis through this point
 BACK_OF_HEAD = np.array([0.0, -0.10, 0.47])
 _OVAL = np.array(LANDMARKS_OF["face_oval"])
-_AXIS_Z = 0.05  # of the cylinder that textures are unrolled from
+AXIS_Z = 0.05  # of the cylinder that textures are unrolled from
 SKIN_HEIGHT = 0.66  # part of the texture (from its top) that holds the skin of the head
 _TOP, _BOTTOM = -0.72, 0.62  # canonical y there
 
@@ -87,7 +87,7 @@ def _skull() -> np.ndarray:
 def _flattened() -> np.ndarray:
     """(468, 2): the face unrolled, with the mouth opened, for telling which points are neighbours."""
     points = MEAN_FACE[:MESH_POINTS]
-    angle = np.arctan2(points[:, 0], -(points[:, 2] - _AXIS_Z))
+    angle = np.arctan2(points[:, 0], -(points[:, 2] - AXIS_Z))
     opening = np.sqrt(np.clip(1 - np.square(points[:, 0] / MOUTH_CORNER), 0, 1))
     down = points[:, 1] + 0.08 * opening * lower_side(points)
     return np.stack([0.42 * angle, down], -1)
@@ -125,6 +125,7 @@ class Head:
         follow: (N,) 1 on the face; on the skull how much of the movement of the outline is taken over.
         leader: (N,) the mesh point whose movement that is.
         subdivisions: the steps to finer levels.
+        face_triangles: (F, 3) those of the face; on every level they come first.
         triangles: per level.
         uv: per level, (N, 2) texture coordinates in [0, 1].
         occlusion: per level, (N,) how much of the surrounding light arrives, in [0, 1].
@@ -141,9 +142,9 @@ class Head:
         pole = len(self.points) - 1
         cap = np.stack([rings[-1], np.full(count, pole), np.roll(rings[-1], -1)], -1)
         centre = np.array([0.0, -0.05, 0.0])
-        triangles = np.concatenate(
-            [mesh.outward(self.points, part, centre) for part in (_face_triangles(), band, cap)]
-        )
+        self.face_triangles = mesh.outward(self.points, _face_triangles(), centre)
+        behind = [mesh.outward(self.points, part, centre) for part in (band, cap)]
+        triangles = np.concatenate([self.face_triangles, *behind])
         part = np.arange(1, RINGS) / RINGS
         fade = np.repeat((1 - part) ** 2, count)
         self.follow = np.concatenate([np.ones(MESH_POINTS), fade, [0.0]])
@@ -176,10 +177,15 @@ def head() -> Head:
 
 def skin_coordinates(points: np.ndarray) -> np.ndarray:
     """(N, 3) canonical points -> (N, 2) texture coordinates: unrolled, the front wider than the back."""
-    angle = np.arctan2(points[:, 0], -(points[:, 2] - _AXIS_Z)) / np.pi
+    angle = np.arctan2(points[:, 0], -(points[:, 2] - AXIS_Z)) / np.pi
     across = 0.5 + 0.5 * (angle + 0.2 * np.sin(angle * np.pi))
     down = np.clip((points[:, 1] - _TOP) / (_BOTTOM - _TOP), 0, 1) * SKIN_HEIGHT
     return np.stack([across, down], -1)
+
+
+def height_of(down: np.ndarray) -> np.ndarray:
+    """The vertical texture coordinate of the skin -> canonical y."""
+    return _TOP + down / SKIN_HEIGHT * (_BOTTOM - _TOP)
 
 
 def _occlusion(points: np.ndarray) -> np.ndarray:
