@@ -139,12 +139,20 @@ def jaw_weights() -> np.ndarray:
     points = MEAN_FACE[:MESH_POINTS]
     below = template.lower_side(points)
     x, y = np.abs(points[:, 0]), points[:, 1] - template.MOUTH_LINE
-    open_part = np.sqrt(np.clip(1 - np.square(x / template.MOUTH_CORNER), 0, 1))
+    open_part = np.clip(1 - np.square(x / template.MOUTH_CORNER), 0, 1) ** 0.75
     beside = np.tanh(y / 0.10)
     side = np.where(below, 1.0, -1.0)
     # The upper lip stays; beside the mouth the cheek is stretched between both jaws.
     weights = 0.5 + 0.5 * (open_part * side + (1 - open_part) * beside)
     return np.clip(weights * template.smooth(-0.06, 0.06, points[:, 1]), 0, 1)
+
+
+@functools.cache
+def _about_mouth() -> np.ndarray:
+    """(468,) a bell over the mouth."""
+    points = MEAN_FACE[:MESH_POINTS]
+    bell = template.around(points, (0, template.MOUTH_LINE, -0.44), (0.13, 0.07, 0.14))
+    return bell * template.smooth(0.15, 0.21, points[:, 1])
 
 
 def _mirrored(points: np.ndarray, centre, spread, shift) -> np.ndarray:
@@ -284,6 +292,8 @@ def deform(points: np.ndarray, expression: np.ndarray, eyes: Mapping[str, Eye]) 
     """Neutral mesh points (468, 3) of a person -> those of an expression (K,)."""
     value = dict(zip(EXPRESSION_PARAMETERS.names, expression.tolist(), strict=True))
     moved = turn_jaw(points, jaw_weights(), value["jaw_open"])
+    # An open mouth is drawn in at its corners.
+    moved[:, 0] *= 1 - 0.16 * value["jaw_open"] * _about_mouth()
     moved += np.tensordot(expression, displacements(), 1)
     for eye, name in (("right_eye", "lid_right"), ("left_eye", "lid_left")):
         if value[name]:

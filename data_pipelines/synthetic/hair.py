@@ -86,6 +86,10 @@ def hairline(angle: np.ndarray, style: Style) -> np.ndarray:
     edge = np.interp(np.abs(angle), at, line)
     front = smooth(1.05, 0.6, np.abs(angle))
     temple = np.exp(-0.5 * np.square((np.abs(angle) - 0.7) / 0.25))
+    wave = np.random.default_rng((style.seed, 4)).uniform(0, 2 * np.pi, 4)
+    edge = edge + 0.010 * np.sin(9 * angle + wave[0]) + 0.008 * np.sin(23 * angle + wave[1])
+    if style.length > 0:  # long hair covers the ears
+        edge = edge + 0.30 * smooth(1.12, 1.35, np.abs(angle)) * smooth(2.3, 2.0, np.abs(angle))
     if style.recede >= 0:
         return edge - style.recede * (0.5 * front + 1.3 * temple)
     return edge - style.recede * (front + 0.3 * temple)
@@ -98,8 +102,8 @@ def coverage(points: np.ndarray, style: Style) -> np.ndarray:
     angle = np.arctan2(points[..., 0], -(points[..., 2] - template.AXIS_Z))
     inside = hairline(angle, style) - points[..., 1]
     if style.bald:
-        ring = points[..., 1] + 0.30 + 0.25 * smooth(1.3, 0.7, np.abs(angle))
-        inside = np.minimum(inside, np.where(np.abs(angle) < 1.0, -1.0, ring))
+        ring = points[..., 1] + 0.26 - 0.6 * smooth(1.6, 1.0, np.abs(angle))
+        inside = np.minimum(inside, ring)
     return inside
 
 
@@ -160,17 +164,23 @@ def shell(style: Style, level: int) -> parts.Piece | None:
     lean = np.tanh(6 * (scalp[..., 0] - 0.25 * style.parting)) * -np.sign(style.parting)
     thick = thick * (1 + 0.25 * lean * up * (style.curl < 0.01))
     forward = 1 - 0.45 * smooth(1.0, 0.2, np.abs(angle)) * (style.curl < 0.01) * (style.top < 0.10)
-    soft = 0.05 + 0.6 * thick
+    soft = 0.06 + 1.0 * thick
     grown = thick * forward * smooth(0, 1, np.clip(inside / soft, 0, 1) ** 0.7)
     under = 0.05 * smooth(0.0, -0.05, inside)
     bumps = _bumps(inside.shape, style) * smooth(0.0, 0.06, inside)
     lift = np.where(inside > 0, 0.004 + grown, 0.004 - under) + bumps
     grid = scalp + directions * lift[..., None]
-    hanging = smooth(1.0, 1.5, np.abs(angle)) * (style.length > 0) * smooth(-0.25, 0.0, scalp[..., 1])
-    grid[..., 0] += 0.02 * hanging * np.sign(grid[..., 0])
+    if style.length > 0:
+        hanging = smooth(1.05, 1.4, np.abs(angle)) * smooth(-0.30, -0.05, scalp[..., 1])
+        beyond = (0.055 * hanging * smooth(-0.02, 0.05, inside))[..., None]
+        grid += beyond * np.sign(grid) * np.array([1.0, 0.0, 0.0])
     rows, columns = inside.shape
     shade = np.clip(0.55 + 5 * lift + 12 * bumps, 0.45, 1.0)
-    return parts.piece(grid, _uv(rows, columns, 0.0, 0.6), shade, "hair", CENTRE)
+    made = parts.piece(grid, _uv(rows, columns, 0.0, 0.6), shade, "hair", CENTRE)
+    # Without hair there must be no surface either: it would show in the open mouth.
+    face = (inside < -0.06) & (scalp[..., 2] < -0.10) & (scalp[..., 1] > -0.10)
+    grown = ~face.reshape(-1)[made.triangles].any(axis=1)
+    return made._replace(triangles=made.triangles[grown])
 
 
 def curtain(style: Style, level: int) -> parts.Piece | None:

@@ -59,7 +59,7 @@ def turns(count: int) -> np.ndarray:
 
 def eyeball(radius: float, level: int) -> Piece:
     """About the origin, looking along -z; the texture holds the iris in its middle."""
-    polar = np.deg2rad([0, 8, 17, 24, 40, 58, 78] if level else [0, 10, 19, 40, 75])[:, None]
+    polar = np.deg2rad([0, 8, 16, 22, 28, 42, 58, 78] if level else [0, 12, 22, 40, 75])[:, None]
     angle = turns(10 + 6 * level)[None]
     grid = np.stack(
         np.broadcast_arrays(
@@ -69,7 +69,7 @@ def eyeball(radius: float, level: int) -> Piece:
     )
     away = np.sqrt(polar / np.deg2rad(80)) * 0.48  # the iris takes half of the patch's width
     uv = 0.5 + np.stack(np.broadcast_arrays(away * np.cos(angle), away * np.sin(angle)), -1)
-    return piece(grid * radius, uv, 1.0, "eye", (0, 0, 0))
+    return piece(grid * radius, uv, 0.85, "eye", (0, 0, 0))
 
 
 def teeth(lip: np.ndarray, level: int, upper: bool) -> Piece:
@@ -78,13 +78,13 @@ def teeth(lip: np.ndarray, level: int, upper: bool) -> Piece:
     rows = 3 + level
     down = steps(rows)[:, None]
     x = 0.105 * across * (1.0 if upper else 0.9)
-    z = lip[2] + (0.030 if upper else 0.042) + 7.0 * x**2
+    z = lip[2] + (0.030 if upper else 0.042) + 5.0 * x**2
     edge, gum = (0.012, -0.060) if upper else (0.010, 0.062)
     y = lip[1] + gum + (edge - gum) * down + 0.012 * across**2 * (-1 if upper else 0.3)
     z = z + 0.010 * (1 - down) ** 2
     grid = np.stack(np.broadcast_arrays(x, y, z), -1)
     uv = np.stack(np.broadcast_arrays((across + 1) / 2, down), -1)
-    shade = 1.0 - 0.65 * np.abs(across) ** 1.5 - 0.25 * (1 - down)
+    shade = 1.0 - 0.5 * np.abs(across) ** 1.5 - 0.25 * (1 - down)
     return piece(grid, uv, shade, "teeth", (0, lip[1], 0.3), closed=False)
 
 
@@ -147,30 +147,30 @@ def ear(side: int, size: float, flare: float, level: int) -> Piece:
 
 def body(width: float, neck: float, collar: float, level: int) -> Piece:
     """Neck, shoulders and chest; the texture's rows go from the neck down."""
-    heights = [0.12, 0.30, 0.42, 0.52, 0.60, 0.66, 0.70, 0.74, 0.80, 0.90, 1.05, 1.3, 1.7, 2.6]
-    half = [0.205, 0.205, 0.205, 0.21, 0.225, 0.26, 0.31, 0.40, 0.58, 0.74, 0.80, 0.80, 0.76, 0.76]
-    deep = [0.20, 0.20, 0.20, 0.205, 0.21, 0.22, 0.235, 0.25, 0.27, 0.30, 0.33, 0.36, 0.36, 0.36]
+    heights = [0.12, 0.26, 0.36, 0.46, 0.53, 0.59, 0.64, 0.69, 0.76, 0.86, 1.02, 1.3, 1.7, 2.6]
+    half = [0.25, 0.25, 0.25, 0.25, 0.265, 0.29, 0.34, 0.43, 0.60, 0.78, 0.88, 0.90, 0.86, 0.86]
+    deep = [0.23, 0.23, 0.23, 0.235, 0.24, 0.245, 0.25, 0.26, 0.28, 0.31, 0.34, 0.36, 0.36, 0.36]
     centre = [0.10, 0.11, 0.13, 0.15, 0.165, 0.175, 0.18, 0.185, 0.19, 0.19, 0.17, 0.15, 0.15, 0.15]
     if level == 0:
         y = np.array(heights)
     else:
         y = np.interp(np.linspace(0, 13, 14 * (1 + level)), np.arange(14), heights)
     half, deep, middle = (np.interp(y, heights, value) for value in (half, deep, centre))
-    on_neck = smooth(0.72, 0.55, y)
+    on_neck = smooth(0.66, 0.50, y)
     half = half * (on_neck * neck + (1 - on_neck) * width)
     deep = deep * (on_neck * neck + (1 - on_neck) * (0.5 + 0.5 * width))
-    cloth = collar * smooth(0.60, 0.66, y)
+    cloth = collar * smooth(0.56, 0.62, y)
     angle = turns(20 + 12 * level)[None]
     sine, cosine = np.sin(angle), np.cos(angle)
     rounded = (half + cloth)[:, None] * np.sign(sine) * np.abs(sine) ** 0.9
     z = middle[:, None] - (deep + cloth)[:, None] * np.sign(cosine) * np.abs(cosine) ** 0.85
     # Clavicles and the hollow of the throat lie lower in front than the nape behind.
-    drop = 0.10 * smooth(0.5, 0.7, y)[:, None] * (0.5 + 0.5 * cosine) * smooth(1.2, 0.8, y)[:, None]
+    drop = 0.10 * smooth(0.45, 0.65, y)[:, None] * (0.5 + 0.5 * cosine) * smooth(1.2, 0.8, y)[:, None]
     grid = np.stack(np.broadcast_arrays(rounded, y[:, None] + drop, z), -1)
     down = np.clip((y - BODY_TOP) / (1.5 - BODY_TOP), 0, 1)
     across = np.abs(np.where(angle > np.pi, 2 * np.pi - angle, angle)) / np.pi  # mirrored: no seam
     uv = np.stack(np.broadcast_arrays(across, down[:, None]), -1)
-    shade = 1 - 0.62 * smooth(0.60, 0.28, y)[:, None] * np.ones_like(cosine)
+    shade = 1 - 0.62 * smooth(0.62, 0.30, y)[:, None] * np.ones_like(cosine)
     return piece(grid, uv, shade, "body", (0, 0.9, 0.17))
 
 

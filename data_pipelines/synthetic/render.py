@@ -21,7 +21,7 @@ from data_pipelines.synthetic.rasterize import rasterize
 
 SMALLEST, LARGEST = 16, 1024
 _BODY_TURN = 0.30  # part of the head's rotation that the shoulders take over
-_IRIS = np.sin(np.deg2rad(19.0))  # radius of the iris, in eyeballs
+_IRIS = np.sin(np.deg2rad(21.0))  # radius of the iris, in eyeballs
 _VIEWER = np.array([0.0, 0.0, -1.0])
 
 

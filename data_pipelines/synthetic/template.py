@@ -57,7 +57,7 @@ def _sections(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Half width, top and bottom of the skull's cross-sections at depth z."""
     at = [-0.45, -0.35, -0.2, -0.05, 0.02, 0.12, 0.25, 0.36, 0.43, 0.47]
     width = [0.30, 0.34, 0.368, 0.38, 0.388, 0.397, 0.385, 0.31, 0.20, 0.0]
-    top = [-0.37, -0.45, -0.575, -0.645, -0.665, -0.672, -0.62, -0.50, -0.35, -0.10]
+    top = [-0.39, -0.49, -0.603, -0.66, -0.67, -0.668, -0.625, -0.52, -0.38, -0.10]
     bottom = [0.55, 0.52, 0.42, 0.32, 0.26, 0.22, 0.19, 0.13, 0.06, -0.10]
     return np.interp(z, at, width), np.interp(z, at, top), np.interp(z, at, bottom)
 
@@ -117,6 +117,22 @@ def _face_triangles() -> np.ndarray:
     return np.array(kept)
 
 
+def _smoothed(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """The face with its lips closed, and its chin evened out in depth: points slide there."""
+    points, count = points.copy(), len(points)
+    lips = list(UPPER_INNER_LIP), list(LOWER_INNER_LIP)
+    points[lips[0]] = points[lips[1]] = (points[lips[0]] + points[lips[1]]) / 2
+    edges = np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]])
+    edges = np.concatenate([edges, edges[:, ::-1]])
+    degree = np.bincount(edges[:, 0], minlength=count)
+    inner = np.setdiff1d(np.arange(count), _OVAL)
+    amount = 0.7 * smooth(0.34, 0.40, points[inner, 1])
+    for _ in range(3):
+        near = np.bincount(edges[:, 0], points[edges[:, 1], 2], count) / degree
+        points[inner, 2] += amount * (near[inner] - points[inner, 2])
+    return points
+
+
 class Head:
     """Topology and constants of the head mesh.
 
@@ -133,7 +149,8 @@ class Head:
     """
 
     def __init__(self):
-        face, skull = MEAN_FACE[:MESH_POINTS], _skull()
+        triangles = _face_triangles()
+        face, skull = _smoothed(MEAN_FACE[:MESH_POINTS], triangles), _skull()
         count = len(_OVAL)
         self.points = np.concatenate([face, skull.reshape(-1, 3), BACK_OF_HEAD[None]])
         numbers = MESH_POINTS + np.arange((RINGS - 1) * count).reshape(RINGS - 1, count)
@@ -142,7 +159,7 @@ class Head:
         pole = len(self.points) - 1
         cap = np.stack([rings[-1], np.full(count, pole), np.roll(rings[-1], -1)], -1)
         centre = np.array([0.0, -0.05, 0.0])
-        self.face_triangles = mesh.outward(self.points, _face_triangles(), centre)
+        self.face_triangles = mesh.outward(self.points, triangles, centre)
         behind = [mesh.outward(self.points, part, centre) for part in (band, cap)]
         triangles = np.concatenate([self.face_triangles, *behind])
         part = np.arange(1, RINGS) / RINGS

@@ -121,7 +121,7 @@ def _skin(looks: Looks, side: int) -> np.ndarray:
     for number in (119, 348):
         _blend(canvas, looks.tired * spot(number, 0.032, 0.012), looks.skin * (0.72, 0.62, 0.66))
     if looks.freckles > 0:
-        dots = (_noise(rng, 130, side) > 1.7).astype(np.float32)
+        dots = (_noise(rng, 230, side) > 1.8).astype(np.float32)
         dots *= np.clip(spot(50, 0.07, 0.05) + spot(280, 0.07, 0.05) + spot(4, 0.05, 0.05), 0, 1)
         _blend(canvas, looks.freckles * dots, looks.skin * (0.68, 0.55, 0.48))
     _wrinkles(canvas, looks, uv)
@@ -165,7 +165,7 @@ def _beard(canvas: np.ndarray, looks: Looks, uv: np.ndarray, rng: np.random.Gene
             area = uv[[216, 206, 165, 97, 2, 326, 391, 426, 436, 410, 0, 186]]
     mask = _mask(side, area, 0.010)
     lips = _mask(side, uv[list(LANDMARKS_OF["outer_lips"])], 0.004)
-    grain = 0.85 + 0.3 * _noise(rng, 120, side)
+    grain = 0.85 + 0.15 * _noise(rng, 120, side)
     mask = np.clip(mask * grain, 0, 1) * (1 - lips)
     amount = 0.33 if looks.beard == "stubble" else 0.90
     _blend(canvas, amount * mask, looks.beard_colour)
@@ -209,7 +209,9 @@ def _brows(canvas: np.ndarray, looks: Looks, uv: np.ndarray, rng: np.random.Gene
     for name in ("right_brow", "left_brow"):
         outline = uv[list(LANDMARKS_OF[name])]
         middle = (outline[:5] + outline[:4:-1]) / 2  # lower and upper edge run opposite ways
+        taper = np.array([0.35, 0.75, 1.0, 1.0, 0.8])[:, None]  # from the outer end inwards
         thick = (outline - np.concatenate([middle, middle[::-1]])) * looks.brow_width
+        thick *= np.concatenate([taper, taper[::-1]])
         area = np.concatenate([middle, middle[::-1]]) + thick
         mask = _mask(side, area, 0.0035) * np.clip(0.95 + 0.25 * _noise(rng, 110, side), 0, 1)
         _blend(canvas, looks.brow_strength * mask, looks.brow_colour)
@@ -241,14 +243,14 @@ def _unrolled_angles() -> tuple[np.ndarray, np.ndarray]:
 
 def _eye(looks: Looks, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     away = np.sqrt(np.square(u - 0.5) + np.square(v - 0.5)) / 0.48
-    # The eyeball stretches its texture: sqrt(polar / 80 degrees); the iris ends at 19 degrees.
+    # The eyeball stretches its texture: sqrt(polar / 80 degrees); the iris ends at 21 degrees.
     polar = 80 * np.square(away)[..., None]
     spokes = np.arctan2(v - 0.5, u - 0.5)[..., None]
     iris = looks.iris * (0.75 + 0.35 * smooth(6, 15, polar) + 0.10 * np.sin(17 * spokes))
-    iris = iris * (1 - 0.65 * smooth(15.5, 19, polar))
-    white = np.array([0.90, 0.88, 0.86]) * (1 - 0.18 * smooth(30, 65, polar) * (0.6, 1.2, 1.2))
-    colour = iris + smooth(18.0, 20.5, polar) * (white - iris)
-    return colour * (1 - 0.97 * smooth(8.2, 6.8, polar))
+    iris = iris * (1 - 0.65 * smooth(16.5, 21, polar))
+    white = np.array([0.86, 0.83, 0.80]) * (1 - 0.25 * smooth(30, 65, polar) * (0.6, 1.2, 1.2))
+    colour = iris + smooth(20.0, 22.5, polar) * (white - iris)
+    return colour * (1 - 0.97 * smooth(9.2, 7.6, polar))
 
 
 def _teeth(looks: Looks, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -263,8 +265,8 @@ def _hair(looks: Looks, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng((looks.seed, 13))
     shade = np.ones(np.broadcast_shapes(u.shape, v.shape))
     for _ in range(16):
-        across, phase, bend = rng.uniform(8, 70), rng.uniform(0, 2 * np.pi), rng.uniform(-3, 3)
-        shade = shade + 0.040 * np.sin(across * u + phase + bend * v)
+        across, phase, bend = rng.uniform(12, 110), rng.uniform(0, 2 * np.pi), rng.uniform(-3, 3)
+        shade = shade + 0.065 * np.sin(across * u + phase + bend * v)
     shade = shade * (1 - 0.10 * smooth(0.25, 0.0, v) + 0.12 * looks.streaks * smooth(0.3, 1.0, v))
     return looks.hair_colour * shade[..., None]
 
