@@ -180,7 +180,9 @@ def displacements() -> np.ndarray:
     smile = _mirrored(points, corner, (0.07, 0.075, 0.12), (0.050, -0.050, 0.035))
     smile += _mirrored(points, (0.20, 0.12, -0.35), (0.06, 0.07, 0.1), (0.012, -0.028, -0.022))
     result["smile"] = smile * not_eyes
-    towards = np.stack([-0.55 * points[:, 0], -0.12 * (points[:, 1] - 0.28), np.zeros(len(points))], -1)
+    towards = np.stack(
+        [-0.55 * points[:, 0], -0.12 * (points[:, 1] - 0.28), np.zeros(len(points))], -1
+    )
     pucker = near_mouth * (towards + np.array([0, 0, -0.055]))
     result["pucker"] = pucker * template.smooth(0.14, 0.21, points[:, 1])[:, None]
     upper = template.around(points, middle, (0.085, 0.045, 0.10))[:, None]
@@ -200,7 +202,9 @@ def displacements() -> np.ndarray:
     result["cheek_puff"] = puff * not_eyes * (1 - 0.8 * lips)
     sneer = _mirrored(points, (0.065, 0.115, -0.46), (0.035, 0.04, 0.06), (0.014, -0.026, 0.004))
     sneer += _mirrored(points, (0.11, 0.10, -0.41), (0.03, 0.05, 0.05), (0.004, -0.018, -0.012))
-    result["nose_sneer"] = sneer * template.smooth(0.24, 0.19, points[:, 1])[:, None] * np.abs(sides)
+    result["nose_sneer"] = (
+        sneer * template.smooth(0.24, 0.19, points[:, 1])[:, None] * np.abs(sides)
+    )
     return np.stack([result[name] for name in _RANGES])
 
 

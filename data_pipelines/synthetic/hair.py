@@ -214,7 +214,9 @@ def curtain(style: Style, level: int) -> parts.Piece | None:
     z = template.AXIS_Z - (deep + ripple) * radius * np.cos(angle) + 0.02 * v
     outside = np.stack(np.broadcast_arrays(x, y, z), -1)
     inner = (1 - 0.03 * smooth(0, 0.1, v)) * np.array(0.95)
-    inside = np.stack(np.broadcast_arrays(x * inner, y, template.AXIS_Z + (z - template.AXIS_Z) * inner), -1)
+    inside = np.stack(
+        np.broadcast_arrays(x * inner, y, template.AXIS_Z + (z - template.AXIS_Z) * inner), -1
+    )
     u = parts.steps(columns)[None]
     uv = np.stack(np.broadcast_arrays(u, 0.3 + 0.7 * v), -1)
     shade = np.clip(0.85 + 10 * ripple, 0.55, 1.0) * (1 - 0.35 * edge)

@@ -17,7 +17,12 @@ from data_pipelines.synthetic.face_points import MESH_POINTS
 
 # What a pixel may show; 0 is the background.
 PARTS = ("background", "skin", "eye", "mouth", "teeth", "tongue", "ear", "hair", "body")
-_KEPT = 64  # identities that `make_identity` remembers
+_KEPT = 24  # identities that `make_identity` remembers: some megabytes each
+
+
+def name_of(seed: int) -> str:
+    """The name of a person, for records and splits."""
+    return f"head{int(seed):07d}"
 
 
 class Model(NamedTuple):
@@ -58,7 +63,7 @@ class Identity:
     """
 
     def __init__(self, seed: int):
-        self.seed, self.name = int(seed), f"head{int(seed):07d}"
+        self.seed, self.name = int(seed), name_of(seed)
         rng = np.random.default_rng((self.seed, 3))
         self.shape = shape.sample_shape(rng)
         self.looks = looks.sample_looks(rng, self.shape)
@@ -170,5 +175,3 @@ def _make_model(person: Identity, level: int) -> Model:
 def _deformed(piece: parts.Piece, person: Identity) -> parts.Piece:
     moved = piece.vertices + shape.displacement(piece.vertices, person.shape)
     return piece._replace(vertices=moved)
-
-

@@ -173,7 +173,9 @@ def sample_looks(rng: np.random.Generator, shape: dict[str, float]) -> Looks:
     hanging = style.length > 0 or style.bun > 0
     beard = "none"
     if not hanging and rng.random() < 0.55:
-        beard = str(rng.choice(["stubble", "full", "goatee", "moustache"], p=[0.4, 0.3, 0.18, 0.12]))
+        beard = str(
+            rng.choice(["stubble", "full", "goatee", "moustache"], p=[0.4, 0.3, 0.18, 0.12])
+        )
     painted = hanging and rng.random() < 0.6
     natural = skin * (0.90, 0.62, 0.62) * rng.uniform(0.9, 1.05)
     lips = colour(rng, (0.55, 0.8), (0.45, 0.8)) * (1.0, 0.55, 0.6) if painted else natural

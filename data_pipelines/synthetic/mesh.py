@@ -101,9 +101,7 @@ def subdivide(triangles: np.ndarray, vertices: int) -> Subdivision:
             weights[number] = 0.5625, -0.0625, 0.0
     finer = []
     for a, b, c in triangles.tolist():
-        ab, bc, ca = (
-            vertices + edges[min(pair), max(pair)] for pair in ((a, b), (b, c), (c, a))
-        )
+        ab, bc, ca = (vertices + edges[min(pair), max(pair)] for pair in ((a, b), (b, c), (c, a)))
         finer += [(a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca)]
     return Subdivision(ends, near, wings, weights, np.array(finer, np.int64))
 

@@ -165,7 +165,9 @@ def body(width: float, neck: float, collar: float, level: int) -> Piece:
     rounded = (half + cloth)[:, None] * np.sign(sine) * np.abs(sine) ** 0.9
     z = middle[:, None] - (deep + cloth)[:, None] * np.sign(cosine) * np.abs(cosine) ** 0.85
     # Clavicles and the hollow of the throat lie lower in front than the nape behind.
-    drop = 0.10 * smooth(0.45, 0.65, y)[:, None] * (0.5 + 0.5 * cosine) * smooth(1.2, 0.8, y)[:, None]
+    drop = (
+        0.10 * smooth(0.45, 0.65, y)[:, None] * (0.5 + 0.5 * cosine) * smooth(1.2, 0.8, y)[:, None]
+    )
     grid = np.stack(np.broadcast_arrays(rounded, y[:, None] + drop, z), -1)
     down = np.clip((y - BODY_TOP) / (1.5 - BODY_TOP), 0, 1)
     across = np.abs(np.where(angle > np.pi, 2 * np.pi - angle, angle)) / np.pi  # mirrored: no seam

@@ -36,9 +36,7 @@ def pose_matrix(
 
 def sample_pose(rng: np.random.Generator) -> np.ndarray:
     """A pose from the whole range, (3, 4) float64; more often near the front than far from it."""
-    pitch, yaw, roll = (
-        limit * np.clip(rng.normal(0, 0.45), -1, 1) for limit in (PITCH, YAW, ROLL)
-    )
+    pitch, yaw, roll = (limit * np.clip(rng.normal(0, 0.45), -1, 1) for limit in (PITCH, YAW, ROLL))
     scale = float(np.exp(rng.uniform(*np.log(SCALE))))
     shift = tuple(rng.uniform(-SHIFT, SHIFT, 2))
     return pose_matrix(pitch, yaw, roll, scale, shift)

@@ -28,7 +28,7 @@ _NOSTRILS = ((238, 20, 60, 75), (458, 250, 290, 305))
 
 def side_for(size: int) -> int:
     """Side of the texture for pictures of `size` pixels."""
-    return 256 if size <= 96 else 512 if size <= 320 else 1024
+    return 192 if size <= 96 else 512 if size <= 320 else 1024
 
 
 def paint(looks: Looks, side: int) -> np.ndarray:
