@@ -208,9 +208,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
     config.sample_latents = not tiny  # train on samples of the posterior, or on its mean
     config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
     config.noise_offset = 0.0
-    config.timestep_power = (
-        1.0  # above 1: more of the high noise levels, density timestep^(power - 1)
-    )
+    config.timestep_power = 1.0  # above 1: more of the high noise levels, density timestep^(power - 1)
     config.dropout = ConfigDict(
         {"everything": 0.1, "expression": 0.1, "pose": 0.05, "reference_tokens": 0.0}
     )
