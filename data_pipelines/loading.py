@@ -31,7 +31,7 @@ _ENDLESS = 1 << 60
 def default_data() -> dict[str, Any]:
     """`config.data` as a plain nested dict."""
     return {
-        "path": "",
+        "path": "",  # a dataset, or rendered heads: "synthetic:identities=2000,frames=8,size=64"
         "split": "train",
         "mode": "pairs",
         "batch_size": 28,  # sources, over all hosts
@@ -152,7 +152,7 @@ class Examples:
         self.augment = config["augment"]
         self.video = config["mode"] == "video"
         self.sizes = (config["image_size"], config["pose_size"], config["expression_size"])
-        self.clips = dataset.ClipDataset(
+        self.clips = dataset.open_clips(
             config["path"], split or config["split"], cache_bytes=config["cache_megabytes"] << 20
         )
         self.span = (config["frames"] - 1) * config["frame_stride"] + 1 if self.video else 2
