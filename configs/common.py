@@ -208,7 +208,9 @@ def animator(stage: str, variant: str) -> ConfigDict:
     config.sample_latents = not tiny  # train on samples of the posterior, or on its mean
     config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
     config.noise_offset = 0.0
-    config.timestep_power = 1.0  # above 1: more of the high noise levels, density timestep^(power - 1)
+    # Density of noise levels in training, timestep^(power - 1): above 1, more of the high ones. These are the
+    # last that a network of minutes learns, and the first that sampling asks.
+    config.timestep_power = 2.0 if tiny else 1.0
     config.dropout = ConfigDict(
         {"everything": 0.1, "expression": 0.1, "pose": 0.05, "reference_tokens": 0.0}
     )
@@ -224,7 +226,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "eta": 0.0,
             "start": "noise",  # noise | ref_blur
             # Deviation of the noise. A network of minutes lets noise through to the picture; less noise, less of it.
-            "temperature": 0.2 if tiny else 1.0,
+            "temperature": 0.5 if tiny else 1.0,
             "shared_noise": 1.0 if tiny else 0.0,  # share of it that all frames have in common
             "overlap": 2 if tiny else 4,
         }

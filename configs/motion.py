@@ -49,8 +49,14 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "floor": 1.0 if tiny else 0.0,
                 "decay_steps": 500 if tiny else 20_000,
             },
+            # The expression encoder is a landmark network by origin; its heat maps can be told where they are.
+            "landmark_label": {"initial": 0.0, "floor": 0.0, "decay_steps": 20_000},
+            # Of latents of two pictures of one instant; wants data.second_expression.
+            "invariance": 0.0,
         }
     )
+    # Steps at the start that train the encoders alone, on the labels above. Included in num_steps.
+    config.pretraining = ConfigDict({"steps": 0})
     if tiny:
         generator = common.adam(
             2e-3,
@@ -63,7 +69,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     else:
         generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
         discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
-    config.optim = ConfigDict({"generator": generator, "discriminator": discriminator})
+    pretraining = common.adam(2e-3)
+    config.optim = ConfigDict(
+        {"pretraining": pretraining, "generator": generator, "discriminator": discriminator}
+    )
     batch = {"tiny": (4, 2), "small": (4, 4), "full": (28, 4)}[variant]
     common.set_data(config, **common.sizes(variant), batch_size=batch[0], targets=batch[1])
     return config
