@@ -123,6 +123,8 @@ def test_pretraining_trains_the_encoders_alone(places):
     task = make_task(config)
     assert task.events(0) == task.events(1) == {"pretraining"}
     assert task.events(2) == {"joint", "adversarial", "r1"}
+    task.config.loss.gradient_norms_every = 4
+    assert "gradient_norms" in task.events(6) and "gradient_norms" not in task.events(7)
     placed = sharding.make_mesh(ConfigDict(dict.fromkeys(config.mesh, 1)), jax.devices()[:1])
     _, shardings, step = build(task, config, placed)
     state = first_state(task, config, shardings)

@@ -6,12 +6,14 @@ relative pose, and the decoder, styled by the driving frame's expression latent,
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -133,15 +135,21 @@ class MotionTask:
     def events(self, step: int) -> frozenset[str]:
         """ "pretraining" first, where there is any, then "joint".
 
-        In the latter, "adversarial" from its start on and "r1" in every `r1_every`-th of these steps.
+        In the latter, "adversarial" from its start on, "r1" in every `r1_every`-th of these steps, and
+        "gradient_norms" in every `gradient_norms_every`-th.
         """
         weights, step = self.config.loss, step - self.config.pretraining.steps
         if step < 0:
             return frozenset({"pretraining"})
-        if weights.adversarial == 0 or step < weights.adversarial_start:
-            return frozenset({"joint"})
-        lazy = (step - weights.adversarial_start) % weights.r1_every == 0
-        return frozenset({"joint", "adversarial"} | ({"r1"} if lazy else set()))
+        events = {"joint"}
+        if weights.gradient_norms_every and step % weights.gradient_norms_every == 0:
+            events.add("gradient_norms")
+        step -= weights.adversarial_start
+        if weights.adversarial > 0 and step >= 0:
+            events.add("adversarial")
+            if step % weights.r1_every == 0:
+                events.add("r1")
+        return frozenset(events)
 
     def pretrained(self) -> dict[str, Any]:
         """None: every group starts fresh."""
@@ -211,12 +219,23 @@ class MotionTask:
     def generator_loss(self, params, batch, key, step, shared, events):
         """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
         del key, shared
+        poses, expression, heat_maps = self._encode(params, batch)
+        image = self._predict(params, batch, poses, expression)
+        image_terms = functools.partial(self._image_terms, params, batch, events)
+        terms = image_terms(image)
+        metrics = {}
+        if "gradient_norms" in events:
+            metrics = gradient_norms(image_terms, image)
+        joint_step = step - self.config.pretraining.steps
+        terms |= self._label_terms(params, batch, poses, expression, heat_maps, joint_step)
+        judged = image[: self.judged(image.shape[0])]
+        return _total(terms), Outputs(_values(terms) | metrics, {"image": judged})
+
+    def _image_terms(self, params, batch, events, image):
+        """The terms that look at the picture: name -> (weight, value)."""
         weights = self.config.loss
         target = to_float(flatten_targets(batch["target_image"]))
         mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
-        poses, expression, heat_maps = self._encode(params, batch)
-        image = self._predict(params, batch, poses, expression)
-
         perceptual = self.perceptual.bind(params["perceptual"])
         maps = perceptual.distance_maps(
             perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
@@ -229,17 +248,12 @@ class MotionTask:
             "gradient_l1": (weights.gradient_l1, losses.gradient_absolute(image, target)),
             "multiscale_l1": (weights.multiscale_l1, losses.multiscale_absolute(image, target)),
         }
-        joint_step = step - self.config.pretraining.steps
-        terms |= self._label_terms(params, batch, poses, expression, heat_maps, joint_step)
-        judged = image[: self.judged(image.shape[0])]
         # Before the discriminator has started it knows nothing; its gradient would be noise.
         if "adversarial" in events:
             discriminator = self.networks["discriminator"].bind(params["discriminator"])
-            terms["adversarial"] = (
-                weights.adversarial,
-                losses.generator_adversarial(discriminator(judged)),
-            )
-        return _total(terms), Outputs(_values(terms), {"image": judged})
+            logits = discriminator(image[: self.judged(image.shape[0])])
+            terms["adversarial"] = (weights.adversarial, losses.generator_adversarial(logits))
+        return terms
 
     def discriminator_loss(self, params, batch, key, step, shared, events):
         """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
@@ -272,6 +286,24 @@ class MotionTask:
                 batch["target_image"],
                 image,
             )
+
+
+def gradient_norms(terms, image: Float[Array, "b h w 3"]) -> dict[str, Array]:
+    """gradient_norm/NAME of every term of ``terms(image)``, times its weight, with respect to the picture.
+
+    What each loss asks of the picture is what weights have to balance; the parameters' own gradients
+    would need a backward pass through all networks for every term.
+    """
+    image = jax.lax.stop_gradient(image)
+
+    def weighted(image, name):
+        weight, value = terms(image)[name]
+        return weight * value
+
+    return {
+        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(image, name))
+        for name in jax.eval_shape(terms, image)
+    }
 
 
 def _total(terms: dict[str, tuple[Any, Array]]) -> Array:
