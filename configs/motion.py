@@ -35,7 +35,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             "r1_gamma": 10.0,
             "r1_every": 1 if tiny else 16,
             # Gradient norm of every term at the picture, for setting weights; 0: never. A program of its own.
-            "gradient_norms_every": 0 if tiny else 496,  # a multiple of r1_every: no further program
+            "gradient_norms_every": 0
+            if tiny
+            else 496,  # a multiple of r1_every: no further program
             # Beside the paper's: plain terms that help where there are minutes, not days.
             "masked_l1": 20.0 if tiny else 0.0,
             "gradient_l1": 5.0 if tiny else 0.0,

@@ -387,9 +387,7 @@ def expression_picture(
     return result
 
 
-def expression_landmarks(
-    clip: records.Clip, index: int, draw: Draw
-) -> np.ndarray:
+def expression_landmarks(clip: records.Clip, index: int, draw: Draw) -> np.ndarray:
     """(68, 2) float32: the landmarks of a face alignment network, where `expression_picture` shows them.
 
     In crop coordinates of that picture; points that it cuts off lie outside [-1, 1].
@@ -474,9 +472,7 @@ def frame_inputs(
         "component_mask": component_mask(polygons, draw, augment, image_size),
         "head_pose": transform_head_pose(draw.frame, clip.head_pose[index]),
         "blendshapes": np.ascontiguousarray(blendshapes, np.float32),
-        "expression_landmarks": expression_landmarks(
-            *(expression_from or (clip, index)), draw
-        ),
+        "expression_landmarks": expression_landmarks(*(expression_from or (clip, index)), draw),
     }
     if second is not None:
         inputs["second_expression_image"] = expression(*second)

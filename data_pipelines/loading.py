@@ -323,7 +323,9 @@ class Examples:
             return list(draws)
         return [
             dataclasses.replace(
-                augmentation.random_draw(rng, self.augment, bool(np.linalg.det(draw.frame[:, :2]) < 0)),
+                augmentation.random_draw(
+                    rng, self.augment, bool(np.linalg.det(draw.frame[:, :2]) < 0)
+                ),
                 other_view=not draw.other_view,
             )
             for draw in draws

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.dataset import ClipDataset, split_names
+from data_pipelines.dataset import ClipDataset, open_clips, split_names
 from data_pipelines.files import replace_directory, writing_to
 from data_pipelines.records import Clip
 from dexportrait_jax import provenance
@@ -80,7 +80,7 @@ def run_evaluate(
         raise UserError(f"--max_frames={max_frames}: at least 1")
     target = Path(out)
     _check_replaceable(target, overwrite)
-    clips = ClipDataset(data, split)
+    clips = open_clips(data, split)
     model = load_model(weights)
     runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames)
     model.settings(runner.sampling)  # wrong settings are found before the first clip
@@ -88,7 +88,7 @@ def run_evaluate(
     if protocol == "self":
         found = evaluate_self(runner, clips)
     elif protocol == "synthetic":
-        found = evaluate_synthetic(runner, ClipDataset(data, "train"), clips)
+        found = evaluate_synthetic(runner, open_clips(data, "train"), clips)
     else:
         with open_estimator(estimator) as estimate:
             function = evaluate_cross if protocol == "cross" else evaluate_disentangled

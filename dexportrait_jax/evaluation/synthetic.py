@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from jaxtyping import Float
 
@@ -32,7 +31,6 @@ from dexportrait_jax.evaluation.runner import (
     row,
 )
 from dexportrait_jax.face_clips import encode_clip
-from dexportrait_jax.inference import Drive
 from dexportrait_jax.metrics import Progress
 
 TRAINING_FRAMES = 3000  # that gauge and probes are fitted on
