@@ -195,7 +195,7 @@ def displacements() -> np.ndarray:
         own = template.smooth(-0.03, 0.04, side * points[:, 0])[:, None]
         bell = template.around(points, (side * 0.16, -0.235, -0.37), (0.11, 0.055, 0.14))[:, None]
         result[name] = own * bell * not_lids * np.array([[0.0, -0.055, 0.008]])
-    knit = _mirrored(points, (0.075, -0.21, -0.42), (0.05, 0.05, 0.08), (-0.028, 0.034, -0.012))
+    knit = _mirrored(points, (0.075, -0.21, -0.42), (0.055, 0.05, 0.08), (-0.036, 0.046, -0.012))
     result["brow_knit"] = knit * not_lids * np.minimum(np.abs(points[:, :1]) / 0.04, 1)
     puff = _mirrored(points, (0.20, 0.22, -0.32), (0.075, 0.085, 0.12), (0.060, 0.010, -0.055))
     lips = template.around(points, middle, (0.14, 0.06, 0.12))[:, None]
