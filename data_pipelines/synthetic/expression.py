@@ -195,11 +195,11 @@ def displacements() -> np.ndarray:
         own = template.smooth(-0.03, 0.04, side * points[:, 0])[:, None]
         bell = template.around(points, (side * 0.16, -0.235, -0.37), (0.11, 0.055, 0.14))[:, None]
         result[name] = own * bell * not_lids * np.array([[0.0, -0.055, 0.008]])
-    knit = _mirrored(points, (0.075, -0.21, -0.42), (0.05, 0.05, 0.08), (-0.028, 0.034, -0.012))
+    knit = _mirrored(points, (0.075, -0.21, -0.42), (0.055, 0.05, 0.08), (-0.036, 0.046, -0.012))
     result["brow_knit"] = knit * not_lids * np.minimum(np.abs(points[:, :1]) / 0.04, 1)
     puff = _mirrored(points, (0.20, 0.22, -0.32), (0.075, 0.085, 0.12), (0.060, 0.010, -0.055))
-    lips = template.around(points, middle, (0.10, 0.05, 0.10))[:, None]
-    result["cheek_puff"] = puff * not_eyes * (1 - 0.8 * lips)
+    lips = template.around(points, middle, (0.14, 0.06, 0.12))[:, None]
+    result["cheek_puff"] = puff * not_eyes * (1 - lips)
     sneer = _mirrored(points, (0.065, 0.115, -0.46), (0.035, 0.04, 0.06), (0.014, -0.026, 0.004))
     sneer += _mirrored(points, (0.11, 0.10, -0.41), (0.03, 0.05, 0.05), (0.004, -0.018, -0.012))
     result["nose_sneer"] = (
@@ -288,7 +288,9 @@ def turn_jaw(points: np.ndarray, weights: np.ndarray | float, amount: float) -> 
     y, z = points[:, 1] - template.HINGE[1], points[:, 2] - template.HINGE[2]
     cosine, sine = np.cos(angle), np.sin(angle)
     turned = np.stack([points[:, 0], y * cosine - z * sine, y * sine + z * cosine], -1)
-    turned[:, 1:] += template.HINGE[1:]
+    # The joint slides forwards and down while the jaw opens.
+    slide = amount * np.broadcast_to(weights, points.shape[:1])[:, None] * np.array([0.032, -0.022])
+    turned[:, 1:] += template.HINGE[1:] + slide
     return turned
 
 

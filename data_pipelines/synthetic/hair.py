@@ -178,7 +178,8 @@ def shell(style: Style, level: int) -> parts.Piece | None:
     shade = np.clip(0.55 + 5 * lift + 12 * bumps, 0.45, 1.0)
     made = parts.piece(grid, _uv(rows, columns, 0.0, 0.6), shade, "hair", CENTRE)
     # Without hair there must be no surface either: it would show in the open mouth.
-    face = (inside < -0.06) & (scalp[..., 2] < -0.10) & (scalp[..., 1] > -0.10)
+    face = (inside < -0.06) & (scalp[..., 2] < -0.10) & (scalp[..., 1] > 0.08)
+    face &= np.abs(scalp[..., 0]) < 0.22
     grown = ~face.reshape(-1)[made.triangles].any(axis=1)
     return made._replace(triangles=made.triangles[grown])
 

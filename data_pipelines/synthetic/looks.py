@@ -128,8 +128,8 @@ def sample_light(rng: np.random.Generator) -> Light:
     side = rng.uniform(-1.1, 1.1)
     key = _unit(np.sin(side), -rng.uniform(0.1, 0.9), -np.cos(side) - 0.25)
     warm = rng.uniform(-0.10, 0.10)
-    strength = rng.uniform(0.62, 0.95)
-    surrounding = rng.uniform(0.34, 0.55)
+    strength = rng.uniform(0.52, 0.80)
+    surrounding = rng.uniform(0.32, 0.48)
     tint = np.array([1 + warm, 1.0, 1 - warm])
     return Light(
         key,

@@ -122,17 +122,10 @@ def landmarks_of(identity: Identity, points: np.ndarray, expression: np.ndarray)
     result[:MESH_POINTS] = points
     gaze = expressions.gaze_rotation(expression)
     rim = np.sqrt(1 - _IRIS**2)
-    # Mirror images of each other, as MediaPipe numbers them: towards the nose, up, outwards, down.
-    for eye, first, inwards in (("right_eye", 468, 1.0), ("left_eye", 473, -1.0)):
-        looks = np.array(
-            [
-                (0, 0, -1),
-                (inwards * _IRIS, 0, -rim),
-                (0, -_IRIS, -rim),
-                (-inwards * _IRIS, 0, -rim),
-                (0, _IRIS, -rim),
-            ]
-        )
+    # Centre, right, top, left, bottom as seen in the picture, for both eyes.
+    rim_points = [(_IRIS, 0), (0, -_IRIS), (-_IRIS, 0), (0, _IRIS)]
+    looks = np.array([(0, 0, -1), *((x, y, -rim) for x, y in rim_points)])
+    for eye, first in (("right_eye", 468), ("left_eye", 473)):
         ball = identity.eyes[eye]
         result[first : first + 5] = ball.centre + ball.radius * looks @ gaze.T
     return result

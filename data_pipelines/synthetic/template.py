@@ -73,7 +73,10 @@ def _skull() -> np.ndarray:
     def on_section(z):
         half, top, bottom = _sections(z)
         reach = np.where(np.cos(angle) > 0, middle - top, bottom - middle)
-        return np.stack([half * np.sin(angle), middle - reach * np.cos(angle), z], -1)
+        across = np.sin(angle)
+        rounder = np.sign(across) * np.abs(across) ** 0.8  # than an ellipse, above
+        across = np.where(np.cos(angle) > 0, rounder, across)
+        return np.stack([half * across, middle - reach * np.cos(angle), z], -1)
 
     rings = []
     for step in range(1, RINGS):

@@ -289,10 +289,10 @@ def _body(looks: Looks, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if clothes.cut in ("v", "shirt"):
         edge = edge + (0.16 if clothes.cut == "v" else 0.10) * np.clip(1 - u / 0.22, 0, 1)
     if clothes.cut == "jacket":  # a shirt that shows between lapels
-        opened = u < 0.22 * np.clip((0.78 - v) / 0.45, 0, 1)
-        cloth[opened] = other
-        tie = (u < 0.035) & (v > 0.37)
-        cloth[tie & clothes.tie] = clothes.third
+        opened = smooth(0.012, -0.012, u - 0.22 * np.clip((0.78 - v) / 0.45, 0, 1))[..., None]
+        cloth = cloth + opened * (other - cloth)
+        tie = smooth(0.041, 0.029, u) * smooth(0.365, 0.375, v) * clothes.tie
+        cloth = cloth + (tie[..., None] * opened) * (clothes.third - cloth)
     trim = np.abs(v - edge) < 0.012
     cloth[trim] *= 0.72
     if clothes.cut == "shirt":
