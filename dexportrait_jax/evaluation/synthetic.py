@@ -70,7 +70,7 @@ def truth_of(clip: Clip) -> Truth:
 def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset) -> Findings:
     """Figures of encoders and pictures on held-out people; one item for each of them.
 
-    Keys beside those of `encoder_figures`: self_psnr, cross_psnr, disentangled_psnr and *_copy
+    Keys beside those of `encoder_figures` and expression_r2/NAME of every parameter: self_psnr, cross_psnr, disentangled_psnr and *_copy
     (repeating the source); disentangled_rigid, disentangled_mean, disentangled_gain_db over the best of the
     three baselines; expression_use_db, PSNR round eyes and mouth with B's latent over the same with
     the source's.
@@ -105,8 +105,8 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     best = max(means[f"disentangled_{name}"] for name in ("copy", "rigid", "mean"))
     means["disentangled_gain_db"] = means["disentangled_psnr"] - best
     means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
-    items.append({"expression_r2_of_parameters": parameters})
-    return Findings(figures | means, items, rows)
+    figures |= {f"expression_r2/{name}": value for name, value in parameters.items()}
+    return Findings(means | figures, items, rows)
 
 
 def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:
