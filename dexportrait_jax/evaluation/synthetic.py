@@ -70,10 +70,10 @@ def truth_of(clip: Clip) -> Truth:
 def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset) -> Findings:
     """Figures of encoders and pictures on held-out people; one item for each of them.
 
-    Keys beside those of `encoder_figures` and expression_r2/NAME of every parameter: self_psnr, cross_psnr, disentangled_psnr and *_copy
-    (repeating the source); disentangled_rigid, disentangled_mean, disentangled_gain_db over the best of the
-    three baselines; expression_use_db, PSNR round eyes and mouth with B's latent over the same with
-    the source's.
+    Keys beside those of `encoder_figures`: expression_r2/NAME of every parameter; self_psnr, cross_psnr,
+    disentangled_psnr and *_copy (repeating the source); disentangled_rigid, disentangled_mean,
+    disentangled_gain_db over the best of the three baselines; expression_use_db, PSNR round eyes and
+    mouth with B's latent over the same with the source's.
     """
     people = one_clip_each(clips, 3, "synthetic")
     truths = [truth_of(clip) for clip in people]
