@@ -232,7 +232,11 @@ class ExpressionEncoder(nnx.Module):
         self, image: Float[Array, "b e e 3"], dropout_key: Array | None = None
     ) -> Float[Array, "b latent"]:
         """The latent; with ``dropout_key`` the hourglass drops parts of its shortcuts."""
-        hidden = self.heat_maps(image, dropout_key)
+        return self.latent(self.heat_maps(image, dropout_key))
+
+    def latent(self, heat_maps: Float[Array, "b e4 e4 maps"]) -> Float[Array, "b latent"]:
+        """The latent that ``heat_maps`` make."""
+        hidden = heat_maps
         hidden = self.conv6(jax.nn.relu(self.bn5(hidden)))
         hidden = jax.nn.leaky_relu(hidden.reshape(hidden.shape[0], -1), self.leak)
         return self.fc(hidden).astype(jnp.float32)
