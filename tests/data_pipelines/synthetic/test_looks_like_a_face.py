@@ -47,7 +47,7 @@ def test_faces_are_found_where_they_are(landmarker):
     ("axis", "degrees"), [(1, 30), (1, -30), (1, 50), (0, 20), (0, -20), (2, 20), (2, -30)]
 )
 def test_angles_are_read_as_they_are(landmarker, axis, degrees):
-    """Where the detector sees the landmarks, the head is turned as it was drawn.
+    """Where the detector sees the landmarks, the head is turned as it was drawn, within 10 degrees.
 
     Its own transform assumes a perspective camera and its own depths; it reads about 0.7 of the yaw of
     these orthographic pictures, but has the axis and the sign.
@@ -63,7 +63,7 @@ def test_angles_are_read_as_they_are(landmarker, axis, degrees):
             by_points.append(_angles(fitted))
             by_transform.append(_angles(rotation_from_transform(face.transform)))
     assert len(by_points) >= 18
-    np.testing.assert_allclose(np.median(by_points, axis=0), angles, atol=8)
+    np.testing.assert_allclose(np.median(by_points, axis=0), angles, atol=10)
     read = np.median(by_transform, axis=0)
     assert 0.55 < read[axis] / degrees < 1.3
     assert np.abs(np.delete(read, axis)).max() < 8
