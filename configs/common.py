@@ -87,6 +87,7 @@ def encoders(variant: str) -> dict:
                 "dims": (24, 48, 96, 128),
                 "rotation_head": "euler_bins",
                 "translation_limit": None,
+                "initialisation": "fan_in",
             },
             "expression": {
                 "kind": "fan",
@@ -106,6 +107,7 @@ def encoders(variant: str) -> dict:
             "dims": (96, 192, 384, 768),
             "rotation_head": "euler_bins",  # euler_bins | 6d
             "translation_limit": None,
+            "initialisation": "published",  # published | fan_in, for narrow networks
         },
         "expression": {
             "kind": "fan",  # fan | fan_sa
