@@ -96,6 +96,7 @@ def encoders(variant: str) -> dict:
                 "widths": (16, 32, 48),
                 "depth": 2,
                 "heat_maps": 16,
+                "pictures": 1,
                 "latent": 64,
                 "leak": 0.2,
                 "norm": "group",
@@ -116,6 +117,7 @@ def encoders(variant: str) -> dict:
             "widths": (128, 128, 256),
             "depth": 4,
             "heat_maps": 68,
+            "pictures": 1,  # that the heat maps are gathered in before the latent
             "latent": 512,
             "leak": 0.2,  # 0: the published ReLU, which can die in the first steps and take the latent with it
             "norm": "group",  # of the features; group needs no statistics of the batch

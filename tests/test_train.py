@@ -99,7 +99,9 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
 def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypatch, one_device):
     """Three steps of labels alone, then all losses; killed in each half, the run is the same."""
     changes = {"pretraining__steps": 3, "data__second_expression": True, "loss__invariance": 1.0}
-    config = micro("motion", *places, **changes, loss__landmark_label__initial=1.0)
+    # Without the adversary, whose programs take most of the time to compile.
+    changes |= {"loss__landmark_label__initial": 1.0, "loss__adversarial": 0.0}
+    config = micro("motion", *places, **changes)
     whole = leaves(train(config, tmp_path / "whole"))
     for number in (2, 5):
         with monkeypatch.context() as patch:
@@ -115,7 +117,7 @@ def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypa
         early = row["step"] <= 3
         assert {f"pretraining/{name}" in row for name in terms} == {early}
         assert {f"generator/{name}" in row for name in (*terms, "l1")} == {not early}
-        assert ("discriminator/loss" in row) == (not early)
+        assert "discriminator/loss" not in row
 
 
 def test_pretraining_trains_the_encoders_alone(places):
