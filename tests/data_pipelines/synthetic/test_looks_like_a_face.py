@@ -64,10 +64,10 @@ def frontal(landmarker):
 
 
 def test_frontal_is_frontal(frontal):
-    """Up to some 4 degrees of pitch, by which the detector's idea of a level head differs."""
+    """Up to 4.4 degrees of pitch, by which the detector's idea of a level head differs; yaw and roll 0.4."""
     for read in frontal:
         np.testing.assert_allclose(read, 0, atol=6)
-        np.testing.assert_allclose(read[1:], 0, atol=2)
+        np.testing.assert_allclose(read[1:], 0, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_turns_are_read_as_they_are(landmarker, frontal, axis, degrees):
     points, transform = (
         read - rest for read, rest in zip(_readings(landmarker, angles), frontal, strict=True)
     )
+    # A detector's reading, not ours: off by up to 7.6 degrees in pitch, 6.7 at yaw 50, 1.4 in roll.
     np.testing.assert_allclose(points, angles, atol=8)
-    assert 0.55 < transform[axis] / degrees < 1.3
-    assert np.abs(np.delete(transform, axis)).max() < 8
+    assert 0.6 < transform[axis] / degrees < 1.05
+    assert np.abs(np.delete(transform, axis)).max() < 3
