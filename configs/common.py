@@ -87,6 +87,7 @@ def encoders(variant: str) -> dict:
                 "dims": (24, 48, 96, 128),
                 "rotation_head": "euler_bins",
                 "translation_limit": None,
+                "initialisation": "fan_in",
             },
             "expression": {
                 "kind": "fan",
@@ -95,6 +96,7 @@ def encoders(variant: str) -> dict:
                 "widths": (16, 32, 48),
                 "depth": 2,
                 "heat_maps": 16,
+                "pictures": 1,
                 "latent": 64,
                 "leak": 0.2,
                 "norm": "group",
@@ -106,6 +108,7 @@ def encoders(variant: str) -> dict:
             "dims": (96, 192, 384, 768),
             "rotation_head": "euler_bins",  # euler_bins | 6d
             "translation_limit": None,
+            "initialisation": "published",  # published | fan_in, for narrow networks
         },
         "expression": {
             "kind": "fan",  # fan | fan_sa
@@ -114,6 +117,7 @@ def encoders(variant: str) -> dict:
             "widths": (128, 128, 256),
             "depth": 4,
             "heat_maps": 68,
+            "pictures": 1,  # that the heat maps are gathered in before the latent
             "latent": 512,
             "leak": 0.2,  # 0: the published ReLU, which can die in the first steps and take the latent with it
             "norm": "group",  # of the features; group needs no statistics of the batch
@@ -208,7 +212,9 @@ def animator(stage: str, variant: str) -> ConfigDict:
     config.sample_latents = not tiny  # train on samples of the posterior, or on its mean
     config.min_snr_gamma = 0.0  # 0: every noise level weighs the same
     config.noise_offset = 0.0
-    config.timestep_power = 1.0  # above 1: more of the high noise levels, density timestep^(power - 1)
+    # Density of noise levels in training, timestep^(power - 1): above 1, more of the high ones. These are the
+    # last that a network of minutes learns, and the first that sampling asks.
+    config.timestep_power = 2.0 if tiny else 1.0
     config.dropout = ConfigDict(
         {"everything": 0.1, "expression": 0.1, "pose": 0.05, "reference_tokens": 0.0}
     )
@@ -224,7 +230,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "eta": 0.0,
             "start": "noise",  # noise | ref_blur
             # Deviation of the noise. A network of minutes lets noise through to the picture; less noise, less of it.
-            "temperature": 0.2 if tiny else 1.0,
+            "temperature": 0.5 if tiny else 1.0,
             "shared_noise": 1.0 if tiny else 0.0,  # share of it that all frames have in common
             "overlap": 2 if tiny else 4,
         }

@@ -3,6 +3,9 @@
     dexportrait train --config=configs/motion.py:full --workdir=runs/motion --config.data.path=data/faces
 
 tiny: 64 px, 2 cores, a few minutes; 2 dB and more over repeating the source on later frames of people it knows.
+synthetic: rendered heads at 64 px, 2 cores, 90 minutes; encoders pretrained on labels. Its data are made first by
+    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=64 --fps=1.2
+and measured by `dexportrait evaluate --protocol=synthetic`.
 small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
 """
 
@@ -11,13 +14,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.common import VARIANTS
 
-__all__ = ["VARIANTS", "get_config"]
+VARIANTS = (*common.VARIANTS, "synthetic")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The motion trainer at one of VARIANTS."""
+    if variant == "synthetic":
+        return _synthetic(get_config("tiny"))
     tiny = variant == "tiny"
     config = common.base("motion", variant)
     config.num_steps = 620 if tiny else 200_000
@@ -42,6 +46,10 @@ def get_config(variant: str = "full") -> ConfigDict:
             "adversarial_images": 4 if tiny else 0,  # targets that the discriminator sees; 0: all
             "r1_gamma": 10.0,
             "r1_every": 1 if tiny else 16,
+            # Gradient norm of every term at the picture, for setting weights; 0: never. A program of its own.
+            "gradient_norms_every": 0
+            if tiny
+            else 496,  # a multiple of r1_every: no further program
             # Beside the paper's: plain terms that help where there are minutes, not days.
             "masked_l1": 20.0 if tiny else 0.0,
             "gradient_l1": 5.0 if tiny else 0.0,
@@ -57,8 +65,14 @@ def get_config(variant: str = "full") -> ConfigDict:
                 "floor": 1.0 if tiny else 0.0,
                 "decay_steps": 500 if tiny else 20_000,
             },
+            # The expression encoder is a landmark network by origin; its heat maps can be told where they are.
+            "landmark_label": {"initial": 0.0, "floor": 0.0, "decay_steps": 20_000},
+            # Of latents of two pictures of one instant; wants data.second_expression.
+            "invariance": 0.0,
         }
     )
+    # Steps at the start that train the encoders alone, on the labels above. Included in num_steps.
+    config.pretraining = ConfigDict({"steps": 0})
     if tiny:
         generator = common.adam(
             2e-3,
@@ -71,9 +85,41 @@ def get_config(variant: str = "full") -> ConfigDict:
     else:
         generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
         discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
-    config.optim = ConfigDict({"generator": generator, "discriminator": discriminator})
+    pretraining = common.adam(2e-3)
+    config.optim = ConfigDict(
+        {"pretraining": pretraining, "generator": generator, "discriminator": discriminator}
+    )
     batch = {"tiny": (4, 2), "small": (4, 4), "full": (28, 4)}[variant]
     common.set_data(config, **common.sizes(variant), batch_size=batch[0], targets=batch[1])
+    return config
+
+
+def _synthetic(config: ConfigDict) -> ConfigDict:
+    """`tiny` made wider and longer, for rendered heads whose poses and expressions are to be measured."""
+    config.variant = "synthetic"
+    config.num_steps = 14_000
+    config.ema_decay = 0.998
+    config.pretraining.steps = 4000
+    # Identity and pose are kept out of the latent: grey crops, and two views of an instant that should agree.
+    augment = config.data.augment
+    augment.flip.probability = 0.5
+    augment.similarity.probability = 0.5
+    augment.expression_crop.gray = True
+    common.set_data(config, batch_size=8, targets=2, second_expression=True, cache_megabytes=1024)
+    config.model.pose.update(depths=(1, 1, 3, 1), dims=(32, 64, 128, 192))
+    config.model.expression.update(stem=24, widths=(24, 48, 64), heat_maps=32)
+    config.loss.update(adversarial_start=5000, r1_every=16, invariance=0.1)
+    labels = {"decay_steps": 5000}
+    config.loss.pose_label.update(initial=1.0, floor=0.3, **labels)
+    config.loss.blendshape_label.update(initial=10.0, floor=3.0, **labels)
+    config.loss.landmark_label.update(initial=5.0, floor=1.0, **labels)
+    config.optim.pretraining = common.adam(2e-3, decay="cosine", final_fraction=0.2)
+    # Joint training pulls the encoders away from what they have learned: they follow slowly.
+    config.optim.generator.multipliers = (
+        ("generator/decoder", 5.0),
+        ("pose", 0.2),
+        ("expression", 0.2),
+    )
     return config
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_pipelines import records
+from data_pipelines import face_landmarks, records
 
 _BORDERS = {
     "reflect": cv2.BORDER_REFLECT_101,
@@ -387,6 +387,25 @@ def expression_picture(
     return result
 
 
+def expression_landmarks(clip: records.Clip, index: int, draw: Draw) -> np.ndarray:
+    """(68, 2) float32: the landmarks of a face alignment network, where `expression_picture` shows them.
+
+    In crop coordinates of that picture; points that it cuts off lie outside [-1, 1].
+    """
+    matrix = expression_matrix(clip.face_boxes[index], draw)
+    mirrored = bool(np.linalg.det(matrix[:, :2]) < 0)
+    points = face_landmarks.fan_landmarks(clip.landmarks[index], mirrored)
+    points = transform_points(matrix, points.astype(np.float64))
+    if draw.displacement is not None:
+        # The picture shows at q what was at q + field(q); fields are smooth, so q = p - field(p) nearly.
+        where = ((points[None] + 1) * draw.displacement.shape[0] / 2 - 0.5).astype(np.float32)
+        field = cv2.remap(
+            draw.displacement, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
+        points = points - 2 * field[0]  # a side is 2 long
+    return points.astype(np.float32)
+
+
 def component_mask(
     polygons: Mapping[str, np.ndarray], draw: Draw, augment, size: int
 ) -> np.ndarray:
@@ -413,6 +432,7 @@ def frame_inputs(
     *,
     picture: np.ndarray | None = None,
     expression_from: tuple[records.Clip, int] | None = None,
+    second: tuple[Draw, tuple[records.Clip, int] | None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Everything the networks see of one frame, under one draw.
 
@@ -420,10 +440,12 @@ def frame_inputs(
         sizes: sides of the image, the pose image and the expression image.
         picture: the decoded frame, if it is at hand.
         expression_from: another camera's clip and frame of the same instant (E2).
+        second: draw and camera of another expression picture of this instant, where one is wanted.
 
     Returns:
         image, pose_image, expression_image (n, n, 3) uint8; component_mask (n, n) uint8;
-        head_pose (3, 4) float32; blendshapes (52,) float32.
+        head_pose (3, 4) float32; blendshapes (52,) float32; expression_landmarks (68, 2) float32 in
+        crop coordinates of the expression picture; and with `second` second_expression_image.
     """
     if picture is None:
         picture = decode_frame(clip, index)
@@ -434,21 +456,27 @@ def frame_inputs(
     for_pose = image
     if pose_size != image_size:
         for_pose = sample_picture(picture, draw.frame, pose_size, border)
-    other, at = expression_from or (clip, index)
-    seen = decode_frame(other, at) if expression_from else picture
+
+    def expression(drawn: Draw, elsewhere: tuple[records.Clip, int] | None) -> np.ndarray:
+        other, at = elsewhere or (clip, index)
+        seen = decode_frame(other, at) if elsewhere else picture
+        return expression_picture(seen, other.face_boxes[at], drawn, augment, expression_size)
+
     blendshapes = clip.blendshapes[index]
     if np.linalg.det(draw.frame[:, :2]) < 0:
         blendshapes = blendshapes[_MIRRORED_BLENDSHAPES]
-    return {
+    inputs = {
         "image": image,
         "pose_image": pose_picture(for_pose, polygons, draw, augment),
-        "expression_image": expression_picture(
-            seen, other.face_boxes[at], draw, augment, expression_size
-        ),
+        "expression_image": expression(draw, expression_from),
         "component_mask": component_mask(polygons, draw, augment, image_size),
         "head_pose": transform_head_pose(draw.frame, clip.head_pose[index]),
         "blendshapes": np.ascontiguousarray(blendshapes, np.float32),
+        "expression_landmarks": expression_landmarks(*(expression_from or (clip, index)), draw),
     }
+    if second is not None:
+        inputs["second_expression_image"] = expression(*second)
+    return inputs
 
 
 def inference_inputs(

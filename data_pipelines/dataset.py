@@ -56,6 +56,19 @@ def build_index(directory: str | Path, split: str) -> dict[str, list]:
     return index
 
 
+def open_clips(path: str | Path, split: str, *, cache_bytes: int = 256 << 20):
+    """The clips of a split by number: of a dataset directory, or rendered ones ("synthetic:...").
+
+    Raises:
+        UserError: there are none.
+    """
+    from data_pipelines.synthetic import source  # draws only when asked for
+
+    if str(path).startswith(source.PREFIX):
+        return source.RenderedClips(str(path), split, cache_bytes=cache_bytes)
+    return ClipDataset(path, split, cache_bytes=cache_bytes)
+
+
 class ClipDataset:
     """The clips of one split by number.
 

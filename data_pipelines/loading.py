@@ -7,6 +7,7 @@ state is saved, and hosts or workers only divide the work. With H hosts, host h 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -31,7 +32,7 @@ _ENDLESS = 1 << 60
 def default_data() -> dict[str, Any]:
     """`config.data` as a plain nested dict."""
     return {
-        "path": "",
+        "path": "",  # a dataset, or rendered heads: "synthetic:identities=2000,frames=8,size=64"
         "split": "train",
         "mode": "pairs",
         "batch_size": 28,  # sources, over all hosts
@@ -42,6 +43,9 @@ def default_data() -> dict[str, Any]:
         "image_size": 256,
         "pose_size": 256,
         "expression_size": 224,
+        # A second expression picture of every target under another draw, from another camera where there is one:
+        # what an invariance loss compares.
+        "second_expression": False,
         "workers": 0,  # processes; 0 reads with threads of this one
         "cache_megabytes": 256,  # of read clips, a process
         "motion_filter": {"max_difference": 0.03, "candidates": 8},
@@ -71,7 +75,8 @@ def make_loader(
         source_image (S, H, W, 3), source_pose_image, source_expression_image, target_image
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
         (S, N, H, W), all uint8; source_head_pose (S, 3, 4), target_head_pose (S, N, 3, 4),
-        target_blendshapes (S, N, 52) float32.
+        target_blendshapes (S, N, 52), target_expression_landmarks (S, N, 68, 2) float32; and with
+        `second_expression` target_second_expression_image, uint8.
 
     Raises:
         UserError: no such dataset or split, its clips are too short, or an impossible setting.
@@ -152,7 +157,7 @@ class Examples:
         self.augment = config["augment"]
         self.video = config["mode"] == "video"
         self.sizes = (config["image_size"], config["pose_size"], config["expression_size"])
-        self.clips = dataset.ClipDataset(
+        self.clips = dataset.open_clips(
             config["path"], split or config["split"], cache_bytes=config["cache_megabytes"] << 20
         )
         self.span = (config["frames"] - 1) * config["frame_stride"] + 1 if self.video else 2
@@ -284,18 +289,24 @@ class Examples:
 
     def _example(self, clip, source, targets, source_draw, target_draws, number, rng):
         one = augmentation.frame_inputs(clip, source, source_draw, self.augment, self.sizes)
-        other = self._other_view(number, rng) if rng and target_draws[0].other_view else None
-        many = [
-            augmentation.frame_inputs(
-                clip,
-                int(target),
-                draw,
-                self.augment,
-                self.sizes,
-                expression_from=self._same_instant(clip, int(target), other, draw),
+        seconds = self._second_draws(target_draws, rng)
+        wanted = rng and (seconds[0] is not None or target_draws[0].other_view)
+        other = self._other_view(number, rng) if wanted else None
+        many = []
+        for target, draw, second in zip(targets, target_draws, seconds, strict=True):
+            if second is not None:
+                second = second, self._same_instant(clip, int(target), other, second)
+            many.append(
+                augmentation.frame_inputs(
+                    clip,
+                    int(target),
+                    draw,
+                    self.augment,
+                    self.sizes,
+                    expression_from=self._same_instant(clip, int(target), other, draw),
+                    second=second,
+                )
             )
-            for target, draw in zip(targets, target_draws, strict=True)
-        ]
         example = {
             f"source_{name}": one[name]
             for name in ("image", "pose_image", "expression_image", "head_pose")
@@ -303,6 +314,22 @@ class Examples:
         for name in many[0]:
             example[f"target_{name}"] = np.stack([part[name] for part in many])
         return example
+
+    def _second_draws(self, draws, rng) -> list[augmentation.Draw | None]:
+        """Draws of the second expression pictures: the flip of the first, the other camera than it."""
+        if not self.config["second_expression"]:
+            return [None] * len(draws)
+        if rng is None:
+            return list(draws)
+        return [
+            dataclasses.replace(
+                augmentation.random_draw(
+                    rng, self.augment, bool(np.linalg.det(draw.frame[:, :2]) < 0)
+                ),
+                other_view=not draw.other_view,
+            )
+            for draw in draws
+        ]
 
     def _other_view(self, number: int, rng: np.random.Generator) -> records.Clip | None:
         others = self.views.get(number)

@@ -109,6 +109,35 @@ def _prepare(parser):
     _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
 
 
+def _render(parser):
+    _flag(parser, "out", "directory of the new dataset", required=True)
+    for name, default, help in (
+        ("identities", 100, "people"),
+        ("clips", 1, "sessions of each person"),
+        ("frames", 50, "frames of a clip"),
+        ("cameras", 1, "cameras that watch each session"),
+        ("size", 256, "side of the square frames in pixels"),
+    ):
+        _flag(parser, name, f"{help} (default: %(default)s)", type=int, default=default)
+    _flag(parser, "fps", "frames per second (default: %(default)s)", type=float, default=25.0)
+    _flag(
+        parser,
+        "seed",
+        "another seed, other people (default: %(default)s)",
+        type=_seed,
+        default=0,
+    )
+    _flag(
+        parser,
+        "holdout_fraction",
+        "part of the people that validation keeps (default: %(default)s)",
+        type=float,
+        default=0.1,
+    )
+    _flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
+    _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
+
+
 def _inspect(parser):
     parser.add_argument("path", help="a dataset, run, export, video or config")
     _flag(parser, "out", "where to write a contact sheet (PNG), for datasets", default=None)
@@ -270,6 +299,12 @@ JOBS = {
         "dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=512",
         _prepare,
         "data_pipelines.prepare.job:run_prepare",
+    ),
+    "render": Job(
+        "rendered heads -> dataset, whose identity, expression and pose are known exactly",
+        "dexportrait render --out=data/heads --identities=200 --frames=24 --size=64",
+        _render,
+        "data_pipelines.synthetic.dataset:run_render",
     ),
     "inspect": Job(
         "a dataset, run, export, video or config, said in words and pictures",

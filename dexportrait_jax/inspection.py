@@ -211,7 +211,12 @@ def _say_clips(shown: list[tuple[str, Any, int]], say: Say) -> list[tuple[str, A
     )
     say(f"in {len(readable)} clips looked at: {ranges} degrees")
     settings = collections.Counter(
-        json.dumps(clip.settings, sort_keys=True) for _, clip in readable
+        # Constants alone: what a renderer leaves there is the truth of every single frame.
+        json.dumps(
+            {name: value for name, value in clip.settings.items() if not isinstance(value, dict)},
+            sort_keys=True,
+        )
+        for _, clip in readable
     )
     for text, count in settings.items():
         say(f"settings of {count} of them: " + _pairs(json.loads(text)))

@@ -46,4 +46,5 @@ def test_training_needs_nothing_of_preparing_or_testing():
 def test_pipelines_do_not_load_jax():
     """Preparing data is CPU work of many processes; none of them should start an accelerator."""
     modules = "data_pipelines.prepare.job, data_pipelines.prepare.processing, data_pipelines.video"
+    modules += ", data_pipelines.synthetic.dataset, data_pipelines.synthetic.render"
     assert "jax" not in loaded(modules)

@@ -178,7 +178,13 @@ def test_sampling_settings(video_model, models):
         models("motion").settings(Sampling(guidance=2.0))
     model = video_model
     settings = model.settings(Sampling(seed=2, guidance=3.0))
-    given = {"seed": 2, "steps": 4, "guidance": 3.0, "hybrid_steps": 1, "expression_null": "learned"}
+    given = {
+        "seed": 2,
+        "steps": 4,
+        "guidance": 3.0,
+        "hybrid_steps": 1,
+        "expression_null": "learned",
+    }
     # And everything else of the config: start noise, spacing, eta, ...
     assert settings == {**model.config.sampling.to_dict(), **given}
     assert {"temperature", "shared_noise", "spacing", "eta"} < set(settings)

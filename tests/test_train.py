@@ -95,6 +95,54 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
 
 
+@pytest.mark.slow
+def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypatch, one_device):
+    """Three steps of labels alone, then all losses; killed in each half, the run is the same."""
+    changes = {"pretraining__steps": 3, "data__second_expression": True, "loss__invariance": 1.0}
+    # Without the adversary, whose programs take most of the time to compile.
+    changes |= {"loss__landmark_label__initial": 1.0, "loss__adversarial": 0.0}
+    config = micro("motion", *places, **changes)
+    whole = leaves(train(config, tmp_path / "whole"))
+    for number in (2, 5):
+        with monkeypatch.context() as patch:
+            interrupt_in_step(patch, number)
+            with pytest.raises(SystemExit):
+                train(config, tmp_path / "parts")
+    parts = leaves(train(config, tmp_path / "parts"))
+    assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
+    rows = read_rows(tmp_path / "parts" / "metrics.jsonl")
+    assert rows == read_rows(tmp_path / "whole" / "metrics.jsonl")
+    terms = {"pose_label", "blendshape_label", "landmark_label", "invariance"}
+    for row in rows:
+        early = row["step"] <= 3
+        assert {f"pretraining/{name}" in row for name in terms} == {early}
+        assert {f"generator/{name}" in row for name in (*terms, "l1")} == {not early}
+        assert "discriminator/loss" not in row
+
+
+def test_pretraining_trains_the_encoders_alone(places):
+    config = micro("motion", *places, pretraining__steps=2)
+    task = make_task(config)
+    assert task.events(0) == task.events(1) == {"pretraining"}
+    assert task.events(2) == {"joint", "adversarial", "r1"}
+    task.config.loss.gradient_norms_every = 4
+    assert "gradient_norms" in task.events(6) and "gradient_norms" not in task.events(7)
+    placed = sharding.make_mesh(ConfigDict(dict.fromkeys(config.mesh, 1)), jax.devices()[:1])
+    _, shardings, step = build(task, config, placed)
+    state = first_state(task, config, shardings)
+    start = leaves(state["params"])
+    loader = loading.make_loader(config.data, seed=0, step=0)
+    with jax.set_mesh(placed):
+        batch = sharding.put_batch(next(loader), placed, task.frames)
+        constants = jax.device_put(task.constants(), sharding.replicated(placed))
+        state, metrics = step(state, batch, constants, task.events(0))
+    loader.close()
+    end = leaves(state["params"])
+    moved = {name.split("'")[1] for name in end if not np.array_equal(start[name], end[name])}
+    assert moved == {"pose", "expression", "label_heads"}
+    assert float(metrics["pretraining/loss"]) > 0 and "generator/loss" not in metrics
+
+
 @pytest.mark.parametrize("stage", stages("autoencoder"))
 def test_sharded_equals_one_device(stage, places, monkeypatch):
     """Two steps over eight devices against the same two on one, in float32."""

@@ -5,6 +5,7 @@
 - cross: pose and expression of another person: APD and AED of result and driver.
 - disentangled: pose of A, expression of B, face of C. APD to A and AED to B should be small, to the
   other driver (the leak) large. Then expression alone and pose alone: what is not driven must stay.
+- synthetic: rendered heads, where the truth is known (`evaluation/synthetic.py`).
 
 APD is the mean absolute difference of pitch, yaw and roll in degrees, AED that of the blendshapes
 that move. Both depend on the estimator: compare them within one table only.
@@ -16,15 +17,13 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
 
-from data_pipelines.dataset import ClipDataset, split_names
+from data_pipelines.dataset import ClipDataset, open_clips, split_names
 from data_pipelines.files import replace_directory, writing_to
 from data_pipelines.records import Clip
 from dexportrait_jax import provenance
@@ -38,24 +37,23 @@ from dexportrait_jax.evaluation.estimators import (
     pose_distance,
 )
 from dexportrait_jax.evaluation.report import sample_grid, write_png
-from dexportrait_jax.face_clips import encode_clip, model_inputs
-from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, load_model, padded
+from dexportrait_jax.evaluation.runner import (
+    Findings,
+    Frames,
+    Picture,
+    Runner,
+    in_batches,
+    mean,
+    one_clip_each,
+    row,
+)
+from dexportrait_jax.evaluation.synthetic import evaluate_synthetic
+from dexportrait_jax.inference import Sampling, load_model
 from dexportrait_jax.metrics import Progress
 
-PROTOCOLS = ("self", "cross", "disentangled")
+PROTOCOLS = ("self", "cross", "disentangled", "synthetic")
 RESULT = "metrics.json"
-SHOWN_ROWS, SHOWN_COLUMNS = 6, 9
-Picture = UInt8[np.ndarray, "h w 3"]
-Frames = UInt8[np.ndarray, "frames h w 3"]
-
-
-@dataclass
-class Findings:
-    """What a protocol brings: figures over all frames, figures of each item, and rows of pictures."""
-
-    values: dict[str, float | None]
-    items: list[dict[str, Any]]
-    rows: list[list[Picture]] = field(default_factory=list)
+SHOWN_ROWS = 6
 
 
 def run_evaluate(
@@ -82,13 +80,15 @@ def run_evaluate(
         raise UserError(f"--max_frames={max_frames}: at least 1")
     target = Path(out)
     _check_replaceable(target, overwrite)
-    clips = ClipDataset(data, split)
+    clips = open_clips(data, split)
     model = load_model(weights)
     runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames)
     model.settings(runner.sampling)  # wrong settings are found before the first clip
     start = time.monotonic()
     if protocol == "self":
         found = evaluate_self(runner, clips)
+    elif protocol == "synthetic":
+        found = evaluate_synthetic(runner, open_clips(data, "train"), clips)
     else:
         with open_estimator(estimator) as estimate:
             function = evaluate_cross if protocol == "cross" else evaluate_disentangled
@@ -111,59 +111,6 @@ def run_evaluate(
     print(f"{protocol}, {len(found.items)} items, {runner.frames} frames: {shown}")
     print(f"wrote {target / RESULT} and {target / 'samples.png'}")
     return result
-
-
-# --- running the model ----------------------------------------------------------------
-
-
-class Runner:
-    """One model with its settings: from clips and frame numbers to pictures."""
-
-    def __init__(self, model: PortraitModel, sampling: Sampling, max_frames: int):
-        self.model, self.sampling, self.max_frames = model, sampling, max_frames
-        self.frames = 0  # made so far
-
-    def parts(self, frames: int) -> list[Int[np.ndarray, " n"]]:
-        """Which frames of a clip of ``frames`` to make, in groups that the model makes together.
-
-        A model of single frames gets evenly spaced ones; a model of clips gets runs of consecutive
-        frames (at the stride it was trained with), evenly spaced over the clip. Frame 0 is the
-        source's.
-        """
-        length = self.model.clip_length
-        last = frames - 1
-        if length == 1:
-            count = min(self.max_frames, last)
-            return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
-        stride = max(1, min(self.model.config.data.frame_stride, (last - 1) // length))
-        length = min(length, last, self.max_frames)
-        reach = (length - 1) * stride
-        runs = max(1, min(self.max_frames // length, last // (reach + 1)))
-        starts = np.unique(np.round(np.linspace(1, last - reach, runs)).astype(int))
-        return [start + stride * np.arange(length) for start in starts]
-
-    def pictures(self, clip: Clip, indices: Sequence[int]) -> Frames:
-        """Frames of a clip at the model's size."""
-        return model_inputs(self.model, clip, np.asarray(indices))["image"]
-
-    def make(
-        self,
-        source: Clip,
-        pose: tuple[Clip, np.ndarray] | None,
-        expression: tuple[Clip, np.ndarray] | None,
-    ) -> Frames:
-        """The first frame of ``source``, driven by frames of clips; None = its own."""
-        own_pose, own_expression = encode_clip(self.model, source, np.array([0]))
-        count = len((pose or expression)[1])
-        poses, expressions = np.repeat(own_pose, count, 0), np.repeat(own_expression, count, 0)
-        if pose:
-            poses = encode_clip(self.model, *pose)[0]
-        if expression:
-            expressions = encode_clip(self.model, *expression)[1]
-        drive = Drive(own_pose[0], own_expression[0], poses, expressions)
-        self.frames += count
-        first = self.pictures(source, [0])[0]
-        return np.concatenate(list(self.model.animate(first, drive, self.sampling)))
 
 
 # --- protocols ------------------------------------------------------------------------
@@ -194,25 +141,25 @@ def evaluate_self(runner: Runner, clips: ClipDataset) -> Findings:
             made = runner.make(portrait, (clip, indices), (clip, indices))
             copy = np.repeat(source, len(indices), 0)
             for name, measure in measures.items():
-                own.setdefault(name, []).append(_in_batches(measure, made, truth))
-                own.setdefault(f"{name}_copy", []).append(_in_batches(measure, copy, truth))
+                own.setdefault(name, []).append(in_batches(measure, made, truth))
+                own.setdefault(f"{name}_copy", []).append(in_batches(measure, copy, truth))
             shown += zip(truth, made, strict=True)
         joined = {name: np.concatenate(parts) for name, parts in own.items()}
         for name, values in joined.items():
             collected.setdefault(name, []).append(values)
         names = {"clip": clip.clip_id, "source": portrait.clip_id}
-        items.append({**names, **{name: _mean(part) for name, part in joined.items()}})
-        rows.append(_row(source[0], shown))
+        items.append({**names, **{name: mean(part) for name, part in joined.items()}})
+        rows.append(row(source[0], shown))
         progress.update(number + 1)
     if not items:
         raise UserError(f"no clip of {clips.directory} ({clips.split}) has two frames to compare")
-    values = {name: _mean(np.concatenate(parts)) for name, parts in collected.items()}
+    values = {name: mean(np.concatenate(parts)) for name, parts in collected.items()}
     return Findings(values, items, rows)
 
 
 def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
     """APD and AED to the driver, who is another person, beside those of repeating the source."""
-    people = _one_clip_each(clips, 2, "cross")
+    people = one_clip_each(clips, 2, "cross")
     items, rows = [], []
     progress = Progress("evaluate cross", len(people), unit="item")
     for number, source in enumerate(people):
@@ -225,7 +172,7 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
             own.copy({"apd_copy": truth}, {"aed_copy": truth})
             own.shown += zip(truth, made, strict=True)
         items.append({"source": source.clip_id, "driver": driver.clip_id, **own.means()})
-        rows.append(_row(own.source, own.shown))
+        rows.append(row(own.source, own.shown))
         progress.update(number + 1)
     return Findings(_means(items), items, rows)
 
@@ -237,7 +184,7 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
     large as apd_between, aed_between, the drivers' own distance. apd_expression_only,
     aed_pose_only: change of the part that was not driven, should be near 0.
     """
-    people = _one_clip_each(clips, 3, "disentangled")
+    people = one_clip_each(clips, 3, "disentangled")
     items, rows = [], []
     progress = Progress("evaluate disentangled", len(people), unit="item")
     for number, source in enumerate(people):
@@ -261,7 +208,7 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
             own.shown += zip(of_a, of_b, made, strict=True)
         names = {"source": source.clip_id, "pose": a.clip_id, "expression": b.clip_id}
         items.append({**names, **own.means()})
-        rows.append(_row(own.source, own.shown))
+        rows.append(row(own.source, own.shown))
         progress.update(number + 1)
     return Findings(_means(items), items, rows)
 
@@ -325,7 +272,7 @@ class _Distances:
 
     def means(self) -> dict[str, float | None]:
         """Mean of each distance (None: no face found), and the share of pictures with a face."""
-        means = {name: _mean(np.array(values)) for name, values in self._values.items()}
+        means = {name: mean(np.array(values)) for name, values in self._values.items()}
         return {**means, "faces_found": self._found / max(1, self._made)}
 
     def _read(self, picture: Picture) -> Estimate | None:
@@ -335,45 +282,10 @@ class _Distances:
         return self._known[key]
 
 
-def _one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
-    """The first clip with two frames of each person."""
-    chosen: dict[str, int] = {}
-    for number, identity in enumerate(clips.index["identity"]):
-        if clips.frames[number] > 1:
-            chosen.setdefault(identity, number)
-    if len(chosen) < least:
-        raise UserError(
-            f"--protocol={protocol} needs {least} people; split '{clips.split}' of {clips.directory} has "
-            f"{len(chosen)}: prepare more videos, or hold out the end of every clip with --holdout=time"
-        )
-    return [clips[number] for number in chosen.values()]
-
-
-def _in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:
-    """A measure of every frame, computed on batches of one size so that it is compiled once."""
-    values = []
-    for first in range(0, len(made), BATCH):
-        part = slice(first, first + BATCH)
-        pair = padded(made[part], BATCH), padded(truth[part], BATCH)
-        values.append(np.asarray(measure(*pair, data_range=255))[: len(made[part])])
-    return np.concatenate(values)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
-
-
 def _means(items: list[dict[str, Any]]) -> dict[str, float | None]:
     names = [name for name, value in items[0].items() if not isinstance(value, str)]
     kept = {name: [item[name] for item in items if item[name] is not None] for name in names}
-    return {name: _mean(np.array(values)) for name, values in kept.items()}
-
-
-def _row(source: Picture, shown: list[tuple[Picture, ...]]) -> list[Picture]:
-    """The source, then drivers and result of a few frames, evenly spaced."""
-    count = (SHOWN_COLUMNS - 1) // len(shown[0])
-    chosen = np.unique(np.linspace(0, len(shown) - 1, count).round().astype(int))
-    return [source] + [picture for number in chosen for picture in shown[number]]
+    return {name: mean(np.array(values)) for name, values in kept.items()}
 
 
 # --- writing --------------------------------------------------------------------------

@@ -166,9 +166,7 @@ class AnimatorTask:
         # A clip has one noise level and one fate of its conditions; images each have their own.
         independent = sources if self.frames else sources * targets
         repeats = sources * targets // independent
-        timesteps = draw_timesteps(
-            keys[1], independent, self.schedule.steps, config.timestep_power
-        )
+        timesteps = draw_timesteps(keys[1], independent, self.schedule.steps, config.timestep_power)
         timesteps = jnp.repeat(timesteps, repeats)
         keep = {
             name: jnp.repeat(value, repeats)

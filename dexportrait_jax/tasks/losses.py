@@ -81,6 +81,36 @@ def pose_label(predicted: Float[Array, "b 3 4"], label: Float[Array, "b 3 4"]) -
     )
 
 
+def landmark_label(
+    heat_maps: Float[Array, "b h w maps"], landmarks: Float[Array, "b points 2"]
+) -> Float[Array, ""]:
+    """Mean distance, per axis, of the heat maps' centres of mass from the first `maps` landmarks in [-1, 1].
+
+    A softmax over its positions makes a map a distribution; its mean is where the network sees the
+    landmark. Landmarks that the picture cuts off do not count.
+    """
+    _, height, width, maps = heat_maps.shape
+    heat = jax.nn.softmax(heat_maps.astype(jnp.float32).reshape(-1, height * width, maps), axis=1)
+    y, x = (2 * (jnp.arange(size) + 0.5) / size - 1 for size in (height, width))
+    grid = jnp.stack(jnp.meshgrid(x, y), -1).reshape(-1, 2)
+    seen = jnp.einsum("bpm,pc->bmc", heat, grid)
+    wanted = landmarks[:, :maps]
+    inside = jnp.all(jnp.abs(wanted) <= 1, -1, keepdims=True)
+    return jnp.mean(jnp.abs(seen - wanted) * inside)
+
+
+def invariance(
+    first: Float[Array, "b latent"], second: Float[Array, "b latent"]
+) -> Float[Array, ""]:
+    """Squared distance of two latents of one instant over the variance among instants.
+
+    1 would be two latents that have nothing to do with each other; a latent that shrinks as a whole
+    gains nothing.
+    """
+    spread = jnp.mean(jnp.square(first - jnp.mean(first, 0)))
+    return 0.5 * jnp.mean(jnp.square(first - second)) / (jnp.maximum(spread, 1e-6))
+
+
 def decaying_weight(
     step: Float[Array, ""] | int, initial: float, floor: float, decay_steps: int
 ) -> Float[Array, ""]:

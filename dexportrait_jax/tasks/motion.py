@@ -6,12 +6,14 @@ relative pose, and the decoder, styled by the driving frame's expression latent,
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -33,6 +35,7 @@ from dexportrait_jax.weights.lpips_names import load_perceptual
 
 BLENDSHAPES = 52
 TRAINED = ("appearance", "pose", "expression", "generator")
+ENCODERS = ("pose", "expression", "label_heads")
 
 
 class LabelHeads(nnx.Module):
@@ -97,30 +100,57 @@ class MotionTask:
         self.networks = build_networks(config)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
+        joint_steps = config.num_steps - config.pretraining.steps
+        pretraining = ()
+        if config.pretraining.steps:
+            pretraining = (
+                Phase(
+                    "pretraining",
+                    ENCODERS,
+                    self.label_loss,
+                    make_optimizer(config.optim.pretraining, config.pretraining.steps),
+                    when="pretraining",
+                ),
+            )
         self.phases = (
+            *pretraining,
             Phase(
                 "generator",
                 (*TRAINED, "label_heads"),
                 self.generator_loss,
-                make_optimizer(config.optim.generator, config.num_steps),
+                make_optimizer(config.optim.generator, joint_steps),
+                when="joint",
             ),
             Phase(
                 "discriminator",
                 ("discriminator",),
                 self.discriminator_loss,
-                make_optimizer(config.optim.discriminator, config.num_steps),
+                make_optimizer(config.optim.discriminator, joint_steps),
                 when="adversarial",
             ),
         )
-        self._preview = jax.jit(self._predict)
+        self._preview = jax.jit(
+            lambda params, batch: self._predict(params, batch, *self._encode(params, batch)[:2])
+        )
 
     def events(self, step: int) -> frozenset[str]:
-        """ "adversarial" from its start on, "r1" in every `r1_every`-th of these steps."""
-        weights = self.config.loss
-        if weights.adversarial == 0 or step < weights.adversarial_start:
-            return frozenset()
-        lazy = (step - weights.adversarial_start) % weights.r1_every == 0
-        return frozenset({"adversarial", "r1"} if lazy else {"adversarial"})
+        """ "pretraining" first, where there is any, then "joint".
+
+        In the latter, "adversarial" from its start on, "r1" in every `r1_every`-th of these steps, and
+        "gradient_norms" in every `gradient_norms_every`-th.
+        """
+        weights, step = self.config.loss, step - self.config.pretraining.steps
+        if step < 0:
+            return frozenset({"pretraining"})
+        events = {"joint"}
+        if weights.gradient_norms_every and step % weights.gradient_norms_every == 0:
+            events.add("gradient_norms")
+        step -= weights.adversarial_start
+        if weights.adversarial > 0 and step >= 0:
+            events.add("adversarial")
+            if step % weights.r1_every == 0:
+                events.add("r1")
+        return frozenset(events)
 
     def pretrained(self) -> dict[str, Any]:
         """The trunk of the pose encoder, where `config.init.pose` names one; the rest starts fresh."""
@@ -132,17 +162,20 @@ class MotionTask:
         loss = self.config.loss
         return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
-    def _predict(self, params, batch):
-        """Predicted targets, with the poses and latents that made them."""
+    def _encode(self, params, batch):
+        """Poses of sources and targets, expression latents of the targets, and their heat maps."""
         pose_images = jnp.concatenate(
             [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
         )
         poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        encoder = self.networks["expression"].bind(params["expression"])
+        heat_maps = encoder.heat_maps(to_float(flatten_targets(batch["target_expression_image"])))
+        return poses, encoder.latent(heat_maps), heat_maps
+
+    def _predict(self, params, batch, poses, expression):
+        """The targets as the source in these poses and expressions."""
         sources = batch["source_image"].shape[0]
-        expression = self.networks["expression"].bind(params["expression"])(
-            to_float(flatten_targets(batch["target_expression_image"]))
-        )
-        image = reenact(
+        return reenact(
             self.networks,
             params,
             to_float(batch["source_image"]),
@@ -151,16 +184,61 @@ class MotionTask:
             expression,
             self.config.model.warp_padding,
         )
-        return image, poses, expression
+
+    def _label_terms(self, params, batch, poses, expression, heat_maps, step):
+        """Towards the labels that every record carries (method.md 2), and between two views of an instant."""
+        weights = self.config.loss
+        labels = jnp.concatenate(
+            [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
+        )
+        read = self.networks["label_heads"].bind(params["label_heads"])(expression)
+        values = {
+            "pose_label": losses.pose_label(poses, labels),
+            "blendshape_label": jnp.mean(
+                jnp.square(read - flatten_targets(batch["target_blendshapes"]))
+            ),
+            "landmark_label": losses.landmark_label(
+                heat_maps, flatten_targets(batch["target_expression_landmarks"])
+            ),
+        }
+        terms = {
+            name: (losses.decaying_weight(step, **weights[name]), value)
+            for name, value in values.items()
+        }
+        if "target_second_expression_image" in batch:
+            second = self.networks["expression"].bind(params["expression"])(
+                to_float(flatten_targets(batch["target_second_expression_image"]))
+            )
+            terms["invariance"] = (weights.invariance, losses.invariance(expression, second))
+        return terms
+
+    def label_loss(self, params, batch, key, step, shared, events):
+        """The encoders alone, from labels: a network that sees nothing yet is no use to a decoder."""
+        del key, step, shared, events
+        # The weights of the first joint step: pretraining is over before they fall.
+        terms = self._label_terms(params, batch, *self._encode(params, batch), 0)
+        return _total(terms), Outputs(_values(terms), {})
 
     def generator_loss(self, params, batch, key, step, shared, events):
         """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
         del key, shared
+        poses, expression, heat_maps = self._encode(params, batch)
+        image = self._predict(params, batch, poses, expression)
+        image_terms = functools.partial(self._image_terms, params, batch, events)
+        terms = image_terms(image)
+        metrics = {}
+        if "gradient_norms" in events:
+            metrics = gradient_norms(image_terms, image)
+        joint_step = step - self.config.pretraining.steps
+        terms |= self._label_terms(params, batch, poses, expression, heat_maps, joint_step)
+        judged = image[: self.judged(image.shape[0])]
+        return _total(terms), Outputs(_values(terms) | metrics, {"image": judged})
+
+    def _image_terms(self, params, batch, events, image):
+        """The terms that look at the picture: name -> (weight, value)."""
         weights = self.config.loss
         target = to_float(flatten_targets(batch["target_image"]))
         mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
-        image, poses, expression = self._predict(params, batch)
-
         perceptual = self.perceptual.bind(params["perceptual"])
         maps = perceptual.distance_maps(
             perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
@@ -173,29 +251,12 @@ class MotionTask:
             "gradient_l1": (weights.gradient_l1, losses.gradient_absolute(image, target)),
             "multiscale_l1": (weights.multiscale_l1, losses.multiscale_absolute(image, target)),
         }
-        labels = jnp.concatenate(
-            [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
-        )
-        terms["pose_label"] = (
-            losses.decaying_weight(step, **weights.pose_label),
-            losses.pose_label(poses, labels),
-        )
-        read = self.networks["label_heads"].bind(params["label_heads"])(expression)
-        terms["blendshape_label"] = (
-            losses.decaying_weight(step, **weights.blendshape_label),
-            jnp.mean(jnp.square(read - flatten_targets(batch["target_blendshapes"]))),
-        )
-        judged = image[: self.judged(image.shape[0])]
         # Before the discriminator has started it knows nothing; its gradient would be noise.
         if "adversarial" in events:
             discriminator = self.networks["discriminator"].bind(params["discriminator"])
-            terms["adversarial"] = (
-                weights.adversarial,
-                losses.generator_adversarial(discriminator(judged)),
-            )
-        total = sum(weight * value for weight, value in terms.values())
-        metrics = {name: value for name, (_, value) in terms.items()}
-        return total, Outputs(metrics, {"image": judged})
+            logits = discriminator(image[: self.judged(image.shape[0])])
+            terms["adversarial"] = (weights.adversarial, losses.generator_adversarial(logits))
+        return terms
 
     def discriminator_loss(self, params, batch, key, step, shared, events):
         """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
@@ -221,13 +282,39 @@ class MotionTask:
         del constants
         params = state["params"] | state["ema"]
         for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
-            image, _, _ = self._preview(params, batch)
+            image = self._preview(params, batch)
             save_comparison(
                 workdir / "samples" / f"step_{step:07d}.png",
                 batch["source_image"],
                 batch["target_image"],
                 image,
             )
+
+
+def gradient_norms(terms, image: Float[Array, "b h w 3"]) -> dict[str, Array]:
+    """gradient_norm/NAME of every term of ``terms(image)``, times its weight, with respect to the picture.
+
+    What each loss asks of the picture is what weights have to balance; the parameters' own gradients
+    would need a backward pass through all networks for every term.
+    """
+    image = jax.lax.stop_gradient(image)
+
+    def weighted(image, name):
+        weight, value = terms(image)[name]
+        return weight * value
+
+    return {
+        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(image, name))
+        for name in jax.eval_shape(terms, image)
+    }
+
+
+def _total(terms: dict[str, tuple[Any, Array]]) -> Array:
+    return sum(weight * value for weight, value in terms.values())
+
+
+def _values(terms: dict[str, tuple[Any, Array]]) -> dict[str, Array]:
+    return {name: value for name, (_, value) in terms.items()}
 
 
 def make(config: ml_collections.ConfigDict) -> MotionTask:

@@ -177,18 +177,20 @@ def _written_whole(out: Path) -> Iterator[Path]:
 
 def _crop_settings(config: dict[str, Any]) -> dict[str, Any] | None:
     """Crop constants of the data a run was trained on; None when the data is not there any more."""
-    from data_pipelines.dataset import ClipDataset
+    from data_pipelines.dataset import open_clips
     from data_pipelines.records import RecordError
 
     data = config.get("data", {})
     if data.get("crop"):
         return data["crop"]
     try:
-        clip = ClipDataset(data.get("path", ""), data.get("split", "train"))[0]
+        clip = open_clips(data.get("path", ""), data.get("split", "train"))[0]
     except (UserError, RecordError) as error:
         print(f"note: the export holds no crop constants, animate will use the defaults ({error})")
         return None
-    return {**clip.settings, "size": clip.size}
+    # What is true of a rendered clip's frames is no constant of its crop.
+    settings = {name: value for name, value in clip.settings.items() if name != "synthetic"}
+    return settings | {"size": clip.size}
 
 
 def _umask() -> int:

@@ -1,1 +1,1 @@
-"""Programs that measure: `python -m tests.benchmarks NAME [options]`. Tests assert, these print."""
+"""Measurements, to be run by hand on an idle machine: `python -m tests.benchmarks NAME`."""

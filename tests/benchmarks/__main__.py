@@ -1,13 +1,20 @@
-"""`python -m tests.benchmarks NAME [options]` calls `main(arguments)` of `tests.benchmarks.NAME`."""
+"""Runs `main(arguments)` of the module of this package that is named on the command line."""
 
 import importlib
 import pkgutil
 import sys
 
-from tests import benchmarks
+import tests.benchmarks
 
-known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
-known.remove("__main__")
-if len(sys.argv) < 2 or sys.argv[1] not in known:
-    sys.exit(f"usage: python -m tests.benchmarks {{{','.join(known)}}} [options]")
-importlib.import_module(f"tests.benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+NAMES = [
+    module.name
+    for module in pkgutil.iter_modules(tests.benchmarks.__path__)
+    if not module.name.startswith("_")
+]
+
+if __name__ == "__main__":
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in NAMES:
+        print(f"usage: python -m tests.benchmarks NAME; names: {', '.join(NAMES)}", file=sys.stderr)
+        raise SystemExit(2)
+    importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines import augment, records
+from data_pipelines import augment, face_landmarks, records
+from data_pipelines.prepare import masks
 from tests import fixtures
 
 SIMILARITIES = [
@@ -157,6 +158,48 @@ def test_e3_crop_is_the_face_box_whatever_the_frame_does(clip, knobs):
     np.testing.assert_allclose(turned[:, :2], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("bent", [False, True])
+def test_landmarks_are_where_the_expression_picture_shows_them(knobs, flip, bent):
+    """A white disc is painted on one landmark at a time and looked for in the crop."""
+    clip = fixtures.make_clip(3, frames=1, size=256)
+    frame = augment.similarity_matrix(roll=14, scale=0.9, shift=(0.05, -0.02), flip=flip)
+    draw = dataclasses.replace(
+        augment.neutral_draw(knobs), frame=frame, rotation=-20.0, jitter=np.array([0.02, -0.03])
+    )
+    if bent:
+        field = np.random.default_rng(0).normal(0, 0.01, (6, 6, 2)).astype(np.float32)
+        draw = dataclasses.replace(draw, displacement=field)
+    found = augment.expression_landmarks(clip, 0, draw)
+    assert found.shape == (68, 2)
+    whole = np.abs(found).max(-1) < 0.9  # else the border cuts the disc
+    assert whole.sum() > 50
+    for place, number in enumerate(face_landmarks.FAN_LANDMARKS):
+        if not whole[place]:
+            continue
+        if flip:
+            number = face_landmarks.FAN_LANDMARKS[face_landmarks.MIRRORED_PLACES[place]]
+        x, y = (clip.landmarks[0, number, :2] + 1) * 128 - 0.5
+        picture = np.zeros((256, 256, 3), np.uint8)
+        cv2.circle(picture, (round(x * 16), round(y * 16)), 4 * 16, (255,) * 3, -1, shift=4)
+        shown = augment.expression_picture(picture, clip.face_boxes[0], draw, knobs, 128)[..., 0]
+        rows, columns = np.indices(shown.shape)
+        weight = shown / shown.sum()
+        centre = (np.array([(columns * weight).sum(), (rows * weight).sum()]) + 0.5) / 64 - 1
+        # A pixel of 128 is 0.016; the field of a bend is followed to first order.
+        np.testing.assert_allclose(found[place], centre, atol=0.016 if bent else 0.006)
+
+
+def test_landmarks_mirror_in_pairs():
+    places = face_landmarks.MIRRORED_PLACES
+    assert len(set(face_landmarks.FAN_LANDMARKS)) == 68
+    np.testing.assert_array_equal(places[places], np.arange(68))
+    numbers = np.array(face_landmarks.FAN_LANDMARKS)
+    for left, right in (("left_eye", "right_eye"), ("left_brow", "right_brow")):
+        mirrored = set(numbers[places][np.isin(numbers, masks.LANDMARKS_OF[left])])
+        assert mirrored and mirrored <= set(masks.LANDMARKS_OF[right])
+
+
 def test_colour_matrix():
     picture = np.random.default_rng(0).integers(30, 220, (8, 8, 3), np.uint8)
     same = cv2.transform(picture, augment.colour_matrix(1, 1, 1, 0))
@@ -228,9 +271,11 @@ def test_every_random_operator_does_something_and_zero_probability_nothing(clip,
                 "component_mask",
                 "head_pose",
                 "expression_image",
+                "expression_landmarks",
             },
             "pose_colour": {"pose_image"},
-        }.get(name, {"expression_image"})
+            "expression_colour": {"expression_image"},
+        }.get(name, {"expression_image", "expression_landmarks"})
         assert changed == expected, name
 
 

@@ -61,10 +61,11 @@ def test_batches_are_as_promised(directory):
         "target_component_mask": (4, 2, 32, 32),
         "target_head_pose": (4, 2, 3, 4),
         "target_blendshapes": (4, 2, 52),
+        "target_expression_landmarks": (4, 2, 68, 2),
     }
     assert {name: value.shape for name, value in batch.items()} == expected
     for name, value in batch.items():
-        floats = name.endswith(("head_pose", "blendshapes"))
+        floats = name.endswith(("head_pose", "blendshapes", "landmarks"))
         assert value.dtype == (np.float32 if floats else np.uint8), name
 
 
@@ -205,6 +206,29 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
         np.testing.assert_array_equal(
             example["target_expression_image"][number], view["expression_image"][at]
         )
+
+
+def test_second_expression_is_another_picture_of_the_instant(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", 2, 12, 48, cameras=2)
+    config = _quiet(_config(directory)) | {"second_expression": True}
+    config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
+    examples = loading.Examples(config)
+    clip, other = examples.clips[0], examples.clips[1]
+    place = int(np.flatnonzero(examples.order(0) == 0)[0])
+    example = examples(place, np.random.default_rng(3))
+    same = augment.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
+    view = augment.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
+    assert example["target_second_expression_image"].shape == (2, 16, 16, 3)
+    for first, second in zip(
+        example["target_expression_image"], example["target_second_expression_image"], strict=True
+    ):
+        at = np.abs(same["expression_image"] - first.astype(int)).sum((1, 2, 3)).argmin()
+        np.testing.assert_array_equal(first, same["expression_image"][at])
+        np.testing.assert_array_equal(second, view["expression_image"][at])
+    (batch,) = loading.evaluation_batches(config, "train", 1)
+    np.testing.assert_array_equal(
+        batch["target_second_expression_image"], batch["target_expression_image"]
+    )
 
 
 def _with_bad_record(tmp_path, kind):

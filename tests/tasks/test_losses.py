@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dexportrait_jax import geometry
-from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks import losses, motion
 
 
 def picture(values):
@@ -82,3 +82,15 @@ def test_denoising_error_weights_samples():
     target = jnp.zeros_like(prediction)
     assert losses.denoising_error(prediction, target) == 2.5
     assert losses.denoising_error(prediction, target, jnp.array([1.0, 0.5])) == 1.5
+
+
+def test_gradient_norms_of_each_term_at_the_picture():
+    """3 * mean(x^2) over 2 numbers (1, 2): gradient 3 x, norm 3 sqrt(5); 2 * sum(x): norm 2 sqrt(2)."""
+
+    def terms(image):
+        return {"square": (3.0, jnp.mean(image**2)), "sum": (2.0, jnp.sum(image))}
+
+    norms = motion.gradient_norms(terms, jnp.array([1.0, 2.0]))
+    assert set(norms) == {"gradient_norm/square", "gradient_norm/sum"}
+    assert float(norms["gradient_norm/square"]) == pytest.approx(3 * 5**0.5)
+    assert float(norms["gradient_norm/sum"]) == pytest.approx(2 * 2**0.5)

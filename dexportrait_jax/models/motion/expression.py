@@ -173,6 +173,8 @@ class ExpressionEncoder(nnx.Module):
         widths: features of the blocks at E/2 (one) and E/4 (all others; the last is the hourglass').
         depth: halvings inside the hourglass, which starts at E/4.
         heat_maps: features of the heat-map head (68 landmarks in a face alignment network).
+        pictures: features that the heat maps are gathered in before the last layer; 1 is published, where a
+            picture of E/8 x E/8 positions has to hold all landmarks, which few positions cannot.
         leak: slope below zero of the last activation; 0 is the published ReLU. All of the latent passes one
             feature there, and a plain ReLU dies for good when early steps push that feature below zero.
         heads, head_features: of the attention in "fan_sa".
@@ -187,6 +189,7 @@ class ExpressionEncoder(nnx.Module):
         widths: Sequence[int] = (128, 128, 256),
         depth: int = 4,
         heat_maps: int = 68,
+        pictures: int = 1,
         latent: int = 512,
         dropout: float = 0.5,
         leak: float = 0.0,
@@ -218,8 +221,8 @@ class ExpressionEncoder(nnx.Module):
         self.bn_end0 = normalisation(norm, last, **build)
         self.l0 = Conv(last, heat_maps, (1, 1), **build)
         self.bn5 = normalisation(norm, heat_maps, **build)
-        self.conv6 = Conv(heat_maps, 1, (3, 3), strides=2, padding=1, **build)
-        self.fc = nnx.Linear((image_size // 8) ** 2, latent, **build)
+        self.conv6 = Conv(heat_maps, pictures, (3, 3), strides=2, padding=1, **build)
+        self.fc = nnx.Linear(pictures * (image_size // 8) ** 2, latent, **build)
         if kind == "fan":
             self.sa1 = self.sa2 = self.sa3 = None
         else:
@@ -232,7 +235,11 @@ class ExpressionEncoder(nnx.Module):
         self, image: Float[Array, "b e e 3"], dropout_key: Array | None = None
     ) -> Float[Array, "b latent"]:
         """The latent; with ``dropout_key`` the hourglass drops parts of its shortcuts."""
-        hidden = self.heat_maps(image, dropout_key)
+        return self.latent(self.heat_maps(image, dropout_key))
+
+    def latent(self, heat_maps: Float[Array, "b e4 e4 maps"]) -> Float[Array, "b latent"]:
+        """The latent that ``heat_maps`` make."""
+        hidden = heat_maps
         hidden = self.conv6(jax.nn.relu(self.bn5(hidden)))
         hidden = jax.nn.leaky_relu(hidden.reshape(hidden.shape[0], -1), self.leak)
         return self.fc(hidden).astype(jnp.float32)

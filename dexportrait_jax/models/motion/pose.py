@@ -19,7 +19,13 @@ from dexportrait_jax import geometry
 from dexportrait_jax.models.layers import Conv
 
 _BINS = 66
-_weights = nnx.initializers.truncated_normal(0.02)
+# "published" is made for wide networks that train for long: the blocks of a narrow one start as good as empty,
+# and stay so for hundreds of steps. "fan_in" keeps the variance from layer to layer whatever the width.
+Initialisation = Literal["published", "fan_in"]
+_WEIGHTS: dict[str, nnx.Initializer] = {
+    "published": nnx.initializers.truncated_normal(0.02),
+    "fan_in": nnx.initializers.lecun_normal(),
+}
 
 
 class GlobalResponseNorm(nnx.Module):
@@ -41,8 +47,15 @@ class GlobalResponseNorm(nnx.Module):
 class ConvNeXtBlock(nnx.Module):
     """Depthwise 7x7, LayerNorm, linear x4, GELU, global response norm, linear, residual."""
 
-    def __init__(self, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        build = {"kernel_init": _weights, "dtype": dtype, "rngs": rngs}
+    def __init__(
+        self,
+        features: int,
+        *,
+        kernel_init: nnx.Initializer = _WEIGHTS["published"],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        build = {"kernel_init": kernel_init, "dtype": dtype, "rngs": rngs}
         self.dwconv = Conv(features, features, (7, 7), padding=3, groups=features, **build)
         self.norm = nnx.LayerNorm(features, epsilon=1e-6, dtype=dtype, rngs=rngs)
         self.pwconv1 = nnx.Linear(features, 4 * features, **build)
@@ -62,13 +75,15 @@ class ConvNeXtV2(nnx.Module):
         *,
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
+        initialisation: Initialisation = "published",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
+        weights = _WEIGHTS[initialisation]
 
         def conv(in_features: int, out_features: int, size: int) -> Conv:
-            window = {"strides": size, "padding": 0, "kernel_init": _weights}
+            window = {"strides": size, "padding": 0, "kernel_init": weights}
             return Conv(in_features, out_features, (size, size), **window, **build)
 
         def norm(features: int) -> nnx.LayerNorm:
@@ -79,7 +94,7 @@ class ConvNeXtV2(nnx.Module):
             downsample.append(nnx.List([norm(before), conv(before, after, 2)]))
         self.downsample_layers = nnx.List(downsample)
         self.stages = nnx.List(
-            nnx.List([ConvNeXtBlock(features, **build) for _ in range(depth)])
+            nnx.List([ConvNeXtBlock(features, kernel_init=weights, **build) for _ in range(depth)])
             for features, depth in zip(dims, depths, strict=True)
         )
         self.norm = norm(dims[-1])
@@ -111,10 +126,13 @@ class PoseEncoder(ConvNeXtV2):
         dims: Sequence[int] = (96, 192, 384, 768),
         rotation_head: Literal["euler_bins", "6d"] = "euler_bins",
         translation_limit: float | None = None,
+        initialisation: Initialisation = "published",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        super().__init__(depths=depths, dims=dims, dtype=dtype, rngs=rngs)
+        super().__init__(
+            depths=depths, dims=dims, initialisation=initialisation, dtype=dtype, rngs=rngs
+        )
         self.rotation_head, self.translation_limit = rotation_head, translation_limit
 
         def head(outputs: int) -> nnx.Linear:

@@ -63,6 +63,19 @@ def test_whole_encoder_equals_torch():
     close(jax.jit(encoder)(image), x.flatten(1).relu() @ kernel + bias)
 
 
+def test_more_pictures_before_the_last_layer():
+    """The linear layer reads all of them: a change in any one of the heat maps' pictures moves the latent."""
+    encoder = ExpressionEncoder(**SIZES, latent=6, pictures=3, leak=0.2, rngs=nnx.Rngs(0))
+    assert encoder.conv6.kernel.shape == (3, 3, 4, 3) and encoder.fc.kernel.shape == (3 * 16, 6)
+    image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3), minval=-1)
+    latent = encoder(image)
+    for picture in range(3):
+        bias = np.zeros(3, np.float32)
+        bias[picture] = 1.0
+        encoder.conv6.bias = nnx.Param(jnp.asarray(bias))
+        assert np.abs(encoder(image) - latent).max() > 1e-3
+
+
 def test_attention_blocks_change_nothing_at_first():
     attention = {"kind": "fan_sa", "heads": 2, "head_features": 32}
     with_attention = ExpressionEncoder(**SIZES, **attention, latent=12, rngs=nnx.Rngs(0))

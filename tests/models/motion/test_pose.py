@@ -92,6 +92,21 @@ def test_heads_give_the_angles_translation_and_scale_they_say():
     np.testing.assert_allclose(scale[0], np.exp(2), rtol=1e-5)  # clipped
 
 
+def test_blocks_of_a_narrow_network_start_empty_unless_by_fan_in():
+    """What a block adds to its input, relative to it: 1 % with the published deviation, the same order by fan-in."""
+    hidden = jax.random.normal(jax.random.key(0), (2, 8, 8, 32))
+
+    def added(initialisation):
+        network = ConvNeXtV2(
+            depths=(1,), dims=(32,), initialisation=initialisation, rngs=nnx.Rngs(0)
+        )
+        block = network.stages[0][0]
+        return float(jnp.std(block(hidden) - hidden) / jnp.std(hidden))
+
+    assert added("published") < 0.03
+    assert 0.2 < added("fan_in") < 2
+
+
 def test_unknown_head():
     with pytest.raises(ValueError, match="quaternion"):
         PoseEncoder(**SIZES, rotation_head="quaternion", rngs=nnx.Rngs(0))

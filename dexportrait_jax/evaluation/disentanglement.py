@@ -1,0 +1,96 @@
+"""What pose and expression encoders know, and what they know of each other, where the truth is known.
+
+Gauge and probes are fitted on training people and scored on held-out ones. Every leak is to be read beside the
+R2 of what the latent is for: a latent that says nothing leaks nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dexportrait_jax.evaluation import probes
+from dexportrait_jax.geometry import rotation_to_euler
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Frames with what the encoders say of them and with the truth.
+
+    Attributes:
+        people: number of the person that each frame shows.
+        poses: P as the pose encoder finds it, (n, 3, 4).
+        latents: expression latents, (n, L).
+        true_poses: P of the renderer, (n, 3, 4).
+        parameters: true expression parameters, (n, K).
+    """
+
+    people: Int[np.ndarray, " n"]
+    poses: Float[np.ndarray, "n 3 4"]
+    latents: Float[np.ndarray, "n latent"]
+    true_poses: Float[np.ndarray, "n 3 4"]
+    parameters: Float[np.ndarray, "n parameters"]
+
+
+def encoder_figures(
+    training: Encoded, held_out: Encoded, parameter_names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of the encoders, and R2 of every expression parameter.
+
+    Returns:
+        pose_error_degrees (mean geodesic error after one gauge fitted on training people),
+        scale_error (mean |ratio - 1|), shift_error (mean distance, crop units), expression_r2 (latent to
+        parameters, mean over all but gaze), gaze_r2, pose_leak_r2 (latent to pitch, yaw and roll),
+        placement_leak_r2 (latent to log scale and shift), identity_leak, expression_in_pose_r2 (found
+        pose to parameters, mean over all but gaze); and name -> R2.
+    """
+    gauge = probes.fit_gauge(training.poses, training.true_poses)
+    errors = probes.pose_errors(gauge.remove(held_out.poses), held_out.true_poses)
+
+    def read(features, targets):
+        probe = probes.fit_probe(features(training), targets(training), training.people)
+        return probes.r_squared(probe.predict(features(held_out)), targets(held_out))
+
+    latents, parameters = lambda of: of.latents, lambda of: of.parameters
+    of_parameters = read(latents, parameters)
+    in_pose = read(lambda of: pose_features(of.poses), parameters)
+    gaze = np.array(["gaze" in name for name in parameter_names])
+    angles = read(latents, lambda of: pose_angles(of.true_poses))
+    leak, chance = probes.identity_leak(held_out.latents, held_out.people)
+    figures = {
+        "pose_error_degrees": errors["degrees"].mean(),
+        "scale_error": errors["scale"].mean(),
+        "shift_error": errors["shift"].mean(),
+        "expression_r2": of_parameters[~gaze].mean(),
+        "gaze_r2": of_parameters[gaze].mean() if gaze.any() else 0.0,
+        "pose_leak_r2": angles.mean(),
+        "pitch_leak_r2": angles[0],
+        "yaw_leak_r2": angles[1],
+        "roll_leak_r2": angles[2],
+        "placement_leak_r2": read(latents, lambda of: placement(of.true_poses)).mean(),
+        "identity_leak": leak,
+        "identity_chance": chance,
+        "expression_in_pose_r2": in_pose[~gaze].mean(),
+    }
+    each = dict(zip(parameter_names, map(float, of_parameters), strict=True))
+    return {name: float(value) for name, value in figures.items()}, each
+
+
+def pose_angles(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 3"]:
+    """Pitch, yaw and roll in degrees."""
+    rotation, _, _ = probes.split_pose(poses)
+    return np.stack([np.asarray(angle) for angle in rotation_to_euler(rotation)], -1)
+
+
+def placement(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 3"]:
+    """Log scale, and shift in x and y."""
+    _, scale, shift = probes.split_pose(poses)
+    return np.concatenate([np.log(scale)[:, None], shift[:, :2]], -1)
+
+
+def pose_features(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 12"]:
+    """All that a linear probe may use of a pose: rotation matrix and placement, each of unit order."""
+    rotation, _, _ = probes.split_pose(poses)
+    return np.concatenate([rotation.reshape(len(poses), 9), placement(poses)], -1)

@@ -1,0 +1,114 @@
+"""What the protocols of `evaluate` share: a model that makes pictures of clips, and measures over many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from data_pipelines.dataset import ClipDataset
+from data_pipelines.records import Clip
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.face_clips import encode_clip, model_inputs
+from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
+
+SHOWN_COLUMNS = 9
+Picture = UInt8[np.ndarray, "h w 3"]
+Frames = UInt8[np.ndarray, "frames h w 3"]
+
+
+@dataclass
+class Findings:
+    """What a protocol brings: figures over all frames, figures of each item, and rows of pictures."""
+
+    values: dict[str, float | None]
+    items: list[dict[str, Any]]
+    rows: list[list[Picture]] = field(default_factory=list)
+
+
+class Runner:
+    """One model with its settings: from clips and frame numbers to pictures."""
+
+    def __init__(self, model: PortraitModel, sampling: Sampling, max_frames: int):
+        self.model, self.sampling, self.max_frames = model, sampling, max_frames
+        self.frames = 0  # made so far
+
+    def parts(self, frames: int) -> list[Int[np.ndarray, " n"]]:
+        """Which frames of a clip of ``frames`` to make, in groups that the model makes together.
+
+        A model of single frames gets evenly spaced ones; a model of clips gets runs of consecutive
+        frames (at the stride it was trained with), evenly spaced over the clip. Frame 0 is the
+        source's.
+        """
+        length = self.model.clip_length
+        last = frames - 1
+        if length == 1:
+            count = min(self.max_frames, last)
+            return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
+        stride = max(1, min(self.model.config.data.frame_stride, (last - 1) // length))
+        length = min(length, last, self.max_frames)
+        reach = (length - 1) * stride
+        runs = max(1, min(self.max_frames // length, last // (reach + 1)))
+        starts = np.unique(np.round(np.linspace(1, last - reach, runs)).astype(int))
+        return [start + stride * np.arange(length) for start in starts]
+
+    def pictures(self, clip: Clip, indices: Sequence[int]) -> Frames:
+        """Frames of a clip at the model's size."""
+        return model_inputs(self.model, clip, np.asarray(indices))["image"]
+
+    def make(
+        self,
+        source: Clip,
+        pose: tuple[Clip, np.ndarray] | None,
+        expression: tuple[Clip, np.ndarray] | None,
+    ) -> Frames:
+        """The first frame of ``source``, driven by frames of clips; None = its own."""
+        own_pose, own_expression = encode_clip(self.model, source, np.array([0]))
+        count = len((pose or expression)[1])
+        poses, expressions = np.repeat(own_pose, count, 0), np.repeat(own_expression, count, 0)
+        if pose:
+            poses = encode_clip(self.model, *pose)[0]
+        if expression:
+            expressions = encode_clip(self.model, *expression)[1]
+        drive = Drive(own_pose[0], own_expression[0], poses, expressions)
+        self.frames += count
+        first = self.pictures(source, [0])[0]
+        return np.concatenate(list(self.model.animate(first, drive, self.sampling)))
+
+
+def one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
+    """The first clip with two frames of each person."""
+    chosen: dict[str, int] = {}
+    for number, identity in enumerate(clips.index["identity"]):
+        if clips.frames[number] > 1:
+            chosen.setdefault(identity, number)
+    if len(chosen) < least:
+        raise UserError(
+            f"--protocol={protocol} needs {least} people; split '{clips.split}' of {clips.directory} has "
+            f"{len(chosen)}: prepare more videos, or hold out the end of every clip with --holdout=time"
+        )
+    return [clips[number] for number in chosen.values()]
+
+
+def in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:
+    """A measure of every frame, computed on batches of one size so that it is compiled once."""
+    values = []
+    for first in range(0, len(made), BATCH):
+        part = slice(first, first + BATCH)
+        pair = padded(made[part], BATCH), padded(truth[part], BATCH)
+        values.append(np.asarray(measure(*pair, data_range=255))[: len(made[part])])
+    return np.concatenate(values)
+
+
+def mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def row(source: Picture, shown: list[tuple[Picture, ...]]) -> list[Picture]:
+    """The source, then drivers and result of a few frames, evenly spaced."""
+    count = (SHOWN_COLUMNS - 1) // len(shown[0])
+    chosen = np.unique(np.linspace(0, len(shown) - 1, count).round().astype(int))
+    return [source] + [picture for number in chosen for picture in shown[number]]

@@ -1,0 +1,213 @@
+"""Protocol `synthetic`: rendered heads, where "pose of A, expression of B, person C" has a right answer.
+
+The encoders are measured by gauge and probes (`disentanglement.py`); the pictures against what the renderer makes
+of the same three. Baselines of the last: repeating the source, moving the source as a flat card by the true
+relative pose, and the mean picture of the training people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from data_pipelines import augment
+from data_pipelines.dataset import ClipDataset
+from data_pipelines.records import Clip
+from data_pipelines.synthetic.identity import make_identity
+from data_pipelines.synthetic.render import Rendering, render
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import metrics
+from dexportrait_jax.evaluation.disentanglement import Encoded, encoder_figures
+from dexportrait_jax.evaluation.runner import (
+    Findings,
+    Frames,
+    Picture,
+    Runner,
+    in_batches,
+    one_clip_each,
+    row,
+)
+from dexportrait_jax.face_clips import encode_clip
+from dexportrait_jax.metrics import Progress
+
+TRAINING_FRAMES = 3000  # that gauge and probes are fitted on
+FRAMES_A_CLIP = 12  # that are encoded for them
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a rendered clip shows: the person's seed, (T, K) expressions by name, (T, 3, 4) poses, the camera."""
+
+    seed: int
+    names: tuple[str, ...]
+    expression: Float[np.ndarray, "t k"]
+    pose: Float[np.ndarray, "t 3 4"]
+    camera: Float[np.ndarray, "3 3"]
+
+    def render(self, expression: np.ndarray, pose: np.ndarray, size: int) -> Rendering:
+        """This person with another's expression and pose, before the camera of this clip."""
+        return render(make_identity(self.seed), expression, pose, size, camera=self.camera)
+
+
+def truth_of(clip: Clip) -> Truth:
+    """The truth that the renderer left in a clip. UserError where it is a clip of something else."""
+    known = clip.settings.get("synthetic")
+    if known is None:
+        raise UserError(
+            f"clip {clip.clip_id} is no rendered head, so its truth is not known: give --data a dataset of "
+            "`dexportrait render`, or synthetic:identities=..."
+        )
+    expression, pose, camera = (
+        np.asarray(known[name]) for name in ("expression", "pose", "camera_rotation")
+    )
+    names = tuple(known["expression_names"])
+    return Truth(int(known["identity_seed"]), names, expression, pose, camera)
+
+
+def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset) -> Findings:
+    """Figures of encoders and pictures on held-out people; one item for each of them.
+
+    Keys beside those of `encoder_figures`: expression_r2/NAME of every parameter; self_psnr, cross_psnr,
+    disentangled_psnr and *_copy (repeating the source); disentangled_rigid, disentangled_mean,
+    disentangled_gain_db over the best of the three baselines; expression_use_db, PSNR round eyes and
+    mouth with B's latent over the same with the source's.
+    """
+    people = one_clip_each(clips, 3, "synthetic")
+    truths = [truth_of(clip) for clip in people]
+    mean_picture = _mean_picture(runner, training)
+    figures, parameters = encoder_figures(
+        encode(runner, training, TRAINING_FRAMES),
+        encode(runner, clips, TRAINING_FRAMES),
+        truths[0].names,
+    )
+    items, rows = [], []
+    progress = Progress("evaluate synthetic", len(people), unit="person")
+    for number, source in enumerate(people):
+        a, b = ((number + step) % len(people) for step in (1, 2))
+        item, shown = _item(
+            runner,
+            source,
+            people[a],
+            people[b],
+            truths[number],
+            truths[a],
+            truths[b],
+            mean_picture,
+        )
+        items.append(item)
+        rows.append(row(runner.pictures(source, [0])[0], shown))
+        progress.update(number + 1)
+    names = [name for name, value in items[0].items() if not isinstance(value, str)]
+    means = {name: float(np.mean([item[name] for item in items])) for name in names}
+    best = max(means[f"disentangled_{name}"] for name in ("copy", "rigid", "mean"))
+    means["disentangled_gain_db"] = means["disentangled_psnr"] - best
+    means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
+    figures |= {f"expression_r2/{name}": value for name, value in parameters.items()}
+    return Findings(means | figures, items, rows)
+
+
+def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:
+    """What the encoders say of at most ``frames`` frames, evenly over clips and within them."""
+    count = max(1, min(len(clips), frames // FRAMES_A_CLIP))
+    chosen = np.unique(np.linspace(0, len(clips) - 1, count).astype(int))
+    identities = list(dict.fromkeys(clips.index["identity"]))
+    parts: dict[str, list[np.ndarray]] = {}
+    progress = Progress(f"encode {clips.split}", len(chosen), unit="clip")
+    for done, number in enumerate(chosen):
+        clip = clips[int(number)]
+        known = truth_of(clip)
+        indices = np.unique(np.linspace(0, len(clip) - 1, FRAMES_A_CLIP).astype(int))
+        poses, latents = encode_clip(runner.model, clip, indices)
+        person = np.full(len(indices), identities.index(clip.identity))
+        values = (person, poses, latents, known.pose[indices], known.expression[indices])
+        for name, value in zip(Encoded.__dataclass_fields__, values, strict=True):
+            parts.setdefault(name, []).append(np.asarray(value))
+        progress.update(done + 1)
+    return Encoded(**{name: np.concatenate(values) for name, values in parts.items()})
+
+
+def _item(
+    runner: Runner,
+    source: Clip,
+    clip_a: Clip,
+    clip_b: Clip,
+    truth: Truth,
+    a: Truth,
+    b: Truth,
+    mean_picture: Picture,
+) -> tuple[dict[str, Any], list[tuple[Picture, ...]]]:
+    """The source driven by itself, by A alone, and by pose of A with expression of B."""
+    first = runner.pictures(source, [0])[0]
+    psnr: dict[str, list[np.ndarray]] = {}
+    shown: list[tuple[Picture, ...]] = []
+
+    def measure(name: str, made: Frames, wanted: Frames) -> None:
+        psnr.setdefault(name, []).append(in_batches(metrics.psnr, made, wanted))
+
+    for indices in runner.parts(len(source)):
+        wanted = runner.pictures(source, indices)
+        measure("self_psnr", runner.make(source, (source, indices), (source, indices)), wanted)
+        measure("self_copy", np.repeat(first[None], len(wanted), 0), wanted)
+    for indices in runner.parts(min(len(clip_a), len(clip_b))):
+        wanted, _ = _rendered(runner, source, truth, a.expression[indices], a.pose[indices])
+        measure("cross_psnr", runner.make(source, (clip_a, indices), (clip_a, indices)), wanted)
+        measure("cross_copy", np.repeat(first[None], len(wanted), 0), wanted)
+
+        wanted, parts = _rendered(runner, source, truth, b.expression[indices], a.pose[indices])
+        made = runner.make(source, (clip_a, indices), (clip_b, indices))
+        measure("disentangled_psnr", made, wanted)
+        measure("disentangled_copy", np.repeat(first[None], len(wanted), 0), wanted)
+        moved = np.stack([move_rigidly(first, truth.pose[0], a.pose[index]) for index in indices])
+        measure("disentangled_rigid", moved, wanted)
+        measure("disentangled_mean", np.repeat(mean_picture[None], len(wanted), 0), wanted)
+        own = runner.make(source, (clip_a, indices), None)
+        psnr.setdefault("parts_psnr", []).append(masked_psnr(made, wanted, parts))
+        psnr.setdefault("parts_psnr_own_expression", []).append(masked_psnr(own, wanted, parts))
+        drivers = (runner.pictures(clip, indices) for clip in (clip_a, clip_b))
+        shown += zip(*drivers, made, wanted, strict=True)
+    names = {"source": source.clip_id, "pose": clip_a.clip_id, "expression": clip_b.clip_id}
+    values = {name: float(np.mean(np.concatenate(parts))) for name, parts in psnr.items()}
+    return names | values, shown
+
+
+def _rendered(
+    runner: Runner, source: Clip, truth: Truth, expressions: np.ndarray, poses: np.ndarray
+) -> tuple[Frames, Frames]:
+    """The true pictures, and masks (n, h, w) of eyes and mouth in them."""
+    size, pictures, masks = runner.model.image_size, [], []
+    for expression, pose in zip(expressions, poses, strict=True):
+        drawn = truth.render(expression, pose, source.size)
+        # Resampled as the model's inputs are, so that nothing but the model makes a difference.
+        pictures.append(augment.sample_picture(drawn.image, augment.similarity_matrix(), size))
+        regions = augment.hidden_regions(drawn.polygons, dilation=0.2, minimum_height=0.55)
+        masks.append(augment.fill_polygons(regions, size))
+    return np.stack(pictures), np.stack(masks)
+
+
+def move_rigidly(
+    picture: Picture, source_pose: Float[np.ndarray, "3 4"], pose: Float[np.ndarray, "3 4"]
+) -> Picture:
+    """The picture as a flat card that faces the viewer at R = I, moved from one pose to another."""
+    here, there = (np.vstack([one[:2][:, [0, 1, 3]], [0, 0, 1]]) for one in (source_pose, pose))
+    return augment.sample_picture(picture, (there @ np.linalg.inv(here))[:2], picture.shape[0])
+
+
+def masked_psnr(made: Frames, wanted: Frames, masks: Frames) -> Float[np.ndarray, " n"]:
+    """PSNR in dB over the positions of each mask (not 0), at most 100."""
+    inside = (masks > 0)[..., None]
+    error = np.square((made.astype(np.float64) - wanted) / 255) * inside
+    count = np.maximum(inside.sum((1, 2, 3)) * made.shape[-1], 1)
+    return -10 * np.log10(np.maximum(error.sum((1, 2, 3)) / count, 1e-10))
+
+
+def _mean_picture(runner: Runner, clips: ClipDataset, count: int = 256) -> Picture:
+    """The mean of many training pictures: the best that knows nothing of anything."""
+    total: Any = 0.0
+    chosen = np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)
+    for place, number in enumerate(chosen):
+        clip = clips[int(number)]
+        total = total + runner.pictures(clip, [place % len(clip)])[0].astype(np.float64)
+    return np.rint(total / len(chosen)).astype(np.uint8)

@@ -1,0 +1,122 @@
+"""The protocol `synthetic` on models that are known: one draws the truth itself, one repeats the source."""
+
+import numpy as np
+import pytest
+
+from data_pipelines.dataset import open_clips
+from data_pipelines.synthetic.expression import EXPRESSION_PARAMETERS
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import protocols, synthetic
+from dexportrait_jax.face_clips import model_inputs
+from tests import fixtures
+from tests.evaluation.test_protocols import CopyModel
+
+DATA = "synthetic:identities=40,frames=4,size=64,holdout=0.25"
+
+
+class TruthfulModel(CopyModel):
+    """Knows every picture of DATA: its true pose (in a gauge) and parameters. Draws with the renderer."""
+
+    gauge = np.eye(4)
+    deaf = False  # to the expression
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.faces = {}, {}
+        for split in ("train", "validation"):
+            clips = open_clips(DATA, split)
+            for clip in (clips[number] for number in range(len(clips))):
+                truth = synthetic.truth_of(clip)
+                inputs = model_inputs(self, clip, np.arange(len(clip)))
+                for index in range(len(clip)):
+                    key = inputs["expression_image"][index].tobytes()
+                    self.known[key] = truth.pose[index] @ self.gauge, truth.expression[index]
+                    self.faces[inputs["image"][index].tobytes()] = truth
+
+    def encode(self, pose_images, expression_images):
+        found = [self.known[picture.tobytes()] for picture in expression_images]
+        poses, expressions = (np.stack(parts) for parts in zip(*found, strict=True))
+        return poses, expressions[:, ::-1] * 3 + 1  # any invertible code of them
+
+    def animate(self, source, drive, sampling, report=None):
+        truth = self.faces[source.tobytes()]
+        for pose, latent in zip(drive.poses, drive.expressions, strict=True):
+            latent = drive.source_expression if self.deaf else latent
+            expression = ((latent - 1) / 3)[::-1]
+            yield truth.render(expression, pose @ np.linalg.inv(self.gauge), 64).image[None]
+
+
+def _run(monkeypatch, tmp_path, model, data=DATA):
+    monkeypatch.setattr(protocols, "load_model", lambda weights: model)
+    return protocols.run_evaluate("weights", data, "synthetic", str(tmp_path / "out"), max_frames=3)
+
+
+def test_the_truth_gets_the_best_figures(monkeypatch, tmp_path):
+    """Even in another gauge: the pose error is what is left once one gauge is taken away."""
+    gauge = np.eye(4)
+    turn = np.deg2rad(25)
+    gauge[:3, :3] = 1.2 * np.array(
+        [[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]]
+    )
+    gauge[:3, 3] = 0.1, -0.05, 0.0
+    monkeypatch.setattr(TruthfulModel, "gauge", gauge)
+    result = _run(monkeypatch, tmp_path, TruthfulModel())
+    assert result["pose_error_degrees"] < 0.01 and result["scale_error"] < 1e-3
+    assert result["shift_error"] < 1e-3 and result["expression_r2"] > 0.99
+    for name in EXPRESSION_PARAMETERS.names:
+        assert result[f"expression_r2/{name}"] > 0.99
+    # Drawn again without the JPEG in between: what that costs is all that is missing.
+    assert result["self_psnr"] > 33
+    assert result["cross_psnr"] > 50 and result["disentangled_psnr"] > 50
+    assert result["disentangled_gain_db"] > 25 and result["expression_use_db"] > 20
+    baselines = [result[f"disentangled_{name}"] for name in ("copy", "rigid", "mean")]
+    assert result["disentangled_gain_db"] == pytest.approx(
+        result["disentangled_psnr"] - max(baselines)
+    )
+    for name in ("pose_leak_r2", "placement_leak_r2", "identity_leak", "expression_in_pose_r2"):
+        assert name in result
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 10_000
+    assert len(result["items"]) == len(open_clips(DATA, "validation"))  # one each
+
+
+def test_a_model_deaf_to_expressions_is_found_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(TruthfulModel, "deaf", True)
+    result = _run(monkeypatch, tmp_path, TruthfulModel())
+    assert result["expression_use_db"] == 0
+    assert result["disentangled_psnr"] < 35
+
+
+def test_repeating_the_source_gains_nothing(monkeypatch, tmp_path):
+    result = _run(monkeypatch, tmp_path, CopyModel())
+    for name in ("self", "cross", "disentangled"):
+        assert result[f"{name}_psnr"] == pytest.approx(result[f"{name}_copy"])
+    assert result["disentangled_gain_db"] <= 0 and result["expression_use_db"] == 0
+    assert result["pose_error_degrees"] > 10 and result["expression_r2"] < 0.3
+
+
+def test_other_videos_are_refused(monkeypatch, tmp_path):
+    faces = fixtures.make_dataset(tmp_path / "faces", clips=2, frames=4, validation_clips=3)
+    with pytest.raises(UserError, match="no rendered head"):
+        _run(monkeypatch, tmp_path, CopyModel(), str(faces))
+    with pytest.raises(UserError, match="3 people"):
+        _run(monkeypatch, tmp_path, CopyModel(), "synthetic:identities=5,frames=2,holdout=0.2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_psnr_by_hand():
+    """An error of 25.5 in one of two positions inside: mean square 0.005, 23.01 dB; outside nothing counts."""
+    wanted = np.zeros((1, 2, 2, 3), np.uint8)
+    made = wanted.astype(float)
+    made[0, 0, 0], made[0, 1, 1] = 25.5, 255
+    mask = np.array([[[255, 255], [0, 0]]], np.uint8)
+    assert synthetic.masked_psnr(made, wanted, mask)[0] == pytest.approx(-10 * np.log10(0.005))
+    assert synthetic.masked_psnr(wanted, wanted, mask)[0] == 100
+
+
+def test_a_rigid_move_follows_the_pose():
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    here, there = np.eye(3, 4), np.eye(3, 4)
+    np.testing.assert_array_equal(synthetic.move_rigidly(picture, here, here), picture)
+    there[0, 3] = 0.25  # 8 pixels to the right
+    moved = synthetic.move_rigidly(picture, here, there)
+    np.testing.assert_array_equal(moved[:, 8:], picture[:, :-8])
