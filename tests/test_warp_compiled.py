@@ -25,7 +25,7 @@ print(compiled.as_text())
 def test_forward_for_v5e_holds_no_scatter():
     """At the paper's volume, two of them; the text is that of the optimised program."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed; it comes with pip install -e '.[tpu]'")
+        pytest.skip("needs libtpu: pip install -e '.[tpu]' -c constraints.txt")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
