@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import dataset, records
+from data_pipelines import dataset, network_inputs, records, transforms
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -288,7 +288,7 @@ class Examples:
         return self._example(clip, 0, targets, draw, [draw] * len(targets), number, None)
 
     def _example(self, clip, source, targets, source_draw, target_draws, number, rng):
-        one = augmentation.frame_inputs(clip, source, source_draw, self.augment, self.sizes)
+        one = network_inputs.frame_inputs(clip, source, source_draw, self.augment, self.sizes)
         seconds = self._second_draws(target_draws, rng)
         wanted = rng and (seconds[0] is not None or target_draws[0].other_view)
         other = self._other_view(number, rng) if wanted else None
@@ -297,7 +297,7 @@ class Examples:
             if second is not None:
                 second = second, self._same_instant(clip, int(target), other, second)
             many.append(
-                augmentation.frame_inputs(
+                network_inputs.frame_inputs(
                     clip,
                     int(target),
                     draw,
@@ -352,7 +352,7 @@ def background_motion(clip: records.Clip, indices: np.ndarray, side: int = 48) -
     """
     thumbnails = []
     for index in indices:
-        gray = cv2.cvtColor(augmentation.decode_frame(clip, int(index)), cv2.COLOR_RGB2GRAY)
+        gray = cv2.cvtColor(transforms.decode_frame(clip, int(index)), cv2.COLOR_RGB2GRAY)
         small = cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA)
         thumbnails.append(small.astype(np.float32) / 255)
     boxes = clip.face_boxes[indices]

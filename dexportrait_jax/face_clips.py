@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from data_pipelines import video
-from data_pipelines.augment import inference_inputs
+from data_pipelines.network_inputs import inference_inputs
 from data_pipelines.prepare.clips import clip_from_image, clip_from_video
 from data_pipelines.prepare.crop import Settings
 from data_pipelines.prepare.detect import Landmarker

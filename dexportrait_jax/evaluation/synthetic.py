@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from data_pipelines import augment
+from data_pipelines import network_inputs, transforms
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.records import Clip
 from data_pipelines.synthetic.identity import make_identity
@@ -181,9 +181,11 @@ def _rendered(
     for expression, pose in zip(expressions, poses, strict=True):
         drawn = truth.render(expression, pose, source.size)
         # Resampled as the model's inputs are, so that nothing but the model makes a difference.
-        pictures.append(augment.sample_picture(drawn.image, augment.similarity_matrix(), size))
-        regions = augment.hidden_regions(drawn.polygons, dilation=0.2, minimum_height=0.55)
-        masks.append(augment.fill_polygons(regions, size))
+        pictures.append(
+            transforms.sample_picture(drawn.image, transforms.similarity_matrix(), size)
+        )
+        regions = network_inputs.hidden_regions(drawn.polygons, dilation=0.2, minimum_height=0.55)
+        masks.append(transforms.fill_polygons(regions, size))
     return np.stack(pictures), np.stack(masks)
 
 
@@ -192,7 +194,7 @@ def move_rigidly(
 ) -> Picture:
     """The picture as a flat card that faces the viewer at R = I, moved from one pose to another."""
     here, there = (np.vstack([one[:2][:, [0, 1, 3]], [0, 0, 1]]) for one in (source_pose, pose))
-    return augment.sample_picture(picture, (there @ np.linalg.inv(here))[:2], picture.shape[0])
+    return transforms.sample_picture(picture, (there @ np.linalg.inv(here))[:2], picture.shape[0])
 
 
 def masked_psnr(made: Frames, wanted: Frames, masks: Frames) -> Float[np.ndarray, " n"]:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines import augment, loading, records
+from data_pipelines import augment, loading, network_inputs, records, transforms
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
@@ -136,8 +136,8 @@ def test_video_is_consecutive_and_moves_as_one(directory):
             for flip in (False, True)
             for start in range(24 - 10)
             for moved in [
-                augment.transform_head_pose(
-                    augment.similarity_matrix(flip=flip), clip.head_pose[start : start + 11 : 2]
+                transforms.transform_head_pose(
+                    transforms.similarity_matrix(flip=flip), clip.head_pose[start : start + 11 : 2]
                 )
             ]
         )
@@ -171,7 +171,7 @@ def test_background_motion_sees_the_background_alone():
 
     shaken = []
     for number in range(6):
-        picture = np.roll(augment.decode_frame(clip, number), 8 * (number % 2), axis=0)
+        picture = np.roll(transforms.decode_frame(clip, number), 8 * (number % 2), axis=0)
         shaken.append(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes())
     moving = dataclasses.replace(clip, frames=shaken)
     assert loading.background_motion(moving, np.arange(6)) > 0.03
@@ -193,8 +193,8 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
     examples = loading.Examples(config)
     place = int(np.flatnonzero(examples.order(0) == 0)[0])
     example = examples(place, np.random.default_rng(3))
-    same = augment.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
-    view = augment.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
+    same = network_inputs.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
+    view = network_inputs.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
     for number in range(2):
         at = (
             np.abs(same["image"] - example["target_image"][number].astype(int))
@@ -216,8 +216,8 @@ def test_second_expression_is_another_picture_of_the_instant(tmp_path):
     clip, other = examples.clips[0], examples.clips[1]
     place = int(np.flatnonzero(examples.order(0) == 0)[0])
     example = examples(place, np.random.default_rng(3))
-    same = augment.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
-    view = augment.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
+    same = network_inputs.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
+    view = network_inputs.inference_inputs(other, range(12), 32, 24, 16, config["augment"])
     assert example["target_second_expression_image"].shape == (2, 16, 16, 3)
     for first, second in zip(
         example["target_expression_image"], example["target_second_expression_image"], strict=True
@@ -301,7 +301,9 @@ def test_evaluation_is_plain_and_even(directory):
     for number in range(5):
         batch, row = batches[number // 2], number % 2
         clip = fixtures.make_clip(number, 24, 48)
-        expected = augment.inference_inputs(clip, [0, 8, 16, 23], 32, 24, 16, config["augment"])
+        expected = network_inputs.inference_inputs(
+            clip, [0, 8, 16, 23], 32, 24, 16, config["augment"]
+        )
         np.testing.assert_array_equal(batch["source_image"][row], expected["image"][0])
         np.testing.assert_array_equal(batch["target_image"][row], expected["image"][1:])
         np.testing.assert_array_equal(batch["target_head_pose"][row], expected["head_pose"][1:])

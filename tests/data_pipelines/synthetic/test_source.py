@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines import augment, dataset, loading, records
+from data_pipelines import dataset, loading, records, transforms
 from data_pipelines.synthetic import poses, source
 from data_pipelines.synthetic.dataset import run_render
 from data_pipelines.synthetic.identity import make_identity
@@ -74,7 +74,7 @@ def test_records_carry_the_truth(directory):
         camera=np.array(truth["camera_rotation"]),
     )
     np.testing.assert_array_equal(clip.landmarks[2], drawn.landmarks)
-    stored = augment.decode_frame(clip, 2)
+    stored = transforms.decode_frame(clip, 2)
     assert np.abs(stored.astype(int) - drawn.image).mean() < 3  # JPEG
     for name, points in drawn.polygons.items():
         np.testing.assert_array_equal(clip.mask_polygons[name][2], points)
