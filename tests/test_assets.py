@@ -13,7 +13,8 @@ import zipfile
 import pytest
 
 from dexportrait_jax import assets, package_index
-from dexportrait_jax.assets import Asset, Package, fetch, find, run_assets
+from dexportrait_jax.asset_table import Asset, Package
+from dexportrait_jax.assets import fetch, find, run_assets
 from dexportrait_jax.errors import UserError
 
 FIRST, SECOND = b"first contents" * 100, b"second contents" * 200

@@ -16,6 +16,7 @@ import pytest
 from data_pipelines.video import VideoWriter
 from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
+from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.weights.exporting import export_groups
@@ -134,7 +135,7 @@ def test_wrong_flags(fails, arguments, words):
 
 
 def test_every_job_has_help_with_an_example(capfd):
-    for job in cli.JOBS:
+    for job in JOBS:
         assert cli.run([job, "--help"]) == 0
         assert "example: dexportrait" in capfd.readouterr().out
 

@@ -16,6 +16,7 @@ import pytest
 from data_pipelines.prepare import job as prepare_job
 from dexportrait_jax import assets, cli, demo, demo_plan
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.metrics import read_rows
 
 TRAINED = {
@@ -120,7 +121,7 @@ def test_the_plan_is_made_of_ordinary_commands(tmp_path, monkeypatch, folder):
     for part in demo_plan.plan(root):
         for arguments in (part.arguments, part.redo or part.arguments):
             name, *flags = arguments
-            flags, _ = cli._parse(name, cli.JOBS[name], flags)
+            flags, _ = cli._parse(name, JOBS[name], flags)
             if name == "prepare":
                 assert prepare_job._matching(flags["videos"]) == [root / "inputs" / "one.mp4"]
         assert part.command.startswith(f"dexportrait {name} ")

@@ -1,0 +1,328 @@
+"""The jobs of the command line, in one table: what each is for, an example, its flags and its function.
+
+The flags of a job are the keyword arguments of its function. Imports nothing heavy: functions are named, and
+imported by `cli.py` when their job runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dexportrait_jax.weights.kinds import KINDS
+
+
+class Job(NamedTuple):
+    """One job: what it is for, an example, its flags, and where its function lives."""
+
+    summary: str
+    example: str
+    flags: Callable[[argparse.ArgumentParser], None]
+    function: str  # "module:function"; imported only when the job runs
+    takes_config: bool = False
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options) -> None:
+    parser.add_argument(f"--{name}", help=help, **options)
+
+
+def _seed(text: str) -> int:
+    """A whole number from 0, which is what random generators take."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
+
+
+def _demo(parser):
+    _flag(parser, "workdir", "where everything goes (default: %(default)s)", default="runs/demo")
+
+
+def _assets(parser):
+    _flag(parser, "fetch", "fetch what is not here yet", action="store_true")
+
+
+def _prepare(parser):
+    _flag(parser, "videos", "files to read, as a glob pattern in quotes", required=True)
+    _flag(parser, "out", "directory of the new dataset", required=True)
+    _flag(
+        parser,
+        "size",
+        "side of the square frames in pixels (default: %(default)s)",
+        type=int,
+        default=512,
+    )
+    _flag(
+        parser,
+        "face_scale",
+        "side of the crop in faces, chin to brow; heads that move widen it (default: 2.15)",
+        type=float,
+        default=None,
+    )
+    _flag(
+        parser,
+        "holdout",
+        "what validation keeps: some people, or the end of every clip (default: %(default)s)",
+        choices=("identity", "time"),
+        default="identity",
+    )
+    _flag(
+        parser, "holdout_fraction", "how much of it (default: %(default)s)", type=float, default=0.1
+    )
+    _flag(
+        parser,
+        "holdout_gap",
+        "frames left out between training and validation, with --holdout=time (default: %(default)s)",
+        type=int,
+        default=5,
+    )
+    _flag(
+        parser,
+        "identity",
+        "whose video it is: a regular expression searched in each path, with groups named identity, "
+        "session and camera, such as '(?P<identity>id[0-9]+)/' (default: each video is a person)",
+        default=None,
+    )
+    _flag(
+        parser, "max_frames", "frames to read of each video (default: all)", type=int, default=None
+    )
+    _flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
+    _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
+
+
+def _render(parser):
+    _flag(parser, "out", "directory of the new dataset", required=True)
+    for name, default, help in (
+        ("identities", 100, "people"),
+        ("clips", 1, "sessions of each person"),
+        ("frames", 50, "frames of a clip"),
+        ("cameras", 1, "cameras that watch each session"),
+        ("size", 256, "side of the square frames in pixels"),
+    ):
+        _flag(parser, name, f"{help} (default: %(default)s)", type=int, default=default)
+    _flag(parser, "fps", "frames per second (default: %(default)s)", type=float, default=25.0)
+    _flag(
+        parser,
+        "seed",
+        "another seed, other people (default: %(default)s)",
+        type=_seed,
+        default=0,
+    )
+    _flag(
+        parser,
+        "holdout_fraction",
+        "part of the people that validation keeps (default: %(default)s)",
+        type=float,
+        default=0.1,
+    )
+    _flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
+    _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
+
+
+def _inspect(parser):
+    parser.add_argument("path", help="a dataset, run, export, video or config")
+    _flag(parser, "out", "where to write a contact sheet (PNG), for datasets", default=None)
+
+
+def _train(parser):
+    _flag(
+        parser, "config", "config file and variant, such as configs/motion.py:tiny", required=True
+    )
+    _flag(parser, "workdir", "the run's directory; an existing run goes on", required=True)
+    _flag(
+        parser,
+        "distributed",
+        "join other processes (default: %(default)s, if the environment names them)",
+        choices=("auto", "on", "off"),
+        default="auto",
+    )
+
+
+def _animate(parser):
+    _flag(parser, "weights", "an exported model", required=True)
+    _flag(
+        parser,
+        "source",
+        "the portrait: an image, or a video whose first frame is taken",
+        default=None,
+    )
+    _flag(parser, "out", "the video to write, .mp4", default=None)
+    _flag(
+        parser,
+        "jobs",
+        "several videos at once: a JSON list of objects of these flags",
+        default=None,
+    )
+    _flag(parser, "driving", "video that gives both pose and expression", default=None)
+    _flag(
+        parser,
+        "pose",
+        "video, image or JSON such as '{\"yaw\":20}' that gives the pose alone",
+        default=None,
+    )
+    _flag(parser, "expression", "video or image that gives the expression alone", default=None)
+    _flag(
+        parser,
+        "relative_pose",
+        "add the driver's motion to the source's pose: all, or a comma-separated "
+        "choice of rotation,translation,scale",
+        nargs="?",
+        const="all",
+        default="",
+    )
+    _flag(
+        parser,
+        "smooth",
+        "smoothing of the driven pose (default: %(default)s)",
+        choices=("none", "gaussian", "one_euro"),
+        default="none",
+    )
+    _flag(
+        parser,
+        "length",
+        "when pose and expression drivers differ in length: end with the shortest, or hold "
+        "the last frame (default: %(default)s)",
+        choices=("shortest", "hold"),
+        default="shortest",
+    )
+    _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
+    _flag(
+        parser,
+        "side_by_side",
+        "also write source, drivers and result beside each other to this .mp4",
+        default=None,
+    )
+    _flag(
+        parser,
+        "seed",
+        "of the noise; same seed, same video (default: %(default)s)",
+        type=_seed,
+        default=0,
+    )
+    _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
+    _flag(parser, "guidance", "guidance scale (default: the config's)", type=float, default=None)
+    _flag(
+        parser,
+        "hybrid_steps",
+        "steps S of the progressive guidance (default: the config's)",
+        type=int,
+        default=None,
+    )
+    _flag(
+        parser,
+        "expression_null",
+        "what 'without expression' means (default: the config's)",
+        choices=("learned", "zero", "source"),
+        default=None,
+    )
+    _flag(
+        parser,
+        "max_frames",
+        "frames to make (default: all of the driver's)",
+        type=int,
+        default=None,
+    )
+    _flag(parser, "overwrite", "replace a video that is there", action="store_true")
+
+
+def _evaluate(parser):
+    _flag(parser, "weights", "an exported model", required=True)
+    _flag(parser, "data", "a prepared dataset", required=True)
+    _flag(
+        parser,
+        "protocol",
+        "what to measure",
+        choices=("self", "cross", "disentangled"),
+        required=True,
+    )
+    _flag(parser, "out", "directory for metrics.json and pictures", required=True)
+    _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
+    _flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
+    _flag(parser, "seed", "of the noise (default: %(default)s)", type=_seed, default=0)
+    _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
+    _flag(parser, "overwrite", "replace results that are there", action="store_true")
+
+
+def _import(parser):
+    what = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
+    _flag(parser, "kind", what, choices=tuple(KINDS), required=True)
+    _flag(
+        parser,
+        "source",
+        "a safetensors file, or a folder of them as transformers lays it out",
+        required=True,
+    )
+    _flag(parser, "out", "directory of the new export", required=True)
+    _flag(parser, "overwrite", "replace an export that is there", action="store_true")
+
+
+def _export(parser):
+    _flag(parser, "workdir", "a training run", required=True)
+    _flag(parser, "out", "directory of the exported model", required=True)
+    _flag(parser, "overwrite", "replace an export that is there", action="store_true")
+
+
+JOBS = {
+    "demo": Job(
+        "the whole day in miniature; ends in report.html",
+        "dexportrait demo",
+        _demo,
+        "dexportrait_jax.demo:run_demo",
+    ),
+    "assets": Job(
+        "inputs and weights by hash, and where they may come from",
+        "dexportrait assets --fetch",
+        _assets,
+        "dexportrait_jax.assets:run_assets",
+    ),
+    "prepare": Job(
+        "face videos -> dataset, with a report of what was dropped",
+        "dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=512",
+        _prepare,
+        "data_pipelines.prepare.job:run_prepare",
+    ),
+    "render": Job(
+        "rendered heads -> dataset, whose identity, expression and pose are known exactly",
+        "dexportrait render --out=data/heads --identities=200 --frames=24 --size=64",
+        _render,
+        "data_pipelines.synthetic.dataset:run_render",
+    ),
+    "inspect": Job(
+        "a dataset, run, export, video or config, said in words and pictures",
+        "dexportrait inspect data/faces",
+        _inspect,
+        "dexportrait_jax.inspection:run_inspect",
+    ),
+    "train": Job(
+        "one stage; every config key can be set with --config.KEY=VALUE",
+        "dexportrait train --config=configs/motion.py:tiny --workdir=runs/motion --config.num_steps=500",
+        _train,
+        "dexportrait_jax.train:run_train",
+        True,
+    ),
+    "animate": Job(
+        "a portrait and drivers -> video",
+        "dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 "
+        "--expression=b.mp4 --out=result.mp4",
+        _animate,
+        "dexportrait_jax.animate:run_animate",
+    ),
+    "evaluate": Job(
+        "figures and pictures on held-out data",
+        "dexportrait evaluate --weights=exports/video --data=data/faces --protocol=self --out=results",
+        _evaluate,
+        "dexportrait_jax.evaluation.protocols:run_evaluate",
+    ),
+    "import": Job(
+        "published weights -> an export that training starts from",
+        "dexportrait import --kind=convnextv2 --source=convnextv2-tiny.safetensors --out=exports/trunk",
+        _import,
+        "dexportrait_jax.weights.published:run_import",
+    ),
+    "export": Job(
+        "a run's weights as safetensors, in PyTorch's names and layout",
+        "dexportrait export --workdir=runs/video --out=exports/video",
+        _export,
+        "dexportrait_jax.weights.exporting:run_export",
+    ),
+}
