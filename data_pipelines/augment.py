@@ -55,6 +55,8 @@ def default_augment() -> dict[str, Any]:
             "margin_range": (1.0, 1.3),
             "centre_jitter": 0.05,
             "gray": False,
+            # Turned until the eyes are level: takes the head's roll out as the crop takes place and size out.
+            "upright": False,
         },
         "expression_colour": {
             "probability": 0.5,
@@ -88,6 +90,7 @@ class Draw:
         rotation: degrees, of the expression crop, on top of the frame's.
         margin: side of the expression crop as a multiple of the face box.
         jitter: (2,) shift of its centre as a fraction of its side.
+        upright: the eyes are level in the expression crop, before its rotation.
         displacement: (points, points, 2) of the piecewise affine map, fractions of the side.
         other_view: take the expression picture from another camera where there is one.
     """
@@ -100,6 +103,7 @@ class Draw:
     rotation: float
     margin: float
     jitter: np.ndarray
+    upright: bool
     expression_colour: np.ndarray | None
     displacement: np.ndarray | None
     other_view: bool
@@ -116,6 +120,7 @@ def neutral_draw(augment: Mapping[str, Any]) -> Draw:
         rotation=0.0,
         margin=augment["expression_crop"]["margin"],
         jitter=np.zeros(2),
+        upright=augment["expression_crop"]["upright"],
         expression_colour=None,
         displacement=None,
         other_view=False,
@@ -150,6 +155,7 @@ def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], flip: bool
         rotation=rotation,
         margin=margin,
         jitter=jitter * crop["centre_jitter"],
+        upright=crop["upright"],
         expression_colour=expression_colour,
         displacement=bend.astype(np.float32) if bent else None,
         other_view=bool(rng.random() < augment["view_change"]["probability"]),

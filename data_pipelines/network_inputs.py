@@ -73,7 +73,8 @@ def frame_inputs(
     def expression(drawn: Draw, elsewhere: tuple[records.Clip, int] | None) -> np.ndarray:
         other, at = elsewhere or (clip, index)
         seen = decode_frame(other, at) if elsewhere else picture
-        return expression_picture(seen, other.face_boxes[at], drawn, augment, expression_size)
+        matrix = expression_matrix(other, at, drawn)
+        return expression_picture(seen, matrix, drawn, augment, expression_size)
 
     blendshapes = clip.blendshapes[index]
     if np.linalg.det(draw.frame[:, :2]) < 0:
@@ -169,11 +170,10 @@ def hidden_regions(
 
 
 def expression_picture(
-    picture: np.ndarray, box: np.ndarray, draw: Draw, augment, size: int
+    picture: np.ndarray, matrix: np.ndarray, draw: Draw, augment, size: int
 ) -> np.ndarray:
-    """The expression encoder's input (size, size, 3) uint8: E1, E3, E4."""
+    """The expression encoder's input (size, size, 3) uint8: E1, E3, E4; `matrix` is `expression_matrix`."""
     border = augment["similarity"]["border"]
-    matrix = expression_matrix(box, draw)
     result = sample_picture(picture, matrix, size, border, draw.displacement)
     if draw.expression_colour is not None:
         result = cv2.transform(result, draw.expression_colour)
@@ -182,16 +182,27 @@ def expression_picture(
     return result
 
 
-def expression_matrix(box: np.ndarray, draw: Draw) -> np.ndarray:
+def expression_matrix(clip: records.Clip, index: int, draw: Draw) -> np.ndarray:
     """(2, 3) matrix from frame coordinates to those of the expression crop (E1, E3).
 
     The crop is a square about the centre of the face box. It takes over roll and flip of the frame
-    but neither its scale nor its shift.
+    but neither its scale nor its shift. An `upright` one does not take over the roll either: the line from eye to
+    eye is level before E1 turns it.
     """
+    box = clip.face_boxes[index]
     centre = (box[:2] + box[2:]) / 2
     half = max(box[2] - box[0], box[3] - box[1]) / 2 * draw.margin
     linear = draw.frame[:, :2] / np.sqrt(abs(np.linalg.det(draw.frame[:, :2])))
-    linear = similarity_matrix(draw.rotation)[:, :2] @ linear / max(half, 1e-3)
+    turn = draw.rotation
+    if draw.upright:
+        right, left = (clip.mask_polygons[eye][index].mean(0) for eye in ("right_eye", "left_eye"))
+        along = linear @ (left - right)
+        if (
+            np.linalg.det(linear) < 0
+        ):  # mirrored, the person's right eye is where a left one would be
+            along = -along
+        turn -= np.degrees(np.arctan2(along[1], along[0]))
+    linear = similarity_matrix(turn)[:, :2] @ linear / max(half, 1e-3)
     return np.concatenate([linear, (2 * draw.jitter - linear @ centre)[:, None]], axis=1)
 
 
@@ -200,7 +211,7 @@ def expression_landmarks(clip: records.Clip, index: int, draw: Draw) -> np.ndarr
 
     In crop coordinates of that picture; points that it cuts off lie outside [-1, 1].
     """
-    matrix = expression_matrix(clip.face_boxes[index], draw)
+    matrix = expression_matrix(clip, index, draw)
     mirrored = bool(np.linalg.det(matrix[:, :2]) < 0)
     points = face_landmarks.fan_landmarks(clip.landmarks[index], mirrored)
     points = transform_points(matrix, points.astype(np.float64))

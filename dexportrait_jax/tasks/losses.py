@@ -14,6 +14,11 @@ def mean_absolute(
     return jnp.mean(jnp.abs(prediction - target))
 
 
+def mean_squared(prediction: Float[Array, "b n"], target: Float[Array, "b n"]) -> Float[Array, ""]:
+    """Mean squared error over everything."""
+    return jnp.mean(jnp.square(prediction - target))
+
+
 def masked_absolute(
     prediction: Float[Array, "b h w c"],
     target: Float[Array, "b h w c"],

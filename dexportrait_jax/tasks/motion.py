@@ -42,7 +42,10 @@ class LabelHeads(nnx.Module):
     """Linear read-out of MediaPipe's blendshapes from the expression latent; used by training alone."""
 
     def __init__(self, latent: int, *, rngs: nnx.Rngs):
-        self.blendshapes = nnx.Linear(latent, BLENDSHAPES, rngs=rngs)
+        # From zero: a random read-out of a latent that knows nothing yet is noise, and the quickest way to be rid
+        # of it is a latent that says nothing.
+        zeros = nnx.initializers.zeros
+        self.blendshapes = nnx.Linear(latent, BLENDSHAPES, kernel_init=zeros, rngs=rngs)
 
     def __call__(self, latent: Float[Array, "b e"]) -> Float[Array, "b 52"]:
         return self.blendshapes(latent)
@@ -191,26 +194,29 @@ class MotionTask:
         labels = jnp.concatenate(
             [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
         )
-        read = self.networks["label_heads"].bind(params["label_heads"])(expression)
+        blendshapes = flatten_targets(batch["target_blendshapes"])
+        read = self.networks["label_heads"].bind(params["label_heads"])
         values = {
             "pose_label": losses.pose_label(poses, labels),
-            "blendshape_label": jnp.mean(
-                jnp.square(read - flatten_targets(batch["target_blendshapes"]))
-            ),
+            "blendshape_label": losses.mean_squared(read(expression), blendshapes),
             "landmark_label": losses.landmark_label(
-                heat_maps, flatten_targets(batch["target_expression_landmarks"])
+                heat_maps[..., : weights.landmark_maps],
+                flatten_targets(batch["target_expression_landmarks"]),
             ),
         }
-        terms = {
-            name: (losses.decaying_weight(step, **weights[name]), value)
-            for name, value in values.items()
-        }
+        invariance = {}
         if "target_second_expression_image" in batch:
             second = self.networks["expression"].bind(params["expression"])(
                 to_float(flatten_targets(batch["target_second_expression_image"]))
             )
-            terms["invariance"] = (weights.invariance, losses.invariance(expression, second))
-        return terms
+            invariance = {"invariance": (weights.invariance, losses.invariance(expression, second))}
+            # One instant has one expression, whichever camera sees it.
+            of_second = losses.mean_squared(read(second), blendshapes)
+            values["blendshape_label"] = (values["blendshape_label"] + of_second) / 2
+        return {
+            name: (losses.decaying_weight(step, **weights[name]), value)
+            for name, value in values.items()
+        } | invariance
 
     def label_loss(self, params, batch, key, step, shared, events):
         """The encoders alone, from labels: a network that sees nothing yet is no use to a decoder."""

@@ -65,7 +65,7 @@ def test_e3_crop_is_the_face_box_whatever_the_frame_does(clip, knobs):
     """Scale and shift of S1 do not reach the expression crop; E1 turns about the face centre."""
     draw = augment.neutral_draw(knobs)
     box = clip.face_boxes[0]
-    matrix = network_inputs.expression_matrix(box, draw)
+    matrix = network_inputs.expression_matrix(clip, 0, draw)
     centre = (box[:2] + box[2:]) / 2
     np.testing.assert_allclose(transforms.transform_points(matrix, centre), 0, atol=1e-6)
     half = np.abs(transforms.transform_points(matrix, box.reshape(2, 2))).max()
@@ -73,10 +73,26 @@ def test_e3_crop_is_the_face_box_whatever_the_frame_does(clip, knobs):
     moved = dataclasses.replace(
         draw, frame=transforms.similarity_matrix(scale=0.8, shift=(0.2, 0.1)), rotation=30.0
     )
-    turned = network_inputs.expression_matrix(box, moved)
+    turned = network_inputs.expression_matrix(clip, 0, moved)
     np.testing.assert_allclose(transforms.transform_points(turned, centre), 0, atol=1e-6)
     expected = transforms.similarity_matrix(30.0)[:, :2] @ matrix[:, :2]
     np.testing.assert_allclose(turned[:, :2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_upright_crop_levels_the_eyes_whatever_the_roll(clip, knobs, flip):
+    knobs["expression_crop"]["upright"] = True
+    for roll, rotation in ((0.0, 0.0), (33.0, 0.0), (-40.0, 12.0)):
+        frame = transforms.similarity_matrix(roll=roll, scale=0.9, flip=flip)
+        draw = dataclasses.replace(augment.neutral_draw(knobs), frame=frame, rotation=rotation)
+        matrix = network_inputs.expression_matrix(clip, 2, draw)
+        eyes = [clip.mask_polygons[name][2].mean(0) for name in ("right_eye", "left_eye")]
+        right, left = transforms.transform_points(matrix, np.stack(eyes))
+        x, y = right - left if flip else left - right
+        assert np.degrees(np.arctan2(y, x)) == pytest.approx(rotation, abs=1e-4)
+        box = clip.face_boxes[2]
+        centre = transforms.transform_points(matrix, (box[:2] + box[2:]) / 2)
+        np.testing.assert_allclose(centre, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -92,6 +108,7 @@ def test_landmarks_are_where_the_expression_picture_shows_them(knobs, flip, bent
         field = np.random.default_rng(0).normal(0, 0.01, (6, 6, 2)).astype(np.float32)
         draw = dataclasses.replace(draw, displacement=field)
     found = network_inputs.expression_landmarks(clip, 0, draw)
+    matrix = network_inputs.expression_matrix(clip, 0, draw)
     assert found.shape == (68, 2)
     whole = np.abs(found).max(-1) < 0.9  # else the border cuts the disc
     assert whole.sum() > 50
@@ -103,9 +120,7 @@ def test_landmarks_are_where_the_expression_picture_shows_them(knobs, flip, bent
         x, y = (clip.landmarks[0, number, :2] + 1) * 128 - 0.5
         picture = np.zeros((256, 256, 3), np.uint8)
         cv2.circle(picture, (round(x * 16), round(y * 16)), 4 * 16, (255,) * 3, -1, shift=4)
-        shown = network_inputs.expression_picture(picture, clip.face_boxes[0], draw, knobs, 128)[
-            ..., 0
-        ]
+        shown = network_inputs.expression_picture(picture, matrix, draw, knobs, 128)[..., 0]
         rows, columns = np.indices(shown.shape)
         weight = shown / shown.sum()
         centre = (np.array([(columns * weight).sum(), (rows * weight).sum()]) + 0.5) / 64 - 1
