@@ -42,6 +42,15 @@ def split_names(directory: str | Path) -> list[str]:
     return list(shards(directory))
 
 
+def available_splits(path: str | Path) -> list[str]:
+    """The splits of a dataset directory, or of rendered heads ("synthetic:...")."""
+    from data_pipelines.synthetic import source
+
+    if str(path).startswith(source.PREFIX):
+        return list(source.parse(str(path)).split())
+    return split_names(path)
+
+
 def build_index(directory: str | Path, split: str) -> dict[str, list]:
     """Reads every record of a split and returns its index: one list per key, in record order."""
     source = array_record_data_source.ArrayRecordDataSource(shards(directory)[split])

@@ -169,7 +169,7 @@ class Examples:
                 + (
                     "lower data.frames or data.frame_stride"
                     if self.video
-                    else "prepare more frames"
+                    else "prepare longer videos"
                 )
             )
         self.views = self.clips.views()

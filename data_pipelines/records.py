@@ -147,11 +147,16 @@ def to_features(clip: Clip) -> dict[str, Any]:
 
 
 def from_features(features: Mapping[str, Any]) -> Clip:
-    """Inverse of `to_features`; also takes the flattened dict TFDS hands back."""
+    """Inverse of `to_features`; also takes the flattened dict TFDS hands back.
+
+    Raises:
+        RecordError: something is missing, of another shape, or a mask polygon is a point or no number.
+    """
     try:
         texts = {name: _text(features[name]) for name in _TEXTS}
         settings = json.loads(texts.pop("settings"))
         frames = list(features["frames"])
+        _check_masks(features)
         arrays = {}
         for name, shape in _TENSORS.items():
             expected = tuple(len(frames) if side is None else side for side in shape)
@@ -170,6 +175,22 @@ def from_features(features: Mapping[str, Any]) -> Clip:
         settings=settings,
         **arrays,
     )
+
+
+def _check_masks(features: Mapping[str, Any]) -> None:
+    """Refuses polygons that are missing, or a point or no number in the first frame.
+
+    It stands for all frames: looking at every one would nearly double the time of reading.
+    """
+    empty = []
+    for name, points in POLYGONS.items():
+        flat = np.asarray(features.get(f"mask_polygons/{name}", ()), np.float32).reshape(-1, 2)
+        if not (flat.size and (np.ptp(flat[:points], axis=0) > 0).any()):
+            empty.append(name)
+    if empty:
+        raise ValueError(
+            f"no mask polygons of {', '.join(empty)}, by which eyes and mouth are hidden from the pose encoder"
+        )
 
 
 def encode(clip: Clip) -> bytes:

@@ -232,7 +232,7 @@ def _evaluate(parser):
         parser,
         "protocol",
         "what to measure",
-        choices=("self", "cross", "disentangled"),
+        choices=("self", "cross", "disentangled", "synthetic"),
         required=True,
     )
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)

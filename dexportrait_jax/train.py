@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from data_pipelines import loading
+from data_pipelines.survey import survey
 from dexportrait_jax import checkpoint, distributed, run_directory, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
@@ -58,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     _check(config)
     with run_directory.claimed(workdir), _sigterm() as stop_asked:
         run_directory.check_same_run(workdir, config)
-        say = print if distributed.is_main() else lambda *_: None
+        say = print if distributed.is_main() else lambda *_, **__: None
 
         # Mesh, task, the shape of everything, and the step.
         mesh = _mesh(config, say)
@@ -79,6 +81,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # Data: batch number `done` is the next one, whatever happened before. What is missing is found here, before
         # anything is compiled, and not when the first evaluation comes.
+        evaluates = config.evaluate.at_end or config.evaluate.every_steps
+        found = survey(config.data, config.evaluate.split if evaluates else "")
+        for warning in found.warnings:
+            say(warning, file=sys.stderr)
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
@@ -86,8 +92,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        if config.evaluate.at_end or config.evaluate.every_steps:
-            loading.Examples(config.data, split=config.evaluate.split)
 
         # Or make the first state.
         if state is None:
@@ -135,7 +139,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     )
                     raise SystemExit(RESUME_ME)
                 every = config.evaluate.every_steps
-                if (last and config.evaluate.at_end) or (every and step % every == 0):
+                due = (last and config.evaluate.at_end) or (every and step % every == 0)
+                if due and found.evaluable:
                     task.evaluate(state, constants, workdir, step)
         loader.close()
         writer.close()

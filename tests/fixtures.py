@@ -10,8 +10,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from array_record.python import array_record_data_source, array_record_module
 
-from data_pipelines import records
+from data_pipelines import dataset, records
 from data_pipelines.prepare import builder, masks
 
 
@@ -161,3 +162,29 @@ def make_dataset(
     if validation_clips:
         splits["validation"] = lambda: generate(clips, validation_clips)
     return builder.write_dataset(splits, directory, overwrite=True)
+
+
+def remove_masks(
+    directory: Path, split: str = "train", *, empty: bool = False, keep: tuple[int, ...] = ()
+) -> None:
+    """Rewrites a split so that its records carry no mask polygons, or empty ones, but for those of `keep`."""
+    (shard,) = dataset.shards(directory)[split]
+    source = array_record_data_source.ArrayRecordDataSource([shard])
+    before = [source[number] for number in range(len(source))]
+    writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
+    for number, data in enumerate(before):
+        writer.write(data if number in keep else _without_masks(data, empty))
+    writer.close()
+
+
+def _without_masks(record: bytes, empty: bool) -> bytes:
+    entries = []
+    for _, container in records._fields(memoryview(record)):
+        for _, entry in records._fields(container):
+            name = dict(records._fields(entry))[1]
+            if not bytes(name).startswith(b"mask_polygons/"):
+                entries.append(bytes(entry))
+            elif empty:
+                floats = records._field(2, records._field(1, b""))
+                entries.append(records._field(1, bytes(name)) + records._field(2, floats))
+    return records._field(1, b"".join(records._field(1, entry) for entry in entries))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.prepare import builder
 from data_pipelines.video import VideoWriter
 from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
@@ -238,6 +239,12 @@ def test_every_hostile_clip_is_refused_or_cut(tmp_path, shared_data, capfd):
 # --- train ----------------------------------------------------------------------------
 
 
+def train_motion(data: Path, run: Path) -> tuple[str, ...]:
+    """A command that must fail before anything is compiled."""
+    flags = (f"--workdir={run}", f"--config.data.path={data}", "--config.data.batch_size=8")
+    return "train", "--config=configs/motion.py:tiny", *flags
+
+
 def test_a_dataset_that_is_not_there(fails, tmp_path):
     line = fails(
         "train",
@@ -247,6 +254,57 @@ def test_a_dataset_that_is_not_there(fails, tmp_path):
         "--config.data.batch_size=8",
     )
     assert "nothing" in line
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_records_without_masks(fails, tmp_path, kind):
+    data = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=64)
+    fixtures.remove_masks(data, empty=kind == "empty")
+    line = fails(*train_motion(data, tmp_path / "run"))
+    assert str(data) in line and "no mask polygons of right_eye" in line and "prepare" in line
+
+
+def test_clips_that_are_all_too_short(fails, tmp_path):
+    data = fixtures.make_dataset(tmp_path / "data", clips=2, frames=1, size=64)
+    line = fails(*train_motion(data, tmp_path / "run"))
+    assert "at most 1 frames, but 2 are needed in a row; prepare longer videos" in line
+
+
+def test_one_person_and_a_clip_too_short(tmp_path, monkeypatch, capfd):
+    """A personalised model is trained, a line says what it cannot be measured by, and another what is left out.
+
+    The loop is that of every stage; the autoencoder compiles quickest.
+    """
+    clips = [fixtures.make_clip(0, frames, 64) for frames in (4, 1, 4)]
+    data = builder.write_dataset({"train": lambda: clips}, tmp_path / "data")
+    config = micro("autoencoder", data, tmp_path, num_steps=1, evaluate__at_end="true")
+    monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
+    run = tmp_path / "run"
+    assert cli.run(["train", "--config=the one above", f"--workdir={run}"]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if not PROGRESS.match(line)]
+    assert len(said) == 2, said
+    assert said[0].startswith("warning: ") and "1 of 3 clips are left out" in said[0]
+    assert said[1].startswith("warning: ") and "shows one person" in said[1]
+    assert "no split 'validation', so nothing is evaluated" in said[1]
+    assert not (run / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "least"), [("cross", 2), ("disentangled", 3), ("synthetic", 3)]
+)
+def test_protocols_that_need_other_people(fails, weights, tmp_path, protocol, least):
+    clips = [fixtures.make_clip(0, 4, 64)] * 2
+    splits = {"train": lambda: clips, "validation": lambda: clips}
+    data = builder.write_dataset(splits, tmp_path / "data")
+    line = fails(
+        "evaluate",
+        f"--weights={weights}",
+        f"--data={data}",
+        f"--protocol={protocol}",
+        f"--out={tmp_path / 'out'}",
+    )
+    assert f"--protocol={protocol} needs {least} people" in line and "has 1: prepare" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_stage(fails, places, weights, tmp_path):

@@ -88,7 +88,8 @@ def one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
     if len(chosen) < least:
         raise UserError(
             f"--protocol={protocol} needs {least} people; split '{clips.split}' of {clips.directory} has "
-            f"{len(chosen)}: prepare more videos, or hold out the end of every clip with --holdout=time"
+            f"{len(chosen)}: prepare videos of more people, or, where other splits have them, hold out the end of "
+            "every clip with --holdout=time"
         )
     return [clips[number] for number in chosen.values()]
 

@@ -72,6 +72,16 @@ def test_damaged_bytes_are_record_errors(clip, damage):
         records.decode(broken)
 
 
+def test_masks_that_are_points_or_no_numbers_are_refused(clip):
+    """Or missing: `test_survey` writes such records."""
+    for value in (0.0, np.nan):
+        nothing = np.full_like(clip.mask_polygons["left_eye"], value)
+        polygons = clip.mask_polygons | {"left_eye": nothing}
+        data = records.encode(dataclasses.replace(clip, mask_polygons=polygons))
+        with pytest.raises(records.RecordError, match="no mask polygons of left_eye, by"):
+            records.decode(data)
+
+
 def test_wrong_shapes_are_refused(clip):
     with pytest.raises(records.RecordError, match="landmarks"):
         records.encode(dataclasses.replace(clip, landmarks=clip.landmarks[:-1]))
