@@ -51,9 +51,9 @@ class Work:
 def count(function: Callable[..., Any], *arguments: Any, scopes: Sequence[str] = ()) -> Work:
     """Work of ``function(*arguments)``, which is traced and not run: shapes will do for arrays.
 
-    What is traced is counted, each loop times its length and each conditional by its dearest branch. A
-    derivative is counted like any function: a product of two matrices and its two gradients are three
-    products, and so for convolutions.
+    Loops count times their length and conditionals by their dearest branch; what no result depends on does
+    not count. A derivative is a function like any other: a product of two matrices and its two gradients are
+    three products, and so for convolutions.
 
     Convolutions: the full window at every output position, whether it meets data or padding; or at every
     input position where those are fewer. So a transposed convolution is not charged for the zeros between its
@@ -76,7 +76,7 @@ def count(function: Callable[..., Any], *arguments: Any, scopes: Sequence[str] =
 
 def _count(jaxpr: core.Jaxpr, outer: _Scope, wanted: frozenset[str]) -> collections.Counter[_Scope]:
     total: collections.Counter[_Scope] = collections.Counter()
-    for equation in jaxpr.eqns:
+    for equation in _needed(jaxpr):
         kind = equation.primitive.name
         here = _scope(equation, outer, wanted)
         if kind in _PRODUCTS:
@@ -89,6 +89,15 @@ def _count(jaxpr: core.Jaxpr, outer: _Scope, wanted: frozenset[str]) -> collecti
             parts = [_count(inner, here, wanted) for inner in _inner(equation)]
             total += _combined(kind, equation.params, parts)
     return total
+
+
+def _needed(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """The equations that a result or an effect depends on, the last first; compilers leave out the others."""
+    wanted = {value for value in jaxpr.outvars if isinstance(value, core.Var)}
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            wanted.update(value for value in equation.invars if isinstance(value, core.Var))
+            yield equation
 
 
 def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:

@@ -1,10 +1,11 @@
 """One training step of the motion trainer at full size: compile time, step time, memory, speed.
 
     python -m tests.benchmarks motion_step [--config=configs/motion.py:full] [--sources=1] [--targets=4]
-        [--dtype=float32] [--steps=first,plain]
+        [--dtype=float32] [--steps=plain,r1,first]
 
-"first" is step 0, with R1 and the gradient norms of every term; "plain" is what 15 of 16 steps are. Each runs
-in a process of its own, whose peak memory is the figure. Data and weights are random.
+"plain" is what 15 of 16 steps are, "r1" the sixteenth, with the discriminator's penalty; "first" is step 0 of a
+run, with the penalty and the gradient norm of every term. Each is compiled and done once in a process of its
+own, whose peak memory is the figure. Data and weights are random.
 """
 
 import argparse
@@ -17,8 +18,6 @@ import time
 
 import numpy as np
 
-NUMBERS = {"first": 0, "plain": 1}
-
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tests.benchmarks motion_step")
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sources", type=int, default=1)
     parser.add_argument("--targets", type=int, default=4, help="of each source")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--steps", default="first,plain")
+    parser.add_argument("--steps", default="plain,r1,first")
     options = parser.parse_args(arguments)
     overrides = [
         f"data.batch_size={options.sources}",
@@ -36,13 +35,13 @@ def main(arguments: list[str]) -> None:
     for step in options.steps.split(","):
         fresh = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as pool:
-            result = pool.submit(measure, options.config, overrides, NUMBERS[step]).result()
+            result = pool.submit(measure, options.config, overrides, step).result()
         settings = {"step": step, "batch": f"{options.sources}x{options.targets}"}
         print(json.dumps(settings | {"dtype": options.dtype} | result), flush=True)
 
 
-def measure(address: str, overrides: list[str], number: int) -> dict[str, float]:
-    """Compiles step ``number`` of the run and does it once."""
+def measure(address: str, overrides: list[str], step_name: str) -> dict[str, float]:
+    """Compiles one of the programs of a run and does it once."""
     import jax
 
     from dexportrait_jax import config as configs
@@ -52,7 +51,7 @@ def measure(address: str, overrides: list[str], number: int) -> dict[str, float]
 
     config = configs.load_config(address, overrides)
     task = make_task(config)
-    events = task.events(number)
+    events = task.events({"first": 0, "plain": 1, "r1": config.loss.r1_every}[step_name])
     mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size)
     _, shardings, step = train.build(task, config, mesh)
     state = train.first_state(task, config, shardings)
@@ -63,9 +62,9 @@ def measure(address: str, overrides: list[str], number: int) -> dict[str, float]
         started = time.perf_counter()
         compiled = step.lower(state, batch, constants, events).compile()
         compiling = time.perf_counter() - started
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         _, metrics = jax.block_until_ready(compiled(state, batch, constants))
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
     skipped = [name for name in metrics if name.endswith("/skipped") and metrics[name]]
     if skipped:
         raise RuntimeError(f"a step that came to nothing measures nothing: {', '.join(skipped)}")
@@ -75,6 +74,7 @@ def measure(address: str, overrides: list[str], number: int) -> dict[str, float]
         "events": ", ".join(sorted(events)),
         "compile_seconds": round(compiling, 1),
         "step_seconds": round(seconds, 1),
+        "cores_used": round(busy / seconds, 2),  # fewer than there are: others were at work
         "peak_memory_gib": round(peak, 2),
         "model_tflop": round(flops / 1e12, 3),
         "gflop_per_second": round(flops / 1e9 / seconds, 1),
