@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import dataset, network_inputs, records, transforms
+from data_pipelines import dataset, face_landmarks, network_inputs, records, transforms
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -107,6 +107,33 @@ def make_loader(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         )
     return Loader(iter(iterator))
+
+
+def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of everything in a batch of `make_loader` on one host, without any data.
+
+    Args:
+        config: `config.data`, see `default_data`.
+    """
+    image, pose, expression = (config[f"{name}_size"] for name in ("image", "pose", "expression"))
+    frame = {
+        "image": ((image, image, 3), "uint8"),
+        "pose_image": ((pose, pose, 3), "uint8"),
+        "expression_image": ((expression, expression, 3), "uint8"),
+        "head_pose": ((3, 4), "float32"),
+    }
+    target = frame | {
+        "component_mask": ((image, image), "uint8"),
+        "blendshapes": ((len(records.BLENDSHAPES),), "float32"),
+        "expression_landmarks": ((len(face_landmarks.FAN_LANDMARKS), 2), "float32"),
+    }
+    if config["second_expression"]:
+        target["second_expression_image"] = frame["expression_image"]
+    sources = (config["batch_size"],)
+    targets = (*sources, config["frames" if config["mode"] == "video" else "targets"])
+    return {
+        f"source_{name}": ((*sources, *shape), kind) for name, (shape, kind) in frame.items()
+    } | {f"target_{name}": ((*targets, *shape), kind) for name, (shape, kind) in target.items()}
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):

@@ -85,6 +85,7 @@ def _inspect_config(address: str, say: Say) -> None:
     say(f"config {address}: stage {config.stage}, variant {config.variant}")
     _say_training(to_json(config), say)
     _say_networks(config, say)
+    _say_work(config, say)
     say("keys: " + ", ".join(sorted(config.keys())))
 
 
@@ -278,6 +279,19 @@ def _say_networks(config: Any, say: Say) -> None:
     say(f"  together: {_millions(sum(counts.values()))}")
 
 
+def _say_work(config: Any, say: Say) -> None:
+    """What the first loss of a step computes for one sample, by groups that matter, the dearest first."""
+    from dexportrait_jax.workload import forward_work
+
+    work = forward_work(config)
+    data = config.data
+    sample = f"a clip of {data.frames} frames" if data.mode == "video" else "one target"
+    say(f"one source and {sample}, forward: {_giga(2 * work.macs)}")
+    for name, macs in sorted(work.by_scope.items(), key=lambda item: -item[1]):
+        if macs >= work.macs / 1000:
+            say(f"  {name or 'other'}: {_giga(2 * macs)}")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -300,6 +314,10 @@ def _range(values: Any, form: str) -> str:
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.3g} GFLOP" if flops < 1e12 else f"{flops / 1e12:.3g} TFLOP"
 
 
 def _millions(count: int) -> str:

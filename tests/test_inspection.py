@@ -1,6 +1,7 @@
 """Everything the project makes can be named; everything else is one line."""
 
 import json
+import re
 
 import cv2
 import numpy as np
@@ -61,6 +62,9 @@ def test_config(capsys):
     run_inspect("configs/autoencoder.py:tiny")
     said = capsys.readouterr().out
     assert "stage autoencoder, variant tiny" in said and "together" in said
+    assert re.search(
+        r"one target, forward: 0\.\d+ GFLOP\n  autoencoder: 0.*\n  perceptual: 0", said
+    )
     assert "variant" in _fails("configs/autoencoder.py:enormous")
 
 

@@ -47,6 +47,9 @@ class Task(Protocol):
     def constants(self) -> dict[str, Any]:
         """Groups that losses need but checkpoints do not hold, because they come from assets."""
 
+    def abstract_constants(self) -> dict[str, Any]:
+        """Shapes and types of `constants()`, which nothing is read for."""
+
     def evaluate(
         self, state: dict[str, Any], constants: dict[str, Any], workdir: Path, step: int
     ) -> None:

@@ -114,6 +114,11 @@ class AnimatorTask:
         """None."""
         return {}
 
+    def abstract_constants(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    @jax.named_scope("autoencoder")
     def encode(self, params: dict[str, Any], images: Float[Array, "b h w 3"], key=None):
         """Scaled latents: the mean, or with a key a sample (method.md 4.1)."""
         network = self.networks["autoencoder"].bind(params["autoencoder"])
@@ -127,20 +132,24 @@ class AnimatorTask:
         pose_images = jnp.concatenate(
             [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
         )
-        poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
-        expression = self.networks["expression"].bind(params["expression"])(
-            to_float(flatten_targets(batch["target_expression_image"]))
-        )
+        with jax.named_scope("pose"):
+            poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        crops = to_float(flatten_targets(batch["target_expression_image"]))
+        with jax.named_scope("expression"):
+            expression = self.networks["expression"].bind(params["expression"])(crops)
         poses, expression = jax.lax.stop_gradient((poses.astype(jnp.float32), expression))
         sources = source.shape[0]
         context = None
         if "image_encoder" in self.networks:
             encoder = self.networks["image_encoder"].bind(params["image_encoder"])
-            context = encoder(_resized(source, self.config.model.image_encoder.image_size))[:, None]
+            resized = _resized(source, self.config.model.image_encoder.image_size)
+            with jax.named_scope("image_encoder"):
+                context = encoder(resized)[:, None]
         latents = jax.lax.stop_gradient(self.encode(params, source))
-        bank = self.networks["reference"].bind(params["reference"])(
-            latents, context, poses[:sources]
-        )
+        with jax.named_scope("reference"):
+            bank = self.networks["reference"].bind(params["reference"])(
+                latents, context, poses[:sources]
+            )
         targets = expression.shape[0] // sources
         return Conditions(
             reference=bank,
@@ -182,17 +191,19 @@ class AnimatorTask:
 
         noise = training_noise(keys[3], latents.shape, config.noise_offset)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        temporal = None
-        if self.frames:
-            temporal = self.networks["temporal"].bind(params["temporal"])
-        prediction = self.networks["denoiser"].bind(params["denoiser"])(
-            noisy, timesteps, conditions, temporal=temporal, frames=targets if self.frames else 1
-        )
+        prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         wanted = self.schedule.target(latents, noise, timesteps)
         weights = None
         if config.min_snr_gamma > 0:
             weights = self.schedule.min_snr_weights(timesteps, config.min_snr_gamma)
         return losses.denoising_error(prediction, wanted, weights), Outputs({}, {})
+
+    @jax.named_scope("denoiser")
+    def _denoise(self, params, noisy, timesteps, conditions: Conditions, targets: int):
+        temporal = self.networks["temporal"].bind(params["temporal"]) if self.frames else None
+        return self.networks["denoiser"].bind(params["denoiser"])(
+            noisy, timesteps, conditions, temporal=temporal, frames=targets if self.frames else 1
+        )
 
     def _one_step_preview(self, params, batch, key):
         """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
@@ -201,14 +212,8 @@ class AnimatorTask:
         timesteps = jnp.full((latents.shape[0],), self.schedule.steps * 6 // 10)
         noise = jax.random.normal(key, latents.shape)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
-        temporal = self.networks["temporal"].bind(params["temporal"]) if self.frames else None
-        prediction = self.networks["denoiser"].bind(params["denoiser"])(
-            noisy,
-            timesteps,
-            self.conditions(params, batch),
-            temporal=temporal,
-            frames=targets if self.frames else 1,
-        )
+        conditions = self.conditions(params, batch)
+        prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         clean = self.schedule.clean(prediction, noisy, timesteps)
         network = self.networks["autoencoder"].bind(params["autoencoder"])
         return network.decode(clean / network.scale)

@@ -66,6 +66,10 @@ class AutoencoderTask:
         loss = self.config.loss
         return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
+    def abstract_constants(self) -> dict[str, Any]:
+        """Shapes of the perceptual network's weights."""
+        return {"perceptual": self.perceptual.abstract}
+
     def loss(self, params, batch, key, step, shared, events):
         """All frames of the batch, sources and targets alike."""
         del step, shared, events
@@ -74,18 +78,21 @@ class AutoencoderTask:
             jnp.concatenate([batch["source_image"], flatten_targets(batch["target_image"])])
         )
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
-        mean, log_variance = autoencoder.encode(images)
+        with jax.named_scope("autoencoder"):
+            mean, log_variance = autoencoder.encode(images)
         sample_key, noise_key = jax.random.split(key)
         latents = autoencoder.sample(mean, log_variance, sample_key) if weights.sample else mean
         if weights.latent_noise:  # see the class
             noise = jax.random.normal(noise_key, latents.shape)
             latents = latents + weights.latent_noise * noise
-        decoded = autoencoder.decode(latents)
-        perceptual = self.perceptual.bind(params["perceptual"])
+        with jax.named_scope("autoencoder"):
+            decoded = autoencoder.decode(latents)
+        with jax.named_scope("perceptual"):
+            distances = self.perceptual.bind(params["perceptual"]).lpips(decoded, images)
         centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
         terms = {
             "l1": (weights.l1, losses.mean_absolute(decoded, images)),
-            "lpips": (weights.lpips, jnp.mean(perceptual.lpips(decoded, images))),
+            "lpips": (weights.lpips, jnp.mean(distances)),
             "kl": (weights.kl, losses.kullback_leibler(mean, log_variance)),
             "moments": (weights.moments, jnp.mean(centre**2 + (spread - 1.0) ** 2)),
         }

@@ -87,10 +87,12 @@ def reenact(
     padding: str,
 ) -> Float[Array, "b h w 3"]:
     """The picture of every source with driving pose and expression; B = S * targets, source-major."""
-    volume = networks["appearance"].bind(params["appearance"])(source)
+    with jax.named_scope("appearance"):
+        volume = networks["appearance"].bind(params["appearance"])(source)
     targets = driving_pose.shape[0] // source.shape[0]
     warped = geometry.warp(volume, jnp.repeat(source_pose, targets, 0), driving_pose, padding)
-    return networks["generator"].bind(params["generator"])(volume, warped, expression)
+    with jax.named_scope("generator"):
+        return networks["generator"].bind(params["generator"])(volume, warped, expression)
 
 
 class MotionTask:
@@ -165,15 +167,22 @@ class MotionTask:
         loss = self.config.loss
         return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
+    def abstract_constants(self) -> dict[str, Any]:
+        """Shapes of the perceptual network's weights."""
+        return {"perceptual": self.perceptual.abstract}
+
     def _encode(self, params, batch):
         """Poses of sources and targets, expression latents of the targets, and their heat maps."""
         pose_images = jnp.concatenate(
             [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
         )
-        poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+        with jax.named_scope("pose"):
+            poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
         encoder = self.networks["expression"].bind(params["expression"])
-        heat_maps = encoder.heat_maps(to_float(flatten_targets(batch["target_expression_image"])))
-        return poses, encoder.latent(heat_maps), heat_maps
+        crops = to_float(flatten_targets(batch["target_expression_image"]))
+        with jax.named_scope("expression"):
+            heat_maps = encoder.heat_maps(crops)
+            return poses, encoder.latent(heat_maps), heat_maps
 
     def _predict(self, params, batch, poses, expression):
         """The targets as the source in these poses and expressions."""
@@ -195,10 +204,15 @@ class MotionTask:
             [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
         )
         blendshapes = flatten_targets(batch["target_blendshapes"])
-        read = self.networks["label_heads"].bind(params["label_heads"])
+
+        def label_error(latent):
+            with jax.named_scope("label_heads"):
+                read = self.networks["label_heads"].bind(params["label_heads"])(latent)
+            return losses.mean_squared(read, blendshapes)
+
         values = {
             "pose_label": losses.pose_label(poses, labels),
-            "blendshape_label": losses.mean_squared(read(expression), blendshapes),
+            "blendshape_label": label_error(expression),
             "landmark_label": losses.landmark_label(
                 heat_maps[..., : weights.landmark_maps],
                 flatten_targets(batch["target_expression_landmarks"]),
@@ -206,13 +220,13 @@ class MotionTask:
         }
         invariance = {}
         if "target_second_expression_image" in batch:
-            second = self.networks["expression"].bind(params["expression"])(
-                to_float(flatten_targets(batch["target_second_expression_image"]))
-            )
+            crops = to_float(flatten_targets(batch["target_second_expression_image"]))
+            with jax.named_scope("expression"):
+                second = self.networks["expression"].bind(params["expression"])(crops)
             invariance = {"invariance": (weights.invariance, losses.invariance(expression, second))}
             # One instant has one expression, whichever camera sees it.
-            of_second = losses.mean_squared(read(second), blendshapes)
-            values["blendshape_label"] = (values["blendshape_label"] + of_second) / 2
+            error = (values["blendshape_label"] + label_error(second)) / 2
+            values["blendshape_label"] = error
         return {
             name: (losses.decaying_weight(step, **weights[name]), value)
             for name, value in values.items()
@@ -246,9 +260,10 @@ class MotionTask:
         target = to_float(flatten_targets(batch["target_image"]))
         mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
         perceptual = self.perceptual.bind(params["perceptual"])
-        maps = perceptual.distance_maps(
-            perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
-        )
+        with jax.named_scope("perceptual"):
+            maps = perceptual.distance_maps(
+                perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
+            )
         terms = {
             "l1": (weights.l1, losses.mean_absolute(image, target)),
             "lpips": (weights.lpips, jnp.mean(reduce_maps(maps))),
@@ -260,7 +275,8 @@ class MotionTask:
         # Before the discriminator has started it knows nothing; its gradient would be noise.
         if "adversarial" in events:
             discriminator = self.networks["discriminator"].bind(params["discriminator"])
-            logits = discriminator(image[: self.judged(image.shape[0])])
+            with jax.named_scope("discriminator"):
+                logits = discriminator(image[: self.judged(image.shape[0])])
             terms["adversarial"] = (weights.adversarial, losses.generator_adversarial(logits))
         return terms
 
@@ -271,11 +287,13 @@ class MotionTask:
         fake = shared["image"]
         real = to_float(flatten_targets(batch["target_image"]))[: fake.shape[0]]
         discriminator = self.networks["discriminator"].bind(params["discriminator"])
-        fake_logits, real_logits = discriminator(fake), discriminator(real)
+        with jax.named_scope("discriminator"):
+            fake_logits, real_logits = discriminator(fake), discriminator(real)
         total = losses.discriminator_adversarial(fake_logits, real_logits)
         metrics = {"fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
         if "r1" in events:
-            metrics["r1"] = losses.r1_penalty(discriminator, real)
+            with jax.named_scope("discriminator"):
+                metrics["r1"] = losses.r1_penalty(discriminator, real)
             total += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
         return total, Outputs(metrics, {})
 

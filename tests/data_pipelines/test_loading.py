@@ -69,6 +69,16 @@ def test_batches_are_as_promised(directory):
         assert value.dtype == (np.float32 if floats else np.uint8), name
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"mode": "video", "frames": 5}, {"second_expression": True}]
+)
+def test_shapes_are_known_before_there_are_data(directory, changes):
+    config = _config(directory, **changes)
+    (batch,) = _take(config, 1)
+    found = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
+    assert loading.batch_shapes(config | {"path": ""}) == found
+
+
 @pytest.mark.parametrize("mode", ["pairs", "video"])
 def test_start_at_any_step_and_on_any_hosts(directory, mode):
     config = _config(directory, mode=mode, frames=5)

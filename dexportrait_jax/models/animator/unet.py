@@ -191,7 +191,8 @@ class UNet(nnx.Module):
                 if block.expression_modules:
                     hidden = block.expression_modules[index](hidden, inputs.expression)
                 if temporal is not None:
-                    hidden = temporal.apply(f"{path}.motion_modules.{index}", hidden, frames)
+                    with jax.named_scope("temporal"):
+                        hidden = temporal.apply(f"{path}.motion_modules.{index}", hidden, frames)
                 return hidden, tokens
 
             run = jax.checkpoint(run) if self.remat else run
