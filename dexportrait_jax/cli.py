@@ -96,6 +96,13 @@ def _prepare(parser):
     )
     _flag(
         parser,
+        "holdout_people",
+        "names of the people that validation keeps, separated by commas (default: chosen by a hash of "
+        "their name); without --identity a person's name is the file's, without its ending",
+        default=None,
+    )
+    _flag(
+        parser,
         "identity",
         "whose video it is: a regular expression searched in each path, with groups named identity, "
         "session and camera, such as '(?P<identity>id[0-9]+)/' (default: each video is a person)",
@@ -250,7 +257,7 @@ def _evaluate(parser):
         parser,
         "protocol",
         "what to measure",
-        choices=("self", "cross", "disentangled"),
+        choices=("self", "cross", "disentangled", "synthetic"),
         required=True,
     )
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)
