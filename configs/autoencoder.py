@@ -29,6 +29,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.loss = ConfigDict(
         {
             "perceptual": "alexnet" if tiny else "vgg16",
+            "perceptual_weights": "",  # of `dexportrait import --kind=lpips`; "": the published package
             "l1": 1.0,
             "lpips": 0.1,
             "kl": 0.0 if tiny else 1e-6,

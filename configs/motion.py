@@ -26,9 +26,17 @@ def get_config(variant: str = "full") -> ConfigDict:
     config = common.base("motion", variant)
     config.num_steps = 620 if tiny else 200_000
     config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
+    config.init = ConfigDict(
+        {
+            # Export whose pose encoder gives its trunk to start from (`dexportrait import --kind=convnextv2`, or of a
+            # motion trainer); its heads stay fresh. "": everything starts fresh.
+            "pose": "",
+        }
+    )
     config.loss = ConfigDict(
         {
             "perceptual": "alexnet" if tiny else "vgg16",
+            "perceptual_weights": "",  # of `dexportrait import --kind=lpips`; "": the published package
             "l1": 10.0,
             "lpips": 1.0,
             "clpips": 10.0 if tiny else 100.0,

@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 
 from dexportrait_jax import __version__
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights.kinds import KINDS
 
 USAGE_ERROR, FAILED, FAULT, NO_READER = 2, 1, 70, 141
 
@@ -268,6 +269,19 @@ def _evaluate(parser):
     _flag(parser, "overwrite", "replace results that are there", action="store_true")
 
 
+def _import(parser):
+    what = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
+    _flag(parser, "kind", what, choices=tuple(KINDS), required=True)
+    _flag(
+        parser,
+        "source",
+        "a safetensors file, or a folder of them as transformers lays it out",
+        required=True,
+    )
+    _flag(parser, "out", "directory of the new export", required=True)
+    _flag(parser, "overwrite", "replace an export that is there", action="store_true")
+
+
 def _export(parser):
     _flag(parser, "workdir", "a training run", required=True)
     _flag(parser, "out", "directory of the exported model", required=True)
@@ -324,6 +338,12 @@ JOBS = {
         "dexportrait evaluate --weights=exports/video --data=data/faces --protocol=self --out=results",
         _evaluate,
         "dexportrait_jax.evaluation.protocols:run_evaluate",
+    ),
+    "import": Job(
+        "published weights -> an export that training starts from",
+        "dexportrait import --kind=convnextv2 --source=convnextv2-tiny.safetensors --out=exports/trunk",
+        _import,
+        "dexportrait_jax.weights.published:run_import",
     ),
     "export": Job(
         "a run's weights as safetensors, in PyTorch's names and layout",

@@ -8,14 +8,13 @@ Volume grids of n cells lie at 2 i / (n - 1) - 1 along every axis, so equal pose
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from dexportrait_jax.trilinear import read_between
 
 Pose = Float[Array, "*batch 3 4"]
 Rotation = Float[Array, "*batch 3 3"]
@@ -138,45 +137,22 @@ def warp_volume(
     batch, *out_shape = coordinates.shape[:-1]
     if batch % sources:
         raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
-    margin = 1 if padding == "zeros" else 0
-
-    # A row of the table holds a cell and its seven upper neighbours: one wide row to read for each
-    # output cell, and one to add to in the gradient, instead of eight narrow ones.
-    rows = tuple(n + 2 * margin for n in shape)
-    low_high = ((margin, margin + 1),) * 3
-    padded = jnp.pad(volume.astype(jnp.float32), ((0, 0), *low_high, (0, 0)))
-    table = padded
-    for axis in (3, 2, 1):
-        pair = (
-            lax.slice_in_dim(table, start, start + rows[axis - 1], axis=axis) for start in (0, 1)
-        )
-        table = jnp.concatenate(list(pair), axis=-1)
-    table = table.reshape(sources, -1, 8 * channels)
-
-    row = jnp.zeros((), jnp.int32)
-    fractions = []
-    for axis, (size, count) in enumerate(zip(shape, rows, strict=True)):
-        position = (coordinates[..., 2 - axis].astype(jnp.float32) + 1) * ((size - 1) / 2)
-        nearest = jnp.round(lax.stop_gradient(position))
-        on_cell = jnp.abs(lax.stop_gradient(position) - nearest) < _SNAP
-        exact = nearest + (position - lax.stop_gradient(position))
-        position = jnp.where(on_cell, exact, position)
-        position = jnp.clip(position, -margin, size - 1 + margin) + margin
-        base = jnp.clip(jnp.floor(lax.stop_gradient(position)), 0, max(count - 2, 0))
-        row = row * count + base.astype(jnp.int32)
-        fractions.append(position - base)
-
-    # Each volume's own rows, so that a batch split over devices reads nothing from the others.
-    take = jax.vmap(lambda rows, index: rows.at[index].get(mode="promise_in_bounds"))
-    read = take(table, row.reshape(sources, -1))
-    weights = jnp.stack(
-        [
-            math.prod(f if upper else 1 - f for f, upper in zip(fractions, corner, strict=True))
-            for corner in itertools.product((False, True), repeat=3)
-        ],
-        axis=-1,
-    )
-    output = jnp.sum(weights.reshape(-1, 8, 1) * read.reshape(-1, 8, channels), axis=1)
+    last = jnp.array(shape[::-1], jnp.float32) - 1
+    position = (coordinates.astype(jnp.float32) + 1) * (last / 2)
+    fixed = lax.stop_gradient(position)
+    nearest = jnp.round(fixed)
+    position = jnp.where(jnp.abs(fixed - nearest) < _SNAP, nearest + (position - fixed), position)
+    if padding == "border":
+        position = jnp.clip(position, 0, last)
+    cells, fractions = [], []
+    for axis, size in enumerate(shape):
+        along = position[..., 2 - axis].reshape(sources, -1, *out_shape)
+        lower = jnp.floor(lax.stop_gradient(along))
+        if padding == "border":
+            lower = jnp.minimum(lower, max(size - 2, 0))  # the last position has a cell below, too
+        cells.append(lower.astype(jnp.int32))
+        fractions.append(along - lower)
+    output = read_between(volume.astype(jnp.float32), tuple(cells), tuple(fractions))
     return output.reshape(batch, *out_shape, channels).astype(volume.dtype)
 
 

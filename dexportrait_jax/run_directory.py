@@ -26,7 +26,8 @@ from dexportrait_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
-# are not finite), where the same data lie now, and where it once started from (a running one does not read it again).
+# are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
+# it again).
 FREE_KEYS = (
     "num_steps",
     "log_every",
@@ -34,6 +35,7 @@ FREE_KEYS = (
     "evaluate.",
     "data.workers",
     "data.path",
+    "loss.perceptual_weights",
     "mesh.",
     "optim.",
     "init.",

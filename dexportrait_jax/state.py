@@ -68,6 +68,19 @@ def _plain(state: nnx.State) -> Params:
     return tree
 
 
+def filled(part: Params, whole: Params) -> Params:
+    """``whole`` with the leaves of ``part`` in place of its own; ``part`` has no others."""
+    unknown = sorted(set(part) - set(whole))
+    if unknown:
+        raise ValueError(f"a part has {', '.join(unknown)}, which the whole has not")
+    return {
+        key: filled(part[key], value)
+        if key in part and isinstance(value, dict)
+        else part.get(key, value)
+        for key, value in whole.items()
+    }
+
+
 def parameter_count(tree: Params) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return int(sum(np.prod(leaf.shape, dtype=np.int64) for leaf in jax.tree.leaves(tree)))

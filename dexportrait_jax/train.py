@@ -26,6 +26,7 @@ from dexportrait_jax import checkpoint, distributed, run_directory, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
+from dexportrait_jax.state import filled
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import Task, make_task
 
@@ -199,7 +200,12 @@ def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -
     """
     pretrained = task.pretrained()
     trained = {group for phase in task.phases for group in phase.groups}
-    forgotten = [name for name in task.networks if name not in trained and name not in pretrained]
+    whole = {
+        name
+        for name, tree in pretrained.items()
+        if jax.tree.structure(tree) == jax.tree.structure(task.networks[name].abstract)
+    }
+    forgotten = [name for name in task.networks if name not in trained and name not in whole]
     if forgotten:
         raise UserError(
             f"{config.stage}: {', '.join(forgotten)} would stay random, because this stage does not train it and "
@@ -208,12 +214,11 @@ def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -
     abstract = abstract_state(task, config)
     params = {}
     for group, network in task.networks.items():
-        if group in pretrained:
-            tree = pretrained.pop(group)
-        else:
+        tree = pretrained.pop(group, {})
+        if group not in whole:
             # The group's name, not its place in a list, decides what it is drawn from.
             key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(group.encode()))
-            tree = network.init(key)
+            tree = filled(tree, network.init(key))
         typed = jax.tree.map(
             lambda shape, leaf: leaf.astype(shape.dtype), abstract["params"][group], tree
         )

@@ -39,7 +39,10 @@ class Task(Protocol):
         """What happens in step number `step` (from 0) beside what happens in every step."""
 
     def pretrained(self) -> dict[str, Any]:
-        """Groups that start from saved weights, as host arrays; all frozen ones have to be among them."""
+        """Groups that start from saved weights, as host arrays; all frozen ones have to be among them.
+
+        A group that is trained may be there in part; the rest of it starts fresh.
+        """
 
     def constants(self) -> dict[str, Any]:
         """Groups that losses need but checkpoints do not hold, because they come from assets."""

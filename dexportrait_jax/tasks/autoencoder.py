@@ -17,7 +17,7 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
-from dexportrait_jax.weights.lpips import load_lpips
+from dexportrait_jax.weights.lpips_names import load_perceptual
 
 
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
@@ -63,7 +63,8 @@ class AutoencoderTask:
 
     def constants(self) -> dict[str, Any]:
         """Weights of the perceptual network."""
-        return {"perceptual": load_lpips(self.config.loss.perceptual)}
+        loss = self.config.loss
+        return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
     def loss(self, params, batch, key, step, shared, events):
         """All frames of the batch, sources and targets alike."""

@@ -30,7 +30,8 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
-from dexportrait_jax.weights.lpips import load_lpips
+from dexportrait_jax.weights.convnextv2 import load_trunk
+from dexportrait_jax.weights.lpips_names import load_perceptual
 
 BLENDSHAPES = 52
 TRAINED = ("appearance", "pose", "expression", "generator")
@@ -152,12 +153,14 @@ class MotionTask:
         return frozenset(events)
 
     def pretrained(self) -> dict[str, Any]:
-        """None: every group starts fresh."""
-        return {}
+        """The trunk of the pose encoder, where `config.init.pose` names one; the rest starts fresh."""
+        path = self.config.init.pose
+        return {"pose": load_trunk(path, self.networks["pose"].abstract)} if path else {}
 
     def constants(self) -> dict[str, Any]:
         """Weights of the perceptual network."""
-        return {"perceptual": load_lpips(self.config.loss.perceptual)}
+        loss = self.config.loss
+        return {"perceptual": load_perceptual(loss.perceptual, loss.perceptual_weights)}
 
     def _encode(self, params, batch):
         """Poses of sources and targets, expression latents of the targets, and their heat maps."""

@@ -12,10 +12,11 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import dexportrait_jax
 from data_pipelines import files
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.weights import names
+from dexportrait_jax.weights.tensor_files import Stored, write_tensors
 
 FORMAT = "dexportrait-export-1"
 DESCRIPTION = "model.json"
@@ -48,6 +50,43 @@ def export_groups(
     Returns the directory. Raises UserError when it may not or cannot be written; what was there
     stays as it was.
     """
+
+    def write(name: str, file: Path) -> int:
+        tensors = names.to_torch(groups[name])
+        save_file(tensors, file, metadata=_metadata(groups[name]))
+        return int(sum(tensor.size for tensor in tensors.values()))
+
+    return _export(out_dir, model, groups, write, overwrite)
+
+
+def export_streamed(
+    out_dir: str | os.PathLike,
+    model: Mapping[str, Any],
+    groups: Mapping[str, tuple[names.Params, Mapping[str, Stored]]],
+    overwrite: bool = False,
+) -> Path:
+    """``export_groups`` for tensors that are in PyTorch's layout already and too many for memory.
+
+    ``groups`` are ``{group name: (abstract tree of the network, {PyTorch key: tensor})}``; tensors
+    are asked for one at a time.
+    """
+
+    def write(name: str, file: Path) -> int:
+        abstract, tensors = groups[name]
+        write_tensors(file, tensors, _metadata(abstract))
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+    return _export(out_dir, model, groups, write, overwrite)
+
+
+def _export(
+    out_dir: str | os.PathLike,
+    model: Mapping[str, Any],
+    groups: Iterable[str],
+    write: Callable[[str, Path], int],
+    overwrite: bool,
+) -> Path:
+    """An export whose files ``write(group, file)`` makes; it returns the number of parameters."""
     out = Path(out_dir)
     check_replaceable(out, overwrite)
     lacking = sorted({"stage", "config", "step", "ema", "crop"} - set(model))
@@ -55,21 +94,24 @@ def export_groups(
         raise ValueError(f"the description of an export lacks {', '.join(lacking)}")
     with _written_whole(out) as directory:
         described = {}
-        for name, params in groups.items():
-            tensors = names.to_torch(params)
+        for name in groups:
             file = directory / f"{name}.safetensors"
-            # PyTorch's loaders look for "format"; the layout lets importing rebuild the tree alone.
-            layout = json.dumps(names.layout_exceptions(params), sort_keys=True)
-            save_file(tensors, file, metadata={"format": "pt", "layout": layout})
+            count = write(name, file)
             described[name] = {
                 "file": file.name,
                 "sha256": file_sha256(file),
-                "parameters": int(sum(tensor.size for tensor in tensors.values())),
+                "parameters": count,
             }
         description = {**model, "format": FORMAT, "groups": described, "versions": _versions()}
         text = json.dumps(description, indent=2, sort_keys=True, default=_plain)
         (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return out
+
+
+def _metadata(params: Mapping[str, Any]) -> dict[str, str]:
+    # PyTorch's loaders look for "format"; the layout lets importing rebuild the tree alone.
+    layout = json.dumps(names.layout_exceptions(params), sort_keys=True)
+    return {"format": "pt", "layout": layout}
 
 
 def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> None:

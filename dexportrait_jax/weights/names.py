@@ -112,6 +112,19 @@ def from_torch(
         expected = torch_shape(path[-1], tuple(leaf.shape))
         if key in tensors and tuple(tensors[key].shape) != expected:
             misshapen.append(f"{key} is {tuple(tensors[key].shape)}, expected {expected}")
+    refuse_misfit(where, missing, extra, misshapen)
+    return unflatten(
+        {
+            path: from_torch_layout(path[-1], np.asarray(tensors[key])).astype(
+                leaf.dtype, copy=False
+            )
+            for key, (path, leaf) in wanted.items()
+        }
+    )
+
+
+def refuse_misfit(where: str, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
+    """Raise UserError, one line with counts and the first names, unless all three lists are empty."""
     complaints = [
         f"{len(items)} {what}: {_listed(items)}"
         for what, items in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
@@ -122,14 +135,6 @@ def from_torch(
             f"{where} does not fit this network: {'; '.join(complaints)}. Use weights of the same "
             "network and sizes, or a config with the sizes of these weights"
         )
-    return unflatten(
-        {
-            path: from_torch_layout(path[-1], np.asarray(tensors[key])).astype(
-                leaf.dtype, copy=False
-            )
-            for key, (path, leaf) in wanted.items()
-        }
-    )
 
 
 def guessed_leaf(key: str, dimensions: int) -> str:

@@ -1,0 +1,181 @@
+"""Other people's safetensors, read one tensor at a time, and ours written the same way.
+
+``TensorFiles`` is what ``--source`` names: one file, or a folder in transformers' layout (one file,
+or shards with an index). Only names and shapes are read until a tensor is asked for. A torch pickle
+is never opened: it is a program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dexportrait_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar")
+# What a zip archive (torch's format since 1.6) and pickles of protocol 2 and later begin with.
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+# Types that are kept as they are; float64 becomes float32, whatever else is no weight.
+_TYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float32),
+}
+_CODES = {_TYPES[code]: code for code in ("F32", "F16", "BF16")}
+
+
+class TensorFiles:
+    """The tensors of one file or folder: ``shapes`` at once, ``read`` one by one.
+
+    Raises UserError, one line, when there is nothing, a pickle, or a file that is no safetensors.
+    """
+
+    def __init__(self, source: str | os.PathLike):
+        self.source = Path(source)
+        self.files = _files_of(self.source)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
+        for file in self.files:
+            self._read_header(file)
+        if not self.shapes:
+            raise UserError(f"{self.source} holds no tensors; give the weights themselves")
+
+    def dtype(self, key: str) -> np.dtype:
+        """The type ``read`` gives; UserError for numbers that are no floats of 16, 32 or 64 bits."""
+        file, code = self._places[key]
+        if code not in _TYPES:
+            raise UserError(
+                f"{key} in {file} has type {code}; weights are {', '.join(_TYPES)}, so convert them"
+            )
+        return _TYPES[code]
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, contiguous; UserError when it cannot be read or holds values that are not finite."""
+        file, _ = self._places[key]
+        try:
+            with safe_open(file, framework="np") as opened:
+                array = np.ascontiguousarray(opened.get_tensor(key)).astype(
+                    self.dtype(key), copy=False
+                )
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{key} in {file} cannot be read: {_one_line(error)}") from error
+        if not np.isfinite(array).all():
+            raise UserError(f"{key} in {file} holds values that are not finite; get other weights")
+        return array
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="np") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    if key in self.shapes:
+                        raise UserError(
+                            f"{key} is both in {self._places[key][0]} and in {file}; keep one of them"
+                        )
+                    tensor = opened.get_slice(key)
+                    self.shapes[key] = tuple(tensor.get_shape())
+                    self._places[key] = (file, tensor.get_dtype())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(
+                f"{file} cannot be read as safetensors ({_one_line(error)}); it is damaged, cut "
+                "short, or another format: get it again, or convert it"
+            ) from error
+
+
+class Stored(NamedTuple):
+    """A tensor that ``write_tensors`` asks for when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file holding one tensor at a time in memory.
+
+    The format is 8 bytes with the length of a JSON header, the header, and the tensors without
+    gaps; the larger types come first, so that each begins at a multiple of its own size.
+    """
+    ordered = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in ordered:
+        shape, dtype, _ = tensors[key]
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for key in ordered:
+            shape, dtype, read = tensors[key]
+            array = np.ascontiguousarray(read().reshape(shape), dtype=dtype)
+            stream.write(array.view(np.uint8).data if array.ndim else array.tobytes())
+
+
+def _files_of(source: Path) -> list[Path]:
+    """The safetensors files that ``--source`` means."""
+    if source.is_file():
+        _refuse_pickle(source)
+        return [source]
+    if not source.is_dir():
+        raise UserError(
+            f"there is nothing at {source}; give a safetensors file or a folder of them"
+        )
+    index = source / INDEX
+    if index.is_file():
+        return _shards(index)
+    found = sorted(source.glob("*.safetensors"))
+    if not found:
+        for file in sorted(source.iterdir()):
+            if file.suffix.lower() in _PICKLES:
+                _refuse_pickle(file)
+        raise UserError(f"{source} holds no safetensors file; give a folder or file that does")
+    # transformers' own file name wins over copies of other precision beside it.
+    whole = source / "model.safetensors"
+    return [whole] if whole in found else found
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read ({_one_line(error)}); get it again") from error
+    # The names come from a file that may be anybody's: they must not lead out of the folder.
+    shards = sorted(index.parent / Path(str(name)).name for name in names)
+    absent = [file.name for file in shards if not file.is_file()]
+    if absent:
+        raise UserError(f"{index} names files that are missing: {', '.join(absent)}; get them too")
+    return shards
+
+
+def _refuse_pickle(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+        return
+    if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
+        raise UserError(
+            f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
+            'it where you trust it: python -c "import torch, safetensors.torch as s; w = torch.load('
+            f"'{file.name}', weights_only=True, map_location='cpu'); w = w.get('model', w); "
+            "s.save_file({k: v.contiguous().clone() for k, v in w.items()}, "
+            f"'{file.stem}.safetensors')\""
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
