@@ -6,6 +6,10 @@ tiny: 64 px, 2 cores, a few minutes; 2 dB and more over repeating the source on 
 synthetic: rendered heads at 64 px, 2 cores, 90 minutes; encoders pretrained on labels. Its data are made first by
     dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2
 and measured by `dexportrait evaluate --protocol=synthetic`.
+real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; not run to its end yet. From scratch, or
+    from an export of `synthetic`: --config.init.motion=exports/heads --config.pretraining.steps=0. Its data are made by
+    dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=64 --face_scale=1.6 --holdout_people=NAME,NAME
+and measured, on the people held out, by `dexportrait evaluate` with --protocol=self and --protocol=cross.
 small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
 """
 
@@ -15,13 +19,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = (*common.VARIANTS, "synthetic")
+VARIANTS = (*common.VARIANTS, "synthetic", "real")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The motion trainer at one of VARIANTS."""
     if variant == "synthetic":
         return _synthetic(get_config("tiny"))
+    if variant == "real":
+        return _real(get_config("synthetic"))
     tiny = variant == "tiny"
     config = common.base("motion", variant)
     config.num_steps = 620 if tiny else 200_000
@@ -31,6 +37,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             # Export whose pose encoder gives its trunk to start from (`dexportrait import --kind=convnextv2`, or of a
             # motion trainer); its heads stay fresh. "": everything starts fresh.
             "pose": "",
+            # Export of another motion trainer with networks of these sizes, to go on from with all groups: rendered
+            # heads first and real faces then, say. "": everything starts fresh.
+            "motion": "",
         }
     )
     config.loss = ConfigDict(
@@ -128,6 +137,14 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
         ("pose", 0.1),
         ("expression", 0.2),
     )
+    return config
+
+
+def _real(config: ConfigDict) -> ConfigDict:
+    """`synthetic` for real clips: the labels are a detector's, and the people are few."""
+    config.variant = "real"
+    config.num_steps = 12_000
+    config.pretraining.steps = 2000
     return config
 
 

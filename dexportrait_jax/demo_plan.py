@@ -53,12 +53,11 @@ def plan(workdir: Path) -> list[Part]:
             [out / "model.json"],
         )
 
-    def evaluate(name: str) -> Part:
-        out = results / f"{name}_self"
-        arguments = ["evaluate", f"--weights={exports / name}", f"--data={data}", "--protocol=self"]
-        return Part(
-            f"evaluate_{name}", [*arguments, f"--out={out}", "--overwrite"], [out / "metrics.json"]
-        )
+    def evaluate(name: str, protocol: str) -> Part:
+        out = results / f"{name}_{protocol}"
+        arguments = ["evaluate", f"--weights={exports / name}", f"--data={data}"]
+        arguments += [f"--protocol={protocol}", f"--out={out}", "--overwrite"]
+        return Part(f"evaluate_{name}_{protocol}", arguments, [out / "metrics.json"])
 
     encoders = f"init.motion={exports / 'motion'}"
     autoencoder = f"init.autoencoder={exports / 'autoencoder'}"
@@ -76,14 +75,15 @@ def plan(workdir: Path) -> list[Part]:
         Part("prepare", prepare, [data], [*prepare, "--overwrite"]),
         train("motion", "motion"),
         export("motion"),
-        evaluate("motion"),
+        evaluate("motion", "self"),
+        evaluate("motion", "cross"),
         train("autoencoder", "autoencoder"),
         export("autoencoder"),
         train("image", "animator_image", encoders, autoencoder),
         export("image"),
         train("video", "animator_video", f"init.image={exports / 'image'}"),
         export("video"),
-        evaluate("video"),
+        evaluate("video", "self"),
         Part(
             "animate",
             [*animate, f"--jobs={workdir / 'clips_missing.json'}", "--overwrite"],

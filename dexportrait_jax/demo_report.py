@@ -10,6 +10,7 @@ from data_pipelines.files import write_json
 from dexportrait_jax import driving
 from dexportrait_jax.evaluation.curves import read_curves
 from dexportrait_jax.evaluation.report import Quality, Report, Stage, Video, write_report
+from dexportrait_jax.evaluation.results import following_table, grid_picture
 
 MODES = {
     "self": ("Self-reenactment", "pose and expression of the same person"),
@@ -81,10 +82,23 @@ def write(
             )
             for mode, (title, note) in MODES.items()
         ],
+        grids=[
+            grid_picture(
+                workdir / "results" / "motion_cross" / "grid.png", "grid", "Motion trainer."
+            )
+        ],
         pictures=_pictures(workdir),
         quality=[
             Quality("Motion trainer", motion, "one forward pass"),
             Quality("Animator", animator, "DDIM with progressive hybrid guidance"),
+        ],
+        tables=[
+            following_table(
+                {
+                    "motion trainer": _metrics(workdir, "motion"),
+                    "animator": _metrics(workdir, "video"),
+                }
+            )
         ],
         stages=[
             Stage(
@@ -108,7 +122,7 @@ def summarize(workdir: Path, record: dict[str, dict[str, Any]]) -> dict[str, Any
     """The content of summary.json."""
 
     def quality(name: str) -> dict[str, float]:
-        values = json.loads((workdir / "results" / f"{name}_self" / "metrics.json").read_text())
+        values = _metrics(workdir, name)
         return {key: values[key] for key in QUALITY_KEYS}
 
     artifacts = {
@@ -125,6 +139,10 @@ def summarize(workdir: Path, record: dict[str, dict[str, Any]]) -> dict[str, Any
         "peak_memory_gb": max(values["peak_memory_gb"] for values in record.values()),
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }
+
+
+def _metrics(workdir: Path, name: str) -> dict[str, Any]:
+    return json.loads((workdir / "results" / f"{name}_self" / "metrics.json").read_text())
 
 
 def _pictures(workdir: Path) -> list[Video]:

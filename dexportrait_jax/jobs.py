@@ -78,6 +78,13 @@ def _prepare(parser):
     )
     _flag(
         parser,
+        "holdout_people",
+        "names of the people that validation keeps, separated by commas (default: chosen by a hash of "
+        "their name); without --identity a person's name is the file's, without its ending",
+        default=None,
+    )
+    _flag(
+        parser,
         "identity",
         "whose video it is: a regular expression searched in each path, with groups named identity, "
         "session and camera, such as '(?P<identity>id[0-9]+)/' (default: each video is a person)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import glob
 import hashlib
@@ -38,6 +39,7 @@ def run_prepare(
     holdout: str = "identity",
     holdout_fraction: float = 0.1,
     holdout_gap: int = 5,
+    holdout_people: str | None = None,
     max_frames: int | None = None,
     workers: int | None = None,
     overwrite: bool = False,
@@ -54,10 +56,12 @@ def run_prepare(
         size: side of the stored frames in pixels.
         face_scale: side of the crop in face boxes, before the clip's movement widens it; None for
             that of `settings`. Below their `minimum_scale` it lowers that as well.
-        holdout: what validation keeps: "identity", some people chosen by a hash of their name, or
-            "time", the end of every clip.
+        holdout: what validation keeps: "identity", some people chosen by a hash of their name (or
+            named, see `holdout_people`), or "time", the end of every clip.
         holdout_fraction: how much of it.
         holdout_gap: frames left out between training and validation with holdout="time".
+        holdout_people: names of the people of validation, separated by commas, in place of those
+            that the hash chooses.
         max_frames: frames to read of each video; None for all.
         workers: processes; None for one a core.
         overwrite: replace a dataset that is there.
@@ -72,6 +76,7 @@ def run_prepare(
     paths = _matching(videos)
     _check_flags(size, face_scale, holdout, holdout_fraction, holdout_gap, max_frames, workers)
     namings = _namings(paths, identity)
+    people = _people(holdout_people, holdout, {naming.identity for naming in namings})
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
     if face_scale is not None:
         settings = dataclasses.replace(
@@ -84,7 +89,7 @@ def run_prepare(
             naming.name: processing.fingerprint(path)
             for path, naming in zip(paths, namings, strict=True)
         },
-        "holdout": [holdout, holdout_fraction, holdout_gap],
+        "holdout": [holdout, holdout_fraction, holdout_gap, *people],
         "max_frames": max_frames,
         "identity": identity,
         "settings": dataclasses.asdict(settings),
@@ -104,11 +109,14 @@ def run_prepare(
         _say_funnel(summary)
         kept = [job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.kept]
         if kept:
+            _check_sides({job.naming.identity for job in kept}, people)
             from data_pipelines.prepare import builder  # needs TFDS, which reading does not
 
             report = {"funnel": summary, "videos": [verdict.as_dict() for verdict in verdicts]}
             builder.write_dataset(
-                splits.split([job.clips for job in kept], holdout, holdout_fraction, holdout_gap),
+                splits.split(
+                    [job.clips for job in kept], holdout, holdout_fraction, holdout_gap, people
+                ),
                 out,
                 reports={
                     REPORT: json.dumps(report, indent=1),
@@ -143,6 +151,35 @@ def _check_flags(
         raise UserError(f"--max_frames is {max_frames}; it must be at least 1")
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
+
+
+def _people(names: str | None, holdout: str, identities: set[str]) -> list[str]:
+    """The people that `--holdout_people` names, in alphabetical order."""
+    people = sorted({name.strip() for name in (names or "").split(",")} - {""})
+    if not people:
+        return []
+    if holdout != "identity":
+        raise UserError(
+            f"--holdout_people names people, but --holdout={holdout} keeps the end of every clip; leave one out"
+        )
+    for name in people:
+        if name not in identities:
+            close = difflib.get_close_matches(name, identities, n=1) or sorted(identities)[:5]
+            raise UserError(
+                f"--holdout_people: there is no video of '{name}' (but of {', '.join(close)})"
+            )
+    _check_sides(identities, people)
+    return people
+
+
+def _check_sides(identities: set[str], people: list[str]) -> None:
+    """Raises UserError where the named people leave nobody for one of the two sides."""
+    if people and not identities & set(people):
+        raise UserError(f"no video of {', '.join(people)} can be used; name other --holdout_people")
+    if people and not identities - set(people):
+        raise UserError(
+            "--holdout_people leaves nobody to train on; name fewer, or give more videos"
+        )
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from data_pipelines import records
 
@@ -13,7 +13,11 @@ Clips = Callable[[], Iterator[records.Clip]]
 
 
 def split(
-    videos: list[Clips], holdout: str, fraction: float, gap: int
+    videos: list[Clips],
+    holdout: str,
+    fraction: float,
+    gap: int,
+    people: Collection[str] = (),
 ) -> dict[str, Callable[[], Iterable[records.Clip]]]:
     """split name -> function that yields its clips.
 
@@ -22,6 +26,7 @@ def split(
         holdout: "identity" or "time".
         fraction: how much of it is held out; 0 makes no validation split.
         gap: frames between training and validation, for "time".
+        people: who is held out, for "identity", in place of those that `held_out` chooses.
     """
     if holdout == "time":
         parts = {"train": 0, "validation": 1} if fraction else {"train": 0}
@@ -29,7 +34,8 @@ def split(
             name: lambda which=which: _in_time(videos, fraction, gap, which)
             for name, which in parts.items()
         }
-    held = held_out({clip.identity for clips in videos for clip in clips()}, fraction)
+    identities = {clip.identity for clips in videos for clip in clips()}
+    held = identities & set(people) if people else held_out(identities, fraction)
 
     def pick(validation: bool) -> Iterator[records.Clip]:
         for clips in videos:

@@ -1,19 +1,21 @@
 """Measuring instruments: pose and expression read off a picture by a model that is not ours.
 
 `FaceEstimator` is all the protocols ask for, so another estimator (SMIRK, Deep3DFaceRecon) is a
-function away. The default is MediaPipe's Face Landmarker: angles of its head transform and its 52
-blendshapes.
+function away. The default is MediaPipe's Face Landmarker: angles of its head transform, its 52
+blendshapes, and how far its landmarks say that eyes and mouth are open.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from data_pipelines.prepare import masks
 from data_pipelines.prepare.detect import Landmarker
 from data_pipelines.prepare.head_pose import euler_degrees, rotation_from_transform
 from data_pipelines.records import BLENDSHAPES
@@ -31,14 +33,21 @@ STILL = {
     "noseSneerRight",
 }
 MOVING = np.array([name not in STILL for name in BLENDSHAPES])
+# Outlines whose opening is measured.
+OPENINGS = ("right_eye", "left_eye", "inner_lips")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Pitch, yaw and roll in degrees, and expression coefficients in [0, 1]."""
+    """Pitch, yaw and roll in degrees, and expression coefficients in [0, 1].
+
+    ``openings``: of right eye, left eye and mouth, see `openings`; None of an instrument without
+    landmarks.
+    """
 
     angles: Float[np.ndarray, " 3"]
     expression: Float[np.ndarray, " coefficients"]
+    openings: Float[np.ndarray, " 3"] | None = None
 
 
 FaceEstimator = Callable[[UInt8[np.ndarray, "h w 3"]], Estimate | None]
@@ -55,14 +64,46 @@ def expression_distance(first: Estimate, second: Estimate) -> float:
     return float(np.mean(np.abs(first.expression - second.expression)))
 
 
+def openings(outlines: Mapping[str, Float[np.ndarray, "n points 2"]]) -> Float[np.ndarray, "n 3"]:
+    """Gap over width of right eye, left eye and mouth (inner lips), 0 when closed.
+
+    ``outlines``: name -> closed polygons in the order of `records.POLYGONS`, whose corners are the
+    first point and the one opposite; the gap is between the middles of upper and lower side. Any
+    unit, as long as x and y have the same.
+    """
+    measured = []
+    for name in OPENINGS:
+        points = np.asarray(outlines[name], np.float64)
+        quarter = points.shape[-2] // 4
+        gap, width = (
+            np.linalg.norm(points[:, first] - points[:, first + 2 * quarter], axis=-1)
+            for first in (quarter, 0)
+        )
+        measured.append(gap / np.maximum(width, 1e-9))
+    return np.stack(measured, axis=-1)
+
+
+def remembering(estimate: FaceEstimator) -> FaceEstimator:
+    """The same instrument; a picture that comes again is not read again."""
+    known: dict[bytes, Estimate | None] = {}
+
+    def read(picture: UInt8[np.ndarray, "h w 3"]) -> Estimate | None:
+        key = hashlib.sha256(np.ascontiguousarray(picture)).digest()
+        if key not in known:
+            known[key] = estimate(picture)
+        return known[key]
+
+    return read
+
+
 @contextlib.contextmanager
 def open_estimator(estimator: FaceEstimator | None = None) -> Iterator[FaceEstimator]:
-    """``estimator``, or MediaPipe's, started here and ended with the block."""
+    """``estimator``, or MediaPipe's, started here and ended with the block; it remembers what it has read."""
     if estimator is not None:
-        yield estimator
+        yield remembering(estimator)
         return
     with Landmarker(assets.fetch("face_landmarker", say=lambda text: None)) as landmarker:
-        yield lambda picture: read_face(landmarker, picture)
+        yield remembering(lambda picture: read_face(landmarker, picture))
 
 
 def read_face(landmarker: Landmarker, picture: UInt8[np.ndarray, "n n 3"]) -> Estimate | None:
@@ -71,4 +112,5 @@ def read_face(landmarker: Landmarker, picture: UInt8[np.ndarray, "n n 3"]) -> Es
     if not found:
         return None
     rotation = rotation_from_transform(found[0].transform)
-    return Estimate(euler_degrees(rotation), found[0].blendshapes[MOVING])
+    opened = openings(masks.polygons(found[0].landmarks[None]))[0]
+    return Estimate(euler_degrees(rotation), found[0].blendshapes[MOVING], opened)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, UInt8
 
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.perceptual import SMALLEST_SIZE, PerceptualNetwork
@@ -38,6 +38,18 @@ def psnr(x: Pictures, y: Pictures, *, data_range: float) -> Float[Array, " batch
     difference = (x.astype(jnp.float32) - y.astype(jnp.float32)) / data_range
     error = jnp.mean(jnp.square(difference), axis=(1, 2, 3))
     return -10 * jnp.log10(jnp.maximum(error, 10 ** (-LARGEST_PSNR / 10)))
+
+
+def masked_psnr(
+    x: Num[np.ndarray, "batch height width channels"],
+    y: Num[np.ndarray, "batch height width channels"],
+    masks: UInt8[np.ndarray, "batch height width"],
+) -> Float[np.ndarray, " batch"]:
+    """PSNR of pictures in [0, 255], in dB over the positions where the mask is not 0, at most 100."""
+    inside = (masks > 0)[..., None]
+    error = np.square((x.astype(np.float64) - y) / 255) * inside
+    count = np.maximum(inside.sum((1, 2, 3)) * x.shape[-1], 1)
+    return -10 * np.log10(np.maximum(error.sum((1, 2, 3)) / count, 10 ** (-LARGEST_PSNR / 10)))
 
 
 @functools.partial(jax.jit, static_argnames="data_range")

@@ -49,6 +49,16 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Figures in words: ``columns`` is the head, each row begins with what it is about."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One part of the run: how long, how much memory, how to do it alone, what its losses did."""
 
@@ -68,8 +78,10 @@ class Report:
     headline: str
     facts: Sequence[tuple[str, str]] = ()  # (figure, what it is), shown large under the headline
     videos: Sequence[Video] = ()
+    grids: Sequence[Video] = ()  # wide pictures
     pictures: Sequence[Video] = ()
     quality: Sequence[Quality] = ()
+    tables: Sequence[Table] = ()
     stages: Sequence[Stage] = ()
     limits: Sequence[str] = ()
     provenance: str = ""
@@ -125,8 +137,10 @@ def write_png(path: str | Path, picture: UInt8[np.ndarray, "h w 3"]) -> Path:
 def _page(report: Report) -> str:
     sections = [
         _section("Animated", _videos(report.videos), "videos"),
+        _section("Faces and drivers", _videos(report.grids), "grids"),
         _section("Samples", _videos(report.pictures), "samples"),
         _section("On frames it was not trained on", _quality(report.quality), "quality"),
+        _section("Figures", "".join(_table(table) for table in report.tables), "figures"),
         _section("Training", _curves(report.stages), "training"),
         _section("Time and memory", _costs(report.stages), "cost"),
         _section("Do a part again", _commands(report), "commands"),
@@ -208,6 +222,19 @@ def _quality(models: Sequence[Quality]) -> str:
     return (
         '<div class="scroll"><table><thead><tr><th></th><th>PSNR, dB ↑</th><th>SSIM ↑</th>'
         f"<th>LPIPS ↓</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{''.join(notes)}"
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in table.columns)
+    rows = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in cells)}</tr>"
+        for first, *cells in table.rows
+    )
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f'<h3>{escape(table.title)}</h3>{note}<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -18,15 +16,6 @@ from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, pad
 SHOWN_COLUMNS = 9
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "frames h w 3"]
-
-
-@dataclass
-class Findings:
-    """What a protocol brings: figures over all frames, figures of each item, and rows of pictures."""
-
-    values: dict[str, float | None]
-    items: list[dict[str, Any]]
-    rows: list[list[Picture]] = field(default_factory=list)
 
 
 class Runner:
@@ -48,12 +37,36 @@ class Runner:
         if length == 1:
             count = min(self.max_frames, last)
             return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
-        stride = max(1, min(self.model.config.data.frame_stride, (last - 1) // length))
+        stride = self._stride(last - 1, length)
         length = min(length, last, self.max_frames)
         reach = (length - 1) * stride
         runs = max(1, min(self.max_frames // length, last // (reach + 1)))
         starts = np.unique(np.round(np.linspace(1, last - reach, runs)).astype(int))
         return [start + stride * np.arange(length) for start in starts]
+
+    def runs_through(
+        self, frames: int, wanted: Int[np.ndarray, " n"]
+    ) -> list[tuple[Int[np.ndarray, " run"], Int[np.ndarray, " k"]]]:
+        """Frames of a clip of ``frames`` to make so that the wanted ones are among them, and their places there.
+
+        A model of single frames makes just these; a model of clips makes for each of them a run of
+        frames about it.
+        """
+        if self.model.clip_length == 1:
+            return [(wanted, np.arange(len(wanted)))]
+        length = min(self.model.clip_length, frames)
+        stride = self._stride(frames - 1, length)
+        runs = []
+        for frame in wanted:
+            place = np.clip(
+                length // 2, length - 1 - (frames - 1 - frame) // stride, frame // stride
+            )
+            runs.append((frame + stride * (np.arange(length) - place), np.array([place])))
+        return runs
+
+    def _stride(self, last: int, length: int) -> int:
+        """Frames from one to the next in a run: as in training, where ``last`` allows it."""
+        return max(1, min(self.model.config.data.frame_stride, last // length))
 
     def pictures(self, clip: Clip, indices: Sequence[int]) -> Frames:
         """Frames of a clip at the model's size."""

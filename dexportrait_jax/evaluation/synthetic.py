@@ -21,8 +21,10 @@ from data_pipelines.synthetic.render import Rendering, render
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics
 from dexportrait_jax.evaluation.disentanglement import Encoded, encoder_figures
+from dexportrait_jax.evaluation.eyes_and_mouth import part_masks
+from dexportrait_jax.evaluation.grid import make_grid
+from dexportrait_jax.evaluation.results import Findings
 from dexportrait_jax.evaluation.runner import (
-    Findings,
     Frames,
     Picture,
     Runner,
@@ -106,7 +108,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     means["disentangled_gain_db"] = means["disentangled_psnr"] - best
     means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
     figures |= {f"expression_r2/{name}": value for name, value in parameters.items()}
-    return Findings(means | figures, items, rows)
+    return Findings(means | figures, items, rows, {"grid": make_grid(runner, people)})
 
 
 def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:
@@ -164,8 +166,10 @@ def _item(
         measure("disentangled_rigid", moved, wanted)
         measure("disentangled_mean", np.repeat(mean_picture[None], len(wanted), 0), wanted)
         own = runner.make(source, (clip_a, indices), None)
-        psnr.setdefault("parts_psnr", []).append(masked_psnr(made, wanted, parts))
-        psnr.setdefault("parts_psnr_own_expression", []).append(masked_psnr(own, wanted, parts))
+        psnr.setdefault("parts_psnr", []).append(metrics.masked_psnr(made, wanted, parts))
+        psnr.setdefault("parts_psnr_own_expression", []).append(
+            metrics.masked_psnr(own, wanted, parts)
+        )
         drivers = (runner.pictures(clip, indices) for clip in (clip_a, clip_b))
         shown += zip(*drivers, made, wanted, strict=True)
     names = {"source": source.clip_id, "pose": clip_a.clip_id, "expression": clip_b.clip_id}
@@ -177,16 +181,15 @@ def _rendered(
     runner: Runner, source: Clip, truth: Truth, expressions: np.ndarray, poses: np.ndarray
 ) -> tuple[Frames, Frames]:
     """The true pictures, and masks (n, h, w) of eyes and mouth in them."""
-    size, pictures, masks = runner.model.image_size, [], []
+    size, pictures, polygons = runner.model.image_size, [], []
     for expression, pose in zip(expressions, poses, strict=True):
         drawn = truth.render(expression, pose, source.size)
         # Resampled as the model's inputs are, so that nothing but the model makes a difference.
         pictures.append(
             transforms.sample_picture(drawn.image, transforms.similarity_matrix(), size)
         )
-        regions = network_inputs.hidden_regions(drawn.polygons, dilation=0.2, minimum_height=0.55)
-        masks.append(transforms.fill_polygons(regions, size))
-    return np.stack(pictures), np.stack(masks)
+        polygons.append(drawn.polygons)
+    return np.stack(pictures), part_masks(polygons, size)
 
 
 def move_rigidly(
@@ -195,14 +198,6 @@ def move_rigidly(
     """The picture as a flat card that faces the viewer at R = I, moved from one pose to another."""
     here, there = (np.vstack([one[:2][:, [0, 1, 3]], [0, 0, 1]]) for one in (source_pose, pose))
     return transforms.sample_picture(picture, (there @ np.linalg.inv(here))[:2], picture.shape[0])
-
-
-def masked_psnr(made: Frames, wanted: Frames, masks: Frames) -> Float[np.ndarray, " n"]:
-    """PSNR in dB over the positions of each mask (not 0), at most 100."""
-    inside = (masks > 0)[..., None]
-    error = np.square((made.astype(np.float64) - wanted) / 255) * inside
-    count = np.maximum(inside.sum((1, 2, 3)) * made.shape[-1], 1)
-    return -10 * np.log10(np.maximum(error.sum((1, 2, 3)) / count, 1e-10))
 
 
 def _mean_picture(runner: Runner, clips: ClipDataset, count: int = 256) -> Picture:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from data_pipelines import loading
 from dexportrait_jax import geometry
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.motion.appearance import AppearanceEncoder
 from dexportrait_jax.models.motion.decoder import Generator
 from dexportrait_jax.models.motion.discriminator import Discriminator
@@ -31,6 +32,7 @@ from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.convnextv2 import load_trunk
+from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.lpips_names import load_perceptual
 
 BLENDSHAPES = 52
@@ -158,9 +160,26 @@ class MotionTask:
         return frozenset(events)
 
     def pretrained(self) -> dict[str, Any]:
-        """The trunk of the pose encoder, where `config.init.pose` names one; the rest starts fresh."""
-        path = self.config.init.pose
-        return {"pose": load_trunk(path, self.networks["pose"].abstract)} if path else {}
+        """All groups of another motion trainer, from `config.init.motion`, or a pose trunk from `config.init.pose`.
+
+        Discriminator and label heads start fresh where an export lacks them; without either, everything does.
+        """
+        init = self.config.init
+        if init.motion and init.pose:
+            raise UserError(
+                "config.init.motion brings the whole pose encoder, config.init.pose a trunk for it; name one of them"
+            )
+        if init.motion:
+            there = read_description(Path(init.motion))["groups"]
+            wanted = {
+                name: network.abstract
+                for name, network in self.networks.items()
+                if name in TRAINED or name in there
+            }
+            return load_groups(init.motion, wanted, stage="motion")[1]
+        if init.pose:
+            return {"pose": load_trunk(init.pose, self.networks["pose"].abstract)}
+        return {}
 
     def constants(self) -> dict[str, Any]:
         """Weights of the perceptual network."""

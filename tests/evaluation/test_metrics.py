@@ -105,3 +105,13 @@ def test_learned_distance_takes_bytes_and_floats(monkeypatch):
         np.testing.assert_allclose(again, value, rtol=1e-3, atol=1e-6)
     with pytest.raises(UserError, match="at least 31 px"):
         distance(x[:, :20], y[:, :20], data_range=255)
+
+
+def test_masked_psnr_by_hand():
+    """An error of 25.5 in one of two positions inside: mean square 0.005, 23.01 dB; outside nothing counts."""
+    wanted = np.zeros((1, 2, 2, 3), np.uint8)
+    made = wanted.astype(float)
+    made[0, 0, 0], made[0, 1, 1] = 25.5, 255
+    mask = np.array([[[255, 255], [0, 0]]], np.uint8)
+    assert metrics.masked_psnr(made, wanted, mask)[0] == pytest.approx(-10 * np.log10(0.005))
+    assert metrics.masked_psnr(wanted, wanted, mask)[0] == 100

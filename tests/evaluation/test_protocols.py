@@ -4,6 +4,7 @@ refused.
 
 import json
 
+import cv2
 import ml_collections
 import numpy as np
 import pytest
@@ -12,14 +13,18 @@ from data_pipelines.augment import default_augment
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.prepare import builder
 from data_pipelines.records import BLENDSHAPES
+from dexportrait_jax import cli
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics, protocols
 from dexportrait_jax.evaluation.estimators import (
     MOVING,
     Estimate,
     expression_distance,
+    openings,
     pose_distance,
 )
+from dexportrait_jax.evaluation.eyes_and_mouth import clip_masks
+from dexportrait_jax.face_clips import model_inputs
 from dexportrait_jax.inference import Sampling
 from tests import fixtures
 
@@ -77,11 +82,14 @@ def run(dataset, out, protocol, **options):
 
 def test_self_of_a_copy_equals_the_copy(dataset, model, tmp_path):
     result = run(dataset, tmp_path / "out", "self")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json", "samples.png"]
+    made = ["metrics.json", "report.html", "samples.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == made
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result
     for name in ("psnr", "ssim", "lpips"):
         assert result[name] == pytest.approx(result[f"{name}_copy"])
-    assert 5 < result["psnr"] < 40 and result["frames"] == 12 and len(result["items"]) == 3
+    # 3 clips, 4 frames of each, once with the driver's expression and once with the source's.
+    assert 5 < result["psnr"] < 40 and result["frames"] == 24 and len(result["items"]) == 3
+    assert result["expression_use_db"] == 0 and result["parts_psnr"] < 40
     clip = ClipDataset(dataset, "validation")[0]
     runner = protocols.Runner(model, Sampling(), 4)
     truth, source = runner.pictures(clip, [1, 4, 8, 11]), runner.pictures(clip, [0])
@@ -126,6 +134,90 @@ def test_cross_and_disentangled_of_a_copy(dataset, model, tmp_path):
     assert (pose_only.expressions == both.source_expression).all()
 
 
+class TruthfulModel(CopyModel):
+    """Gives the very frame that an expression belongs to; who deafens it gives the source's."""
+
+    deaf = False
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.pictures, self.openings = {}, {}
+        clips = ClipDataset(dataset, "validation")
+        for clip in (clips[number] for number in range(len(clips))):
+            inputs = model_inputs(self, clip, np.arange(len(clip)))
+            _, latents = self.encode(inputs["pose_image"], inputs["expression_image"])
+            opened = openings(clip.mask_polygons)
+            for index, picture in enumerate(inputs["image"]):
+                self.pictures[latents[index].tobytes()] = picture
+                self.openings[picture.tobytes()] = opened[index]
+
+    def animate(self, source, drive, sampling, report=None):
+        for latent in drive.expressions:
+            yield self.pictures[(drive.source_expression if self.deaf else latent).tobytes()][None]
+
+    def read(self, picture):
+        return Estimate(np.zeros(3), np.zeros(2), self.openings[picture.tobytes()])
+
+
+@pytest.mark.parametrize("protocol", ["self", "cross"])
+def test_eyes_and_mouth_of_the_truth(dataset, tmp_path, monkeypatch, model, protocol):
+    """The driving frame itself follows it as far as it goes; the source's expression gives the source's picture."""
+    truthful = TruthfulModel(dataset)
+    monkeypatch.setattr(protocols, "load_model", lambda weights: truthful)
+    result = run(dataset, tmp_path / "out", protocol, estimator=truthful.read, max_frames=8)
+    for part in ("mouth", "eyes"):
+        for name in ("r", "slope", "r_ceiling", "slope_ceiling"):
+            assert result[f"{part}_{name}"] == pytest.approx(1)
+        assert result[f"{part}_r_control"] == 0
+    assert result["faces_found"] == result["faces_found_control"] == 1
+    if protocol == "self":
+        assert result["psnr"] == result["parts_psnr"] == 100
+        # Without the driver's expression this model repeats the source.
+        clip = ClipDataset(dataset, "validation")[0]
+        runner = protocols.Runner(truthful, Sampling(), 8)
+        (indices,) = runner.parts(len(clip))
+        copies = np.repeat(runner.pictures(clip, [0]), len(indices), 0)
+        masks = clip_masks(clip, indices, 64)
+        copied = metrics.masked_psnr(copies, runner.pictures(clip, indices), masks)
+        item = result["items"][0]
+        assert item["parts_psnr_own_expression"] == pytest.approx(copied.mean())
+        assert item["expression_use_db"] == pytest.approx(100 - copied.mean())
+        assert copied.mean() < 30
+
+    monkeypatch.setattr(TruthfulModel, "deaf", True)
+    result = run(dataset, tmp_path / "deaf", protocol, estimator=truthful.read)
+    assert result["mouth_r"] == result["eyes_r"] == result["mouth_slope"] == 0
+    assert result["mouth_r_ceiling"] == pytest.approx(1)
+    assert result.get("expression_use_db", 0) == 0
+
+
+def test_grids_and_the_page(dataset, model, tmp_path):
+    """Every cell of a copy is its row's portrait; page and metrics.json say which clips and frames are shown."""
+    for protocol, names in (
+        ("cross", ["grid"]),
+        ("disentangled", ["grid_expression_only", "grid_pose_only"]),
+    ):
+        out = tmp_path / protocol
+        result = run(dataset, out, protocol)
+        page = (out / "report.html").read_text()
+        assert list(result["grids"]) == names and page.count("data:image/png") == len(names) + 1
+        for name in names:
+            grid = cv2.imread(str(out / f"{name}.png"))
+            assert grid.shape == (3 * 132 + 138, 6 * 132 + 138, 3)
+            for row in range(3):
+                top = 142 + 132 * row
+                portrait = grid[top + 4 : top + 124, 4:124]
+                cell = grid[top + 4 : top + 124, 142 + 132 + 4 : 142 + 132 + 124]
+                np.testing.assert_array_equal(cell, portrait)
+            frames = result["grids"][name]["drivers"]
+            assert len(frames) == 6 and all(0 < one["frame"] < 12 for one in frames)
+            assert f"{frames[0]['clip']} frame {frames[0]['frame']}" in page
+        for name, value in result.items():
+            if isinstance(value, float) and name != "seconds":
+                assert f"<th>{name}</th><td>{value:.3g}</td>" in page
+    assert "driver&#x27;s expression" not in page  # the drivers' table is that of self and cross
+
+
 def test_pictures_without_a_face_are_counted_not_measured(dataset, model, tmp_path):
     result = run(dataset, tmp_path / "cross", "cross", estimator=lambda picture: None)
     assert result["apd"] is None and result["aed"] is None and result["faces_found"] == 0.0
@@ -168,8 +260,14 @@ def test_refusals(dataset, model, tmp_path):
     with pytest.raises(UserError, match="--overwrite"):
         run(dataset, out, "self")
     assert (out / "metrics.json").read_text() == "mine"
-    assert run(dataset, out, "self", overwrite=True)["frames"] == 12
+    assert run(dataset, out, "self", overwrite=True)["frames"] == 24
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("protocol", protocols.PROTOCOLS)
+def test_the_command_line_knows_every_protocol(protocol):
+    flags = ["--weights=w", "--data=d", f"--protocol={protocol}", "--out=o"]
+    assert cli._parse("evaluate", cli.JOBS["evaluate"], flags)[0]["protocol"] == protocol
 
 
 def test_distances():

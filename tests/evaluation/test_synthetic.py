@@ -103,16 +103,6 @@ def test_other_videos_are_refused(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_masked_psnr_by_hand():
-    """An error of 25.5 in one of two positions inside: mean square 0.005, 23.01 dB; outside nothing counts."""
-    wanted = np.zeros((1, 2, 2, 3), np.uint8)
-    made = wanted.astype(float)
-    made[0, 0, 0], made[0, 1, 1] = 25.5, 255
-    mask = np.array([[[255, 255], [0, 0]]], np.uint8)
-    assert synthetic.masked_psnr(made, wanted, mask)[0] == pytest.approx(-10 * np.log10(0.005))
-    assert synthetic.masked_psnr(wanted, wanted, mask)[0] == 100
-
-
 def test_a_rigid_move_follows_the_pose():
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     here, there = np.eye(3, 4), np.eye(3, 4)

@@ -105,6 +105,34 @@ def test_time_holdout(videos, tmp_path):
     assert sum(train["frames"]) + sum(held["frames"]) < 68
 
 
+def test_named_people_are_held_out(videos, tmp_path, capsys):
+    _run(videos, tmp_path / "out", holdout_people="bert, carl")
+    held = dataset.ClipDataset(tmp_path / "out", "validation").index["identity"]
+    assert set(held) == {"bert", "carl"}
+    assert set(dataset.ClipDataset(tmp_path / "out", "train").index["identity"]) == {"anna"}
+    capsys.readouterr()
+    _run(videos, tmp_path / "out", holdout_people="carl,bert")
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(UserError, match="made with other holdout"):
+        _run(videos, tmp_path / "out", holdout_people="carl")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "words"),
+    [
+        ("bart", {}, r"no video of 'bart' \(but of bert\)"),
+        ("bert", {"holdout": "time"}, "--holdout=time"),
+        ("anna,bert,carl,pair,wall,one,text", {}, "nobody to train on"),
+        ("wall,one", {}, "no video of one, wall can be used"),  # said once they were looked at
+        ("anna,bert,carl", {}, "nobody to train on"),  # the others cannot be used
+    ],
+)
+def test_people_who_cannot_be_held_out(videos, tmp_path, names, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        _run(videos, tmp_path / "out", holdout_people=names, **options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_a_second_run_says_it_is_done(videos, tmp_path, capsys, landmarker):
     _run(videos, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

@@ -48,3 +48,10 @@ def test_identity_split_is_by_person():
     train = {clip.identity for clip in made["train"]()}
     validation = {clip.identity for clip in made["validation"]()}
     assert not train & validation and train | validation == {c.identity for c in clips}
+
+
+def test_named_people_are_held_out():
+    clips = [fixtures.make_clip(n, 4, 32, camera=c) for n in range(4) for c in range(2)]
+    made = splits.split([lambda: iter(clips)], "identity", 0.3, 0, ["drawn1", "drawn3"])
+    assert {clip.identity for clip in made["validation"]()} == {"drawn1", "drawn3"}
+    assert {clip.identity for clip in made["train"]()} == {"drawn0", "drawn2"}
