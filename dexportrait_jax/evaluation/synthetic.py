@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from data_pipelines import network_inputs, transforms
+from data_pipelines import transforms
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.records import Clip
 from data_pipelines.synthetic.identity import make_identity
