@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.dataset import ClipDataset, open_clips, split_names
-from data_pipelines.records import Clip
+from data_pipelines.records import Clip, RecordError
 from dexportrait_jax import provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics
@@ -81,16 +81,11 @@ def run_evaluate(
     runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames)
     model.settings(runner.sampling)  # wrong settings are found before the first clip
     start = time.monotonic()
-    if protocol == "synthetic":
-        found = evaluate_synthetic(runner, open_clips(data, "train"), clips)
-    else:
-        function = {
-            "self": evaluate_self,
-            "cross": evaluate_cross,
-            "disentangled": evaluate_disentangled,
-        }[protocol]
-        with open_estimator(estimator) as estimate:
-            found = function(runner, clips, estimate)
+    try:
+        found = _measure(protocol, runner, data, clips, estimator)
+    except RecordError as error:
+        # Training leaves such a record out; a figure of the others would be another dataset's.
+        raise UserError(f"{data}, split '{split}' is damaged: {error}; prepare it again") from error
     about = {
         "protocol": protocol,
         "split": split,
@@ -107,6 +102,20 @@ def run_evaluate(
     print(f"{protocol}, {len(found.items)} items, {runner.frames} frames: {shown}")
     print(f"wrote {', '.join(sorted(path.name for path in target.iterdir()))} in {target}")
     return result
+
+
+def _measure(
+    protocol: str, runner: Runner, data: str, clips: ClipDataset, estimator: FaceEstimator | None
+) -> Findings:
+    if protocol == "synthetic":
+        return evaluate_synthetic(runner, open_clips(data, "train"), clips)
+    function = {
+        "self": evaluate_self,
+        "cross": evaluate_cross,
+        "disentangled": evaluate_disentangled,
+    }[protocol]
+    with open_estimator(estimator) as estimate:
+        return function(runner, clips, estimate)
 
 
 # --- protocols ------------------------------------------------------------------------

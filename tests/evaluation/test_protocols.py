@@ -2,6 +2,7 @@
 refused.
 """
 
+import dataclasses
 import json
 
 import cv2
@@ -276,3 +277,14 @@ def test_distances():
     assert pose_distance(first, second) == pytest.approx((3 + 2 + 4) / 3)
     assert expression_distance(first, second) == pytest.approx(0.3)
     assert MOVING.sum() == len(BLENDSHAPES) - 7
+
+
+def test_a_damaged_frame_is_one_line_and_leaves_nothing(model, tmp_path):
+    """Figures of the other clips would not be figures of this dataset."""
+    whole, torn = (fixtures.make_clip(number, 6, 64) for number in range(2))
+    torn = dataclasses.replace(torn, frames=[*torn.frames[:4], b"no jpeg", *torn.frames[5:]])
+    splits = {name: lambda: [whole, torn] for name in ("train", "validation")}
+    data = builder.write_dataset(splits, tmp_path / "data")
+    with pytest.raises(UserError, match=f"'validation' is damaged: clip {torn.clip_id}: frame 4"):
+        run(data, tmp_path / "out", "self")
+    assert not (tmp_path / "out").exists()
