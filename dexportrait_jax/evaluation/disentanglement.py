@@ -41,7 +41,8 @@ def encoder_figures(
 
     Returns:
         pose_error_degrees (mean geodesic error after one gauge fitted on training people),
-        scale_error (mean |ratio - 1|), shift_error (mean distance, crop units), expression_r2 (latent to
+        gauge_spread_degrees (how far the gauges of single people are from it), scale_error
+        (mean |ratio - 1|), shift_error (mean distance, crop units), expression_r2 (latent to
         parameters, mean over all but gaze), gaze_r2, pose_leak_r2 (latent to pitch, yaw and roll),
         placement_leak_r2 (latent to log scale and shift), identity_leak, expression_in_pose_r2 (found
         pose to parameters, mean over all but gaze); and name -> R2.
@@ -61,6 +62,7 @@ def encoder_figures(
     leak, chance = probes.identity_leak(held_out.latents, held_out.people)
     figures = {
         "pose_error_degrees": errors["degrees"].mean(),
+        "gauge_spread_degrees": gauge_spread(held_out, gauge),
         "scale_error": errors["scale"].mean(),
         "shift_error": errors["shift"].mean(),
         "expression_r2": of_parameters[~gaze].mean(),
@@ -76,6 +78,20 @@ def encoder_figures(
     }
     each = dict(zip(parameter_names, map(float, of_parameters), strict=True))
     return {name: float(value) for name, value in figures.items()}, each
+
+
+def gauge_spread(encoded: Encoded, gauge: probes.Gauge) -> float:
+    """Mean angle in degrees from the one gauge to those fitted on each person's frames alone.
+
+    Pairs in training show one person, so nothing in them keeps a gauge from drifting from person to person; pose
+    taken from one person and given to another is off by just that (method.md 2).
+    """
+    angles = []
+    for person in np.unique(encoded.people):
+        own = encoded.people == person
+        turned = probes.fit_gauge(encoded.poses[own], encoded.true_poses[own]).rotation
+        angles.append(probes.angle_between(turned, gauge.rotation))
+    return float(np.mean(angles))
 
 
 def pose_angles(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 3"]:

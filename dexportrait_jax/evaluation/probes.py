@@ -145,11 +145,17 @@ def pose_errors(
     """Of each frame: geodesic ``degrees``; ``scale``, |ratio - 1|; ``shift``, distance in x and y in crop units."""
     rotation_found, scale_found, shift_found = split_pose(found)
     rotation_true, scale_true, shift_true = split_pose(true)
-    difference = np.linalg.norm(rotation_found - rotation_true, axis=(1, 2))
-    # |A - B| = 2 sqrt(2) sin(angle / 2): exact for small angles too, where arccos of the trace is not.
-    angle = 2 * np.arcsin(np.clip(difference / np.sqrt(8), 0, 1))
     return {
-        "degrees": np.degrees(angle),
+        "degrees": angle_between(rotation_found, rotation_true),
         "scale": np.abs(scale_found / scale_true - 1),
         "shift": np.linalg.norm((shift_found - shift_true)[:, :2], axis=1),
     }
+
+
+def angle_between(
+    first: Float[np.ndarray, "*n 3 3"], second: Float[np.ndarray, "*n 3 3"]
+) -> Float[np.ndarray, "*n"]:
+    """Degrees of the rotation from the one to the other."""
+    difference = np.linalg.norm(first - second, axis=(-2, -1))
+    # |A - B| = 2 sqrt(2) sin(angle / 2): exact for small angles too, where arccos of the trace is not.
+    return np.degrees(2 * np.arcsin(np.clip(difference / np.sqrt(8), 0, 1)))

@@ -1,9 +1,12 @@
 """Encoders that are known by construction get the figures that they must get."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dexportrait_jax.evaluation.disentanglement import Encoded, encoder_figures, pose_angles
+from dexportrait_jax.geometry import euler_to_rotation
 from tests.evaluation.test_probes import _poses
 
 NAMES = ("jaw", "smile", "gaze_x", "gaze_y")
@@ -46,3 +49,16 @@ def test_leaks_are_seen():
 def test_a_latent_that_says_nothing():
     figures, _ = _figures(say=0.0)
     assert abs(figures["expression_r2"]) < 0.1
+
+
+def test_a_gauge_that_differs_from_person_to_person_is_seen():
+    """Every second held-out head is found 8 degrees further left, the others 8 further right than the one gauge."""
+    held_out = _encoded(1, 20)
+    own = np.asarray(euler_to_rotation(0.0, np.array([8.0, -8.0])[held_out.people % 2], 0.0))
+    lifted = np.zeros((len(own), 4, 4))
+    lifted[:, :3, :3], lifted[:, 3, 3] = own, 1
+    turned = dataclasses.replace(held_out, poses=held_out.true_poses @ lifted)
+    figures, _ = encoder_figures(_encoded(0, 80), turned, NAMES)
+    assert figures["gauge_spread_degrees"] == pytest.approx(8, abs=1e-4)
+    assert figures["pose_error_degrees"] == pytest.approx(8, abs=1e-4)
+    assert _figures()[0]["gauge_spread_degrees"] < 1e-4
