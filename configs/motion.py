@@ -77,7 +77,7 @@ def get_config(variant: str = "full") -> ConfigDict:
             # The expression encoder is a landmark network by origin; its heat maps can be told where they are.
             "landmark_label": {"initial": 0.0, "floor": 0.0, "decay_steps": 20_000},
             "landmark_maps": 68,  # the first of the heat maps; any others are free
-            # Of latents of two pictures of one instant; wants data.second_expression.
+            # Mean squared difference of latents of two pictures of one instant; wants data.second_expression.
             "invariance": 0.0,
         }
     )
@@ -123,18 +123,22 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     common.set_data(config, batch_size=8, targets=2, second_expression=True, cache_megabytes=1024)
     config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
     config.model.expression.update(stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8)
-    config.loss.update(adversarial_start=2500, r1_every=16, invariance=0.1, landmark_maps=12)
+    config.model.generator.expression_gain = 6.0
+    config.loss.update(adversarial_start=2500, r1_every=16, invariance=0.3, landmark_maps=12)
+    # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.
+    config.loss.update(masked_l1=120.0, clpips=100.0)
     labels = {"decay_steps": 3000}
-    config.loss.pose_label.update(initial=1.0, floor=0.3, **labels)
+    # Gradients of pictures that a young decoder paints would turn the poses; the labels hold them.
+    config.loss.pose_label.update(initial=10.0, floor=5.0, **labels)
     config.loss.blendshape_label.update(initial=15.0, floor=5.0, **labels)
     config.loss.landmark_label.update(initial=5.0, floor=1.0, **labels)
     config.optim.pretraining = common.adam(
-        2e-3, decay="cosine", final_fraction=0.2, multipliers=(("pose", 0.5),)
+        2e-3, decay="cosine", final_fraction=0.2, clip_norm=0.0, multipliers=(("pose", 0.5),)
     )
     # Joint training pulls the encoders away from what they have learned: they follow slowly.
     config.optim.generator.multipliers = (
         ("generator/decoder", 5.0),
-        ("pose", 0.1),
+        ("pose", 0.05),
         ("expression", 0.2),
     )
     return config
@@ -163,6 +167,7 @@ def _networks(tiny: bool) -> dict:
                 "volume_shape": (16, 64, 64),
                 "volume_channels": 32,
                 "expression_features": 512,
+                "expression_gain": 1.0,  # of the latent beside the appearance, in the style
                 "appearance_widths": (32, 64, 128, 256, 128),
                 "appearance_strides": (2, 2, 2, 2),
                 "down_channels": (512, 512, 512),
@@ -190,6 +195,7 @@ def _networks(tiny: bool) -> dict:
             "volume_shape": (4, 32, 32),
             "volume_channels": 8,
             "expression_features": 64,
+            "expression_gain": 1.0,
             "appearance_widths": (8, 16, 32, 16),
             "appearance_strides": (2, 2, 2),
             "down_channels": (48, 48),

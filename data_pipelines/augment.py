@@ -29,8 +29,10 @@ def default_augment() -> dict[str, Any]:
             "border": "reflect",
         },
         # P1: eyes and mouth hidden from the pose encoder, always. `minimum_height` (of the width)
-        # keeps the shape of the mask from telling a closed eye from an open one.
+        # keeps the shape of the mask from telling a closed eye from an open one. `applied` of this and of the
+        # expression crop is there for ablations.
         "pose_mask": {
+            "applied": True,
             "dilation": 0.2,
             "dilation_range": (0.1, 0.4),
             "minimum_height": 0.55,
@@ -51,6 +53,7 @@ def default_augment() -> dict[str, Any]:
         "expression_rotation": {"probability": 0.8, "degrees": 30.0},
         "view_change": {"probability": 0.5},
         "expression_crop": {
+            "applied": True,  # False: the whole frame, with the head's place, size and roll
             "margin": 1.1,
             "margin_range": (1.0, 1.3),
             "centre_jitter": 0.05,
@@ -90,6 +93,7 @@ class Draw:
         rotation: degrees, of the expression crop, on top of the frame's.
         margin: side of the expression crop as a multiple of the face box.
         jitter: (2,) shift of its centre as a fraction of its side.
+        cropped: the expression picture is a crop about the face, not the frame.
         upright: the eyes are level in the expression crop, before its rotation.
         displacement: (points, points, 2) of the piecewise affine map, fractions of the side.
         other_view: take the expression picture from another camera where there is one.
@@ -103,6 +107,7 @@ class Draw:
     rotation: float
     margin: float
     jitter: np.ndarray
+    cropped: bool
     upright: bool
     expression_colour: np.ndarray | None
     displacement: np.ndarray | None
@@ -120,6 +125,7 @@ def neutral_draw(augment: Mapping[str, Any]) -> Draw:
         rotation=0.0,
         margin=augment["expression_crop"]["margin"],
         jitter=np.zeros(2),
+        cropped=augment["expression_crop"]["applied"],
         upright=augment["expression_crop"]["upright"],
         expression_colour=None,
         displacement=None,
@@ -155,6 +161,7 @@ def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], flip: bool
         rotation=rotation,
         margin=margin,
         jitter=jitter * crop["centre_jitter"],
+        cropped=crop["applied"],
         upright=crop["upright"],
         expression_colour=expression_colour,
         displacement=bend.astype(np.float32) if bent else None,

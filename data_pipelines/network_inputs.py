@@ -131,6 +131,8 @@ def pose_picture(
         result = cv2.GaussianBlur(result, (0, 0), draw.pose_blur * size)
     if draw.pose_colour is not None:
         result = cv2.transform(result, draw.pose_colour)
+    if not knobs["applied"]:
+        return result
     moved = {
         name: transform_points(draw.frame, polygons[name])
         for name in ("right_eye", "left_eye", "outer_lips", "face_oval")
@@ -187,8 +189,10 @@ def expression_matrix(clip: records.Clip, index: int, draw: Draw) -> np.ndarray:
 
     The crop is a square about the centre of the face box. It takes over roll and flip of the frame
     but neither its scale nor its shift. An `upright` one does not take over the roll either: the line from eye to
-    eye is level before E1 turns it.
+    eye is level before E1 turns it. Without a crop, E1 turns the frame about its centre.
     """
+    if not draw.cropped:
+        return similarity_matrix(draw.rotation)[:, :2] @ draw.frame
     box = clip.face_boxes[index]
     centre = (box[:2] + box[2:]) / 2
     half = max(box[2] - box[0], box[3] - box[1]) / 2 * draw.margin

@@ -104,18 +104,6 @@ def landmark_label(
     return jnp.mean(jnp.abs(seen - wanted) * inside)
 
 
-def invariance(
-    first: Float[Array, "b latent"], second: Float[Array, "b latent"]
-) -> Float[Array, ""]:
-    """Squared distance of two latents of one instant over the variance among instants.
-
-    1 would be two latents that have nothing to do with each other; a latent that shrinks as a whole
-    gains nothing.
-    """
-    spread = jnp.mean(jnp.square(first - jnp.mean(first, 0)))
-    return 0.5 * jnp.mean(jnp.square(first - second)) / (jnp.maximum(spread, 1e-6))
-
-
 def decaying_weight(
     step: Float[Array, ""] | int, initial: float, floor: float, decay_steps: int
 ) -> Float[Array, ""]:

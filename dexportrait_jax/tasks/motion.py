@@ -36,21 +36,26 @@ from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.lpips_names import load_perceptual
 
 BLENDSHAPES = 52
+BLENDSHAPE_SPREAD = 0.25  # the deviation of one that moves freely in [0, 1], about
 TRAINED = ("appearance", "pose", "expression", "generator")
 ENCODERS = ("pose", "expression", "label_heads")
 
 
 class LabelHeads(nnx.Module):
-    """Linear read-out of MediaPipe's blendshapes from the expression latent; used by training alone."""
+    """Linear read-out of MediaPipe's blendshapes from the expression latent; used by training alone.
+
+    Its columns are of length 1, times the spread of a blendshape. A free read-out would leave the latent's scale open:
+    a small latent is overlooked by the decoder, to which it comes beside the appearance, and differences between two
+    views of an instant would mean nothing.
+    """
 
     def __init__(self, latent: int, *, rngs: nnx.Rngs):
-        # From zero: a random read-out of a latent that knows nothing yet is noise, and the quickest way to be rid
-        # of it is a latent that says nothing.
-        zeros = nnx.initializers.zeros
-        self.blendshapes = nnx.Linear(latent, BLENDSHAPES, kernel_init=zeros, rngs=rngs)
+        self.blendshapes = nnx.Linear(latent, BLENDSHAPES, rngs=rngs)
 
     def __call__(self, latent: Float[Array, "b e"]) -> Float[Array, "b 52"]:
-        return self.blendshapes(latent)
+        kernel = self.blendshapes.kernel[...]
+        length = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0) + 1e-12)
+        return latent @ (BLENDSHAPE_SPREAD * kernel / length) + self.blendshapes.bias[...]
 
 
 def encoder_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
@@ -242,7 +247,9 @@ class MotionTask:
             crops = to_float(flatten_targets(batch["target_second_expression_image"]))
             with jax.named_scope("expression"):
                 second = self.networks["expression"].bind(params["expression"])(crops)
-            invariance = {"invariance": (weights.invariance, losses.invariance(expression, second))}
+            invariance = {
+                "invariance": (weights.invariance, losses.mean_squared(expression, second))
+            }
             # One instant has one expression, whichever camera sees it.
             error = (values["blendshape_label"] + label_error(second)) / 2
             values["blendshape_label"] = error

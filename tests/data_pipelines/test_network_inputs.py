@@ -79,6 +79,18 @@ def test_e3_crop_is_the_face_box_whatever_the_frame_does(clip, knobs):
     np.testing.assert_allclose(turned[:, :2], expected, atol=1e-6)
 
 
+def test_masks_and_crops_can_be_left_out(clip, knobs):
+    """For ablations: both encoders then see the very frame, when nothing is drawn."""
+    knobs["pose_mask"]["applied"] = knobs["expression_crop"]["applied"] = False
+    draw = augment.neutral_draw(knobs)
+    seen = network_inputs.frame_inputs(clip, 1, draw, knobs, (48, 48, 48))
+    np.testing.assert_array_equal(seen["pose_image"], seen["image"])
+    np.testing.assert_array_equal(seen["expression_image"], seen["image"])
+    turned = dataclasses.replace(draw, frame=transforms.similarity_matrix(scale=0.5), rotation=90.0)
+    matrix = network_inputs.expression_matrix(clip, 1, turned)
+    np.testing.assert_allclose(matrix, [[0, -0.5, 0], [0.5, 0, 0]], atol=1e-12)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_upright_crop_levels_the_eyes_whatever_the_roll(clip, knobs, flip):
     knobs["expression_crop"]["upright"] = True

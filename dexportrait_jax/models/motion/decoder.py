@@ -221,6 +221,8 @@ class Generator(nnx.Module):
     Args:
         volume_shape, volume_channels: (D, h, w) and C of the volumes.
         expression_features: length of the expression latent.
+        expression_gain: factor of the latent in the style. Published is 1; a short latent beside a long appearance
+            has little say in a mix whose weights start alike.
         appearance_widths, appearance_strides: of ``AppearanceLatent``.
         down_channels, up_channels, rgb_channels, injection, mapping_features: of ``Decoder``, which
             enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
@@ -232,6 +234,7 @@ class Generator(nnx.Module):
         volume_shape: tuple[int, int, int] = (16, 64, 64),
         volume_channels: int = 32,
         expression_features: int = 512,
+        expression_gain: float = 1.0,
         appearance_widths: Sequence[int] = (32, 64, 128, 256, 128),
         appearance_strides: Sequence[int] = (2, 2, 2, 2),
         down_channels: Sequence[int] = (512, 512, 512),
@@ -244,6 +247,7 @@ class Generator(nnx.Module):
         rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
+        self.expression_gain = expression_gain
         self.flatten = ResBlock3d(
             2 * volume_channels, volume_channels, halve=True, norm=norm, **build
         )
@@ -278,5 +282,6 @@ class Generator(nnx.Module):
         appearance = jnp.repeat(self.appearance_latent(volume), batch // sources, axis=0)
         both = [jnp.repeat(volume, batch // sources, axis=0), warped_volume.astype(volume.dtype)]
         features = depth_to_features(self.flatten(jnp.concatenate(both, axis=-1)))
+        expression = self.expression_gain * expression
         style = jnp.concatenate([expression, appearance.astype(expression.dtype)], axis=-1)
         return self.decoder(features, style)
