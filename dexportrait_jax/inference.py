@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from data_pipelines.augment import default_augment
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
@@ -69,7 +70,10 @@ class PortraitModel(abc.ABC):
         data = config.data
         self.image_size, self.pose_size = data.image_size, data.pose_size
         self.expression_size = data.expression_size
-        self.augment = data.augment.to_dict()
+        # An export may be older than some knob; defaults of new ones are what was before them.
+        augment = ml_collections.ConfigDict(default_augment())
+        augment.update(data.augment)
+        self.augment = augment.to_dict()
         self._encode = jax.jit(self._encode_batch)
 
     @property

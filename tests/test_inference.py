@@ -2,6 +2,8 @@
 clip's length.
 """
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -211,3 +213,13 @@ def test_other_exports_are_refused(tmp_path):
         load_model(export_groups(tmp_path / "autoencoder", model, params))
     with pytest.raises(UserError, match="no such directory"):
         load_model(tmp_path / "nothing")
+
+
+def test_an_export_older_than_a_knob_is_read(tmp_path):
+    """Knobs that came later have the default that was true before them."""
+    place = export(tmp_path, "motion")
+    description = place / "model.json"
+    described = json.loads(description.read_text())
+    del described["config"]["data"]["augment"]["expression_crop"]["upright"]
+    description.write_text(json.dumps(described))
+    assert load_model(place).augment["expression_crop"]["upright"] is False
