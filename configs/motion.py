@@ -124,7 +124,7 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
     config.model.expression.update(stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8)
     config.model.generator.expression_gain = 6.0
-    config.loss.update(adversarial_start=2500, r1_every=16, invariance=0.3, landmark_maps=12)
+    config.loss.update(adversarial_start=2500, r1_every=16, invariance=1.0, landmark_maps=12)
     # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.
     config.loss.update(masked_l1=120.0, clpips=100.0)
     labels = {"decay_steps": 3000}
@@ -139,7 +139,7 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     config.optim.generator.multipliers = (
         ("generator/decoder", 5.0),
         ("pose", 0.05),
-        ("expression", 0.2),
+        ("expression", 0.05),
     )
     return config
 

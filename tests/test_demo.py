@@ -241,8 +241,10 @@ def test_inputs_are_told_by_their_hash(tmp_path, monkeypatch):
 def test_stopped_it_ends_its_part_and_says_how_to_go_on(tmp_path, sent, code):
     """A part that saves when told to end gets the time to; the demo then says one line."""
     program = f"""
-import sys, pathlib, subprocess
+import sys, pathlib, signal, subprocess
 from dexportrait_jax import cli, demo
+# Started in the background of a script, this process would ignore the interrupt of a terminal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 part = '''
 import signal, sys, time, pathlib
 def save(*_):
