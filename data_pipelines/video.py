@@ -184,7 +184,8 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(self._quality), "preset": "medium"}
+        # Without macroblock-tree: its qualities of small pictures differ from run to run, and one seed is one video.
+        stream.options = {"crf": str(self._quality), "preset": "medium", "mbtree": "0"}
         context = stream.codec_context  # say which YUV it is, or players guess by the size
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1
