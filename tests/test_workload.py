@@ -80,6 +80,7 @@ def test_decoder(networks):
         networks["generator"],
         shape(1, 32, 32, 512),
         shape(1, 2560),
+        shape(1, 512),
         part=lambda module: module.decoder,
     )
     same = 9 * sum(

@@ -123,8 +123,29 @@ class ToRGB(nnx.Module):
         return output + upsample(self.skip(coarser))
 
 
+class ExpressionMixing(nnx.Module):
+    """x + gain * sum_k z_k M_k x at every position: features mixed by matrices that are linear in the latent z.
+
+    A style can only turn channels up and down, everywhere at once. At small budgets that is too little to move lips
+    and lids, which are few pixels; a decoder soon learns to overlook the latent. Here the first gradient already is
+    the correlation of latent, features and error. M is 0 at the start. [ours]
+    """
+
+    def __init__(self, expression_features: int, features: int, gain: float, *, dtype: jnp.dtype):
+        self.gain, self.dtype = gain, dtype
+        self.matrices = nnx.Param(jnp.zeros((expression_features, features, features)))
+
+    def __call__(
+        self, inputs: Float[Array, "b h w c"], expression: Float[Array, "b latent"]
+    ) -> Float[Array, "b h w c"]:
+        wide = expression.astype(jnp.float32)
+        matrices = self.gain * jnp.einsum("bk,kio->bio", wide, self.matrices[...])
+        inputs = inputs.astype(self.dtype)
+        return inputs + jnp.einsum("bhwi,bio->bhwo", inputs, matrices.astype(self.dtype))
+
+
 class Decoder(nnx.Module):
-    """Features (B, h, w, C) and style (B, n) -> image (B, S, S, 3) float32, about [-1, 1], unclipped.
+    """Features (B, h, w, C), style (B, n) and expression -> image (B, S, S, 3) float32, about [-1, 1], unclipped.
 
     Args:
         in_features: C.
@@ -135,6 +156,8 @@ class Decoder(nnx.Module):
             ``down_channels`` and ``up_channels``; None doubles from 3 towards the coarsest.
         injection: "modulated" (StyleGAN2) or "adain".
         mapping_features: None, or the width of a two-layer MLP in front of the style.
+        expression_features: length of the expression latent.
+        expression_mixing: 0, or the gain of an ``ExpressionMixing`` at the entry and at every level of the way up.
     """
 
     def __init__(
@@ -142,11 +165,13 @@ class Decoder(nnx.Module):
         *,
         in_features: int = 512,
         style_features: int = 2560,
+        expression_features: int = 512,
         down_channels: Sequence[int] = (512, 512, 512),
         up_channels: Sequence[int] = (512, 256, 128),
         rgb_channels: Sequence[int] | None = None,
         injection: Injection = "modulated",
         mapping_features: int | None = None,
+        expression_mixing: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -185,6 +210,10 @@ class Decoder(nnx.Module):
             up += pair(before, features, "up")
             before = features
         self.down_convs, self.up_convs = nnx.List(down), nnx.List(up)
+        self.mixings = nnx.List(
+            ExpressionMixing(expression_features, width, expression_mixing, dtype=dtype)
+            for width in ((entry, *up_channels) if expression_mixing else ())
+        )
         widths = (*reversed(down_channels), *up_channels)
         self.to_rgbs = nnx.List(
             ToRGB(width, out, style_features, coarser, **build)
@@ -192,18 +221,27 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, features: Float[Array, "b h w c"], style: Float[Array, "b n"]
+        self,
+        features: Float[Array, "b h w c"],
+        style: Float[Array, "b n"],
+        expression: Float[Array, "b latent"],
     ) -> Float[Array, "b s s 3"]:
         style = style.astype(jnp.float32)
         for layer in self.mapping or ():
             style = layer(style)
-        entry = self.conv1(features.astype(self.dtype), style)
+
+        def mix(level: int, hidden: Array) -> Array:
+            return self.mixings[level](hidden, expression) if self.mixings else hidden
+
+        entry = mix(0, self.conv1(features.astype(self.dtype), style))
         going_down, going_up = [], []
         for convs, kept in ((self.down_convs, going_down), (self.up_convs, going_up)):
             hidden = entry
             for index, conv in enumerate(convs):
                 hidden = conv(hidden, style)
                 if index % 2:
+                    if kept is going_up:
+                        hidden = mix(index // 2 + 1, hidden)
                     kept.append(hidden)
         output = None
         for hidden, to_rgb in zip([*reversed(going_down), *going_up], self.to_rgbs, strict=True):
@@ -224,8 +262,8 @@ class Generator(nnx.Module):
         expression_gain: factor of the latent in the style. Published is 1; a short latent beside a long appearance
             has little say in a mix whose weights start alike.
         appearance_widths, appearance_strides: of ``AppearanceLatent``.
-        down_channels, up_channels, rgb_channels, injection, mapping_features: of ``Decoder``, which
-            enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
+        down_channels, up_channels, rgb_channels, injection, mapping_features, expression_mixing: of ``Decoder``,
+            which enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
     """
 
     def __init__(
@@ -242,6 +280,7 @@ class Generator(nnx.Module):
         rgb_channels: Sequence[int] | None = None,
         injection: Injection = "modulated",
         mapping_features: int | None = None,
+        expression_mixing: float = 0.0,
         norm: Normalisation = "group",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -267,6 +306,8 @@ class Generator(nnx.Module):
             rgb_channels=rgb_channels,
             injection=injection,
             mapping_features=mapping_features,
+            expression_features=expression_features,
+            expression_mixing=expression_mixing,
             **build,
         )
 
@@ -282,6 +323,5 @@ class Generator(nnx.Module):
         appearance = jnp.repeat(self.appearance_latent(volume), batch // sources, axis=0)
         both = [jnp.repeat(volume, batch // sources, axis=0), warped_volume.astype(volume.dtype)]
         features = depth_to_features(self.flatten(jnp.concatenate(both, axis=-1)))
-        expression = self.expression_gain * expression
-        style = jnp.concatenate([expression, appearance.astype(expression.dtype)], axis=-1)
-        return self.decoder(features, style)
+        style = [self.expression_gain * expression, appearance.astype(expression.dtype)]
+        return self.decoder(features, jnp.concatenate(style, axis=-1), expression)
