@@ -245,6 +245,13 @@ def _evaluate(parser):
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)
     _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
     _flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
+    _flag(
+        parser,
+        "max_people",
+        "people, the first of the split (default: all)",
+        type=int,
+        default=None,
+    )
     _flag(parser, "seed", "of the noise (default: %(default)s)", type=_seed, default=0)
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
     _flag(parser, "overwrite", "replace results that are there", action="store_true")

@@ -62,11 +62,13 @@ def run_evaluate(
     seed: int = 0,
     steps: int | None = None,
     overwrite: bool = False,
+    max_people: int | None = None,
     estimator: FaceEstimator | None = None,
 ) -> dict[str, Any]:
     """The job `evaluate`: writes metrics.json, report.html and pictures into ``out``, returns the JSON.
 
-    ``max_frames``: frames measured of each clip. ``estimator``: reads pose and expression off
+    ``max_frames``: frames measured of each clip. ``max_people``: measured, the first of the split; None: all of
+    them. ``estimator``: reads pose and expression off
     pictures, by default MediaPipe. UserError for what the user can put right; an ``out`` that was there stays
     as it was then.
     """
@@ -74,11 +76,13 @@ def run_evaluate(
         raise UserError(f"--protocol={protocol}: there are {', '.join(PROTOCOLS)}")
     if max_frames < 1:
         raise UserError(f"--max_frames={max_frames}: at least 1")
+    if max_people is not None and max_people < 1:
+        raise UserError(f"--max_people={max_people}: at least 1")
     target = Path(out)
     check_replaceable(target, overwrite)
     clips = open_clips(data, split)
     model = load_model(weights)
-    runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames)
+    runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames, max_people)
     model.settings(runner.sampling)  # wrong settings are found before the first clip
     start = time.monotonic()
     try:
@@ -135,8 +139,10 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
     measures: dict[str, Callable] = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": distance}
     collected: dict[str, list[np.ndarray]] = {}
     items, rows, tracks = [], [], []
-    progress = Progress("evaluate self", len(clips), unit="clip")
-    for number in range(len(clips)):
+    people = runner.people(clips)
+    chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
+    progress = Progress("evaluate self", len(chosen), unit="clip")
+    for done, number in enumerate(chosen):
         clip = clips[number]
         if len(clip) < 2:
             continue
@@ -167,7 +173,7 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
         items.append({**names, **means, **following([track])})
         rows.append(row(source[0], shown))
         tracks.append(track)
-        progress.update(number + 1)
+        progress.update(done + 1)
     if not items:
         raise UserError(f"no clip of {clips.directory} ({clips.split}) has two frames to compare")
     values = {name: mean(np.concatenate(parts)) for name, parts in collected.items()}
@@ -179,7 +185,7 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
 
     Further keys: `following`; and a grid of every portrait by every driver.
     """
-    people = one_clip_each(clips, 2, "cross")
+    people = one_clip_each(runner, clips, 2, "cross")
     items, rows, tracks = [], [], []
     progress = Progress("evaluate cross", len(people), unit="item")
     for number, source in enumerate(people):
@@ -209,7 +215,7 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
     large as apd_between, aed_between, the drivers' own distance. apd_expression_only,
     aed_pose_only: change of the part that was not driven, should be near 0.
     """
-    people = one_clip_each(clips, 3, "disentangled")
+    people = one_clip_each(runner, clips, 3, "disentangled")
     items, rows = [], []
     progress = Progress("evaluate disentangled", len(people), unit="item")
     for number, source in enumerate(people):

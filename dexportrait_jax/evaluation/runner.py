@@ -19,11 +19,27 @@ Frames = UInt8[np.ndarray, "frames h w 3"]
 
 
 class Runner:
-    """One model with its settings: from clips and frame numbers to pictures."""
+    """One model with its settings: from clips and frame numbers to pictures.
 
-    def __init__(self, model: PortraitModel, sampling: Sampling, max_frames: int):
-        self.model, self.sampling, self.max_frames = model, sampling, max_frames
+    Args:
+        max_frames: frames made of each clip.
+        max_people: people of the dataset that pictures are made of, the first ones; None: all.
+    """
+
+    def __init__(
+        self,
+        model: PortraitModel,
+        sampling: Sampling,
+        max_frames: int,
+        max_people: int | None = None,
+    ):
+        self.model, self.sampling = model, sampling
+        self.max_frames, self.max_people = max_frames, max_people
         self.frames = 0  # made so far
+
+    def people(self, clips: ClipDataset) -> list[str]:
+        """Names of the people whose clips are measured, in order of their first clips."""
+        return list(dict.fromkeys(clips.index["identity"]))[: self.max_people]
 
     def parts(self, frames: int) -> list[Int[np.ndarray, " n"]]:
         """Which frames of a clip of ``frames`` to make, in groups that the model makes together.
@@ -92,8 +108,8 @@ class Runner:
         return np.concatenate(list(self.model.animate(first, drive, self.sampling)))
 
 
-def one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
-    """The first clip with two frames of each person."""
+def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
+    """The first clip with two frames of each person, of as many people as the runner takes."""
     chosen: dict[str, int] = {}
     for number, identity in enumerate(clips.index["identity"]):
         if clips.frames[number] > 1:
@@ -104,7 +120,11 @@ def one_clip_each(clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
             f"{len(chosen)}: prepare videos of more people, or, where other splits have them, hold out the end of "
             "every clip with --holdout=time"
         )
-    return [clips[number] for number in chosen.values()]
+    if runner.max_people is not None and runner.max_people < least:
+        raise UserError(
+            f"--max_people={runner.max_people}: --protocol={protocol} needs {least} people"
+        )
+    return [clips[number] for number in list(chosen.values())[: runner.max_people]]
 
 
 def in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:

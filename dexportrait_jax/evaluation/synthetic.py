@@ -77,7 +77,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     disentangled_gain_db over the best of the three baselines; expression_use_db, PSNR round eyes and
     mouth with B's latent over the same with the source's.
     """
-    people = one_clip_each(clips, 3, "synthetic")
+    people = one_clip_each(runner, clips, 3, "synthetic")
     truths = [truth_of(clip) for clip in people]
     mean_picture = _mean_picture(runner, training)
     figures, parameters = encoder_figures(

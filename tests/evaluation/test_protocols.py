@@ -135,6 +135,23 @@ def test_cross_and_disentangled_of_a_copy(dataset, model, tmp_path):
     assert (pose_only.expressions == both.source_expression).all()
 
 
+def test_fewer_people(dataset, model, tmp_path):
+    """The first of the split, with all clips of theirs."""
+    people = list(dict.fromkeys(ClipDataset(dataset, "validation").index["identity"]))
+    assert len(people) == 3
+    result = run(dataset, tmp_path / "self", "self", max_people=2)
+    measured = [item["clip"] for item in result["items"]]
+    assert len(measured) == 2
+    assert all(clip.startswith(name) for clip, name in zip(measured, people[:2], strict=True))
+    result = run(dataset, tmp_path / "cross", "cross", max_people=2)
+    first, second = result["items"]
+    assert (first["source"], first["driver"]) == (second["driver"], second["source"])
+    with pytest.raises(UserError, match="--max_people=2: --protocol=disentangled needs 3"):
+        run(dataset, tmp_path / "out", "disentangled", max_people=2)
+    with pytest.raises(UserError, match="--max_people=0: at least 1"):
+        run(dataset, tmp_path / "out", "self", max_people=0)
+
+
 class TruthfulModel(CopyModel):
     """Gives the very frame that an expression belongs to; who deafens it gives the source's."""
 
