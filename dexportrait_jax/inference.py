@@ -149,7 +149,7 @@ class MotionModel(PortraitModel):
         return super().settings(sampling)
 
     def _reenact_batch(self, params, source, source_pose, poses, expressions):
-        from dexportrait_jax.tasks.motion import reenact
+        from dexportrait_jax.tasks.motion_networks import reenact
 
         return reenact(
             self.networks,

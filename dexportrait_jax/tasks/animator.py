@@ -26,7 +26,8 @@ from dexportrait_jax.models.animator.temporal import TemporalModules
 from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
-from dexportrait_jax.tasks import autoencoder, losses, motion
+from dexportrait_jax.tasks import autoencoder, losses
+from dexportrait_jax.tasks.motion_networks import encoder_networks
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.importing import load_groups
 
@@ -38,7 +39,7 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     model = config.model
     latents = {"in_channels": model.autoencoder.latent_channels}
     build = {"dtype": jnp.dtype(config.dtype)}
-    networks = motion.encoder_networks(config) | autoencoder.build_networks(config)
+    networks = encoder_networks(config) | autoencoder.build_networks(config)
     networks["reference"] = Network(
         lambda rngs: ReferenceUNet(
             **model.unet, **latents, **model.attn2, **model.reference, **build, rngs=rngs

@@ -1,4 +1,4 @@
-"""The expression-conditioned decoder, and the generator around it (method.md 3.6 - 3.8).
+"""The expression-conditioned decoder (method.md 3.8).
 
 A StyleGAN2 variant that enters in the middle: from the flattened volume one branch goes down to gather
 context, another up to the picture, and RGB skips of decreasing width run through both.
@@ -14,9 +14,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from dexportrait_jax.models.layers import Normalisation
-from dexportrait_jax.models.motion.appearance import AppearanceLatent
-from dexportrait_jax.models.motion.blocks import ResBlock3d, depth_to_features
 from dexportrait_jax.models.motion.stylegan import (
     EqualConv,
     EqualLinear,
@@ -247,81 +244,3 @@ class Decoder(nnx.Module):
         for hidden, to_rgb in zip([*reversed(going_down), *going_up], self.to_rgbs, strict=True):
             output = to_rgb(hidden, style, output)
         return output.astype(jnp.float32)
-
-
-class Generator(nnx.Module):
-    """Source volume, warped volume and expression latent -> picture (method.md 3.1).
-
-    The two volumes together are halved and flattened into the decoder's entry; the style is the
-    expression beside the appearance latent, which is read from the volume that was not moved. One source
-    may serve several outputs: its volume (S, ...) then goes with S * outputs warped ones, source-major.
-
-    Args:
-        volume_shape, volume_channels: (D, h, w) and C of the volumes.
-        expression_features: length of the expression latent.
-        expression_gain: factor of the latent in the style. Published is 1; a short latent beside a long appearance
-            has little say in a mix whose weights start alike.
-        appearance_widths, appearance_strides: of ``AppearanceLatent``.
-        down_channels, up_channels, rgb_channels, injection, mapping_features, expression_mixing: of ``Decoder``,
-            which enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
-    """
-
-    def __init__(
-        self,
-        *,
-        volume_shape: tuple[int, int, int] = (16, 64, 64),
-        volume_channels: int = 32,
-        expression_features: int = 512,
-        expression_gain: float = 1.0,
-        appearance_widths: Sequence[int] = (32, 64, 128, 256, 128),
-        appearance_strides: Sequence[int] = (2, 2, 2, 2),
-        down_channels: Sequence[int] = (512, 512, 512),
-        up_channels: Sequence[int] = (512, 256, 128),
-        rgb_channels: Sequence[int] | None = None,
-        injection: Injection = "modulated",
-        mapping_features: int | None = None,
-        expression_mixing: float = 0.0,
-        norm: Normalisation = "group",
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        build = {"dtype": dtype, "rngs": rngs}
-        self.expression_gain = expression_gain
-        self.flatten = ResBlock3d(
-            2 * volume_channels, volume_channels, halve=True, norm=norm, **build
-        )
-        self.appearance_latent = AppearanceLatent(
-            volume_shape=volume_shape,
-            volume_channels=volume_channels,
-            widths=appearance_widths,
-            strides=appearance_strides,
-            norm=norm,
-            **build,
-        )
-        self.decoder = Decoder(
-            in_features=volume_shape[0] * volume_channels,
-            style_features=expression_features + self.appearance_latent.features,
-            down_channels=down_channels,
-            up_channels=up_channels,
-            rgb_channels=rgb_channels,
-            injection=injection,
-            mapping_features=mapping_features,
-            expression_features=expression_features,
-            expression_mixing=expression_mixing,
-            **build,
-        )
-
-    def __call__(
-        self,
-        volume: Float[Array, "sources d h w c"],
-        warped_volume: Float[Array, "b d h w c"],
-        expression: Float[Array, "b latent"],
-    ) -> Float[Array, "b s s 3"]:
-        sources, batch = volume.shape[0], warped_volume.shape[0]
-        if batch % sources:
-            raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
-        appearance = jnp.repeat(self.appearance_latent(volume), batch // sources, axis=0)
-        both = [jnp.repeat(volume, batch // sources, axis=0), warped_volume.astype(volume.dtype)]
-        features = depth_to_features(self.flatten(jnp.concatenate(both, axis=-1)))
-        style = [self.expression_gain * expression, appearance.astype(expression.dtype)]
-        return self.decoder(features, jnp.concatenate(style, axis=-1), expression)

@@ -3,9 +3,10 @@
 import pytest
 
 from dexportrait_jax.models.motion.appearance import AppearanceEncoder
-from dexportrait_jax.models.motion.decoder import Decoder, Generator
+from dexportrait_jax.models.motion.decoder import Decoder
 from dexportrait_jax.models.motion.discriminator import Discriminator
 from dexportrait_jax.models.motion.expression import ExpressionEncoder
+from dexportrait_jax.models.motion.generator import Generator
 from dexportrait_jax.models.motion.pose import PoseEncoder
 from dexportrait_jax.state import Network, parameter_count
 

@@ -9,9 +9,9 @@ from flax import nnx
 from dexportrait_jax.models.motion.decoder import (
     Decoder,
     ExpressionMixing,
-    Generator,
     StyledConv,
 )
+from dexportrait_jax.models.motion.generator import Generator
 from dexportrait_jax.state import Network
 
 SIZES = {
