@@ -43,7 +43,7 @@ def base(stage: str, variant: str) -> ConfigDict:
 
 
 def adam(learning_rate: float, **changes) -> ConfigDict:
-    """Adam with warm-up and clipping; see optim.make_optimizer."""
+    """Adam, or what `name` says, with warm-up and clipping; see optim.make_optimizer."""
     values = {
         "name": "adam",
         "learning_rate": learning_rate,
@@ -55,6 +55,7 @@ def adam(learning_rate: float, **changes) -> ConfigDict:
         "decay": "constant",
         "final_fraction": 0.1,
         "clip_norm": 1.0,
+        "matrix_rms": 0.2,  # of muon: 0.2 is about what Adam's updates have
         "multipliers": (),  # (("group/module", factor of the learning rate), ...)
     }
     unknown = set(changes) - set(values)

@@ -1,10 +1,11 @@
-"""Optimizers from config: Adam or AdamW with warm-up, decay and clipping."""
+"""Optimizers from config: Adam, AdamW or Muon with warm-up, decay and clipping."""
 
 from __future__ import annotations
 
 import jax
 import ml_collections
 import optax
+import optax.contrib
 
 from dexportrait_jax.errors import UserError
 
@@ -30,23 +31,54 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation for one phase.
 
-    Config keys: name (adam | adamw), learning_rate, b1, b2, eps, weight_decay, warmup_steps,
+    Config keys: name (adam | adamw | muon), learning_rate, b1, b2, eps, weight_decay (adamw and muon), warmup_steps,
     decay (constant | cosine), final_fraction, clip_norm (0 = off; global norm over the phase's groups),
-    multipliers (pairs of the start of a parameter's path, "group/module", and a factor of its learning rate;
-    the first that fits holds).
+    matrix_rms (muon: root mean square of a kernel's update at learning rate 1), multipliers (pairs of the start of
+    a parameter's path, "group/module", and a factor of its learning rate; the first that fits holds).
     """
     steps = []
     if config.clip_norm > 0:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
-    steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
-    if config.name == "adamw":
-        steps.append(optax.add_decayed_weights(config.weight_decay))
-    elif config.name != "adam":
-        raise UserError(f"optimizer name is 'adam' or 'adamw', not {config.name!r}")
+    if config.name == "muon":
+        steps.append(_muon(config))
+    else:
+        steps.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+        if config.name == "adamw":
+            steps.append(optax.add_decayed_weights(config.weight_decay))
+        elif config.name != "adam":
+            raise UserError(f"optimizer name is 'adam', 'adamw' or 'muon', not {config.name!r}")
     if config.multipliers:
         steps.append(_scale_by_path(config.multipliers))
     steps.append(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
     return optax.chain(*steps)
+
+
+def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """Muon (Jordan 2024; Liu et al. 2502.16982) for kernels, Adam for all else; no learning rate yet.
+
+    A kernel is the matrix from all it reads, window and features, to the features it gives. Depthwise kernels
+    are no matrix of that kind.
+    """
+
+    def dimension_numbers(params):
+        def of(path, leaf):
+            if path[-1].key != "kernel" or leaf.ndim < 2 or leaf.shape[-2] == 1:
+                return None
+            inputs = tuple(range(leaf.ndim - 1))
+            return optax.contrib.MuonDimensionNumbers(inputs, (leaf.ndim - 1,))
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(
+        learning_rate=-1.0,  # the sign and the rate come at the end of the chain, as for the others
+        weight_decay=config.weight_decay,
+        adam_weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        consistent_rms=config.matrix_rms,
+        muon_weight_dimension_numbers=dimension_numbers,
+    )
 
 
 def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:

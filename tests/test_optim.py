@@ -1,0 +1,83 @@
+"""Optimizers from config: values worked out by hand."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.optim import make_optimizer
+
+
+def _first_update(config, params, gradients):
+    optimizer = make_optimizer(config, num_steps=100)
+    update = jax.jit(optimizer.update)
+    return jax.device_get(update(gradients, optimizer.init(params), params)[0])
+
+
+def _tree(shapes: dict[str, tuple[int, ...]], seed: int):
+    random = np.random.default_rng(seed)
+    leaves = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {"pose": {"head": leaves}}
+
+
+def test_adam_first_step_is_the_learning_rate_against_the_gradient():
+    params = {"pose": {"head": {"kernel": np.ones((2, 1), np.float32)}}}
+    gradients = {"pose": {"head": {"kernel": np.array([[0.5], [-3.0]], np.float32)}}}
+    config = common.adam(1e-2, warmup_steps=0, clip_norm=0.0)
+    update = _first_update(config, params, gradients)
+    np.testing.assert_allclose(update["pose"]["head"]["kernel"], [[-0.01], [0.01]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (3, 3, 5, 16)])
+def test_muon_moves_a_kernel_along_the_nearest_orthogonal_matrix(shape):
+    params, gradients = _tree({"kernel": shape}, 0), _tree({"kernel": shape}, 1)
+    config = common.adam(1e-2, name="muon", matrix_rms=0.5, warmup_steps=0, clip_norm=0.0)
+    update = _first_update(config, params, gradients)["pose"]["head"]["kernel"]
+    assert update.shape == shape
+    matrix = update.reshape(-1, shape[-1])
+    left, _, right = np.linalg.svd(
+        gradients["pose"]["head"]["kernel"].reshape(matrix.shape), full_matrices=False
+    )
+    # In the gradient's own singular vectors the update is diagonal, and minus the same size for all of them:
+    # rate * rms * sqrt(larger side). Five steps of Newton-Schulz with Muon's coefficients leave 0.7 .. 1.2.
+    diagonal = -(left.T @ matrix @ right.T) / (1e-2 * 0.5 * max(matrix.shape) ** 0.5)
+    assert np.all((np.diag(diagonal) > 0.65) & (np.diag(diagonal) < 1.25)), np.diag(diagonal)
+    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-3
+    rms = np.sqrt(np.mean(matrix**2))
+    # An orthogonal matrix has rms 1 / sqrt(larger side).
+    assert 0.65 < rms / (1e-2 * 0.5) < 1.25
+
+
+def test_muon_leaves_biases_and_depthwise_kernels_to_adam():
+    shapes = {"bias": (7,), "kernel": (7, 7, 1, 6), "matrices": (4, 3, 3)}
+    params, gradients = _tree(shapes, 0), _tree(shapes, 1)
+    config = common.adam(1e-2, name="muon", b1=0.9, warmup_steps=0, clip_norm=0.0)
+    update = _first_update(config, params, gradients)["pose"]["head"]
+    # First step of Adam with Nesterov's momentum: 1 + b1 / (1 + b1) times the learning rate.
+    for name in shapes:
+        wanted = -1e-2 * (1 + 0.9 / 1.9) * np.sign(gradients["pose"]["head"][name])
+        np.testing.assert_allclose(update[name], wanted, rtol=1e-3)
+
+
+def test_multipliers_schedule_and_decay_hold_for_muon_too():
+    shapes = {"kernel": (6, 4)}
+    params, gradients = _tree(shapes, 0), _tree(shapes, 1)
+    plain = common.adam(1e-2, name="muon", warmup_steps=0, clip_norm=0.0)
+    base = _first_update(plain, params, gradients)["pose"]["head"]["kernel"]
+    slow = common.adam(
+        1e-2, name="muon", warmup_steps=4, clip_norm=0.0, multipliers=(("pose", 0.5),)
+    )
+    slowed = _first_update(slow, params, gradients)["pose"]["head"]["kernel"]
+    np.testing.assert_allclose(slowed, base / 8, rtol=1e-5)
+    decaying = common.adam(1e-2, name="muon", warmup_steps=0, clip_norm=0.0, weight_decay=0.1)
+    decayed = _first_update(decaying, params, gradients)["pose"]["head"]["kernel"]
+    kernel = params["pose"]["head"]["kernel"]
+    np.testing.assert_allclose(decayed, base - 1e-2 * 0.1 * kernel, rtol=1e-4, atol=1e-7)
+
+
+def test_unknown_name_is_one_line():
+    with pytest.raises(UserError, match="'adam', 'adamw' or 'muon', not 'sgd'"):
+        make_optimizer(common.adam(1e-2, name="sgd"), 10)
