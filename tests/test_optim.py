@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common
+from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.optim import make_optimizer
 
@@ -76,6 +78,27 @@ def test_multipliers_schedule_and_decay_hold_for_muon_too():
     decayed = _first_update(decaying, params, gradients)["pose"]["head"]["kernel"]
     kernel = params["pose"]["head"]["kernel"]
     np.testing.assert_allclose(decayed, base - 1e-2 * 0.1 * kernel, rtol=1e-4, atol=1e-7)
+
+
+def test_muon_of_a_sharded_kernel_is_that_of_a_whole_one():
+    shapes = {"kernel": (64, 128), "bias": (128,)}
+    params, gradients = _tree(shapes, 0), _tree(shapes, 1)
+    config = common.adam(1e-2, name="muon", warmup_steps=0, clip_norm=1.0)
+    whole = _first_update(config, params, gradients)
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "context": 1, "tensor": 2}))
+    optimizer = make_optimizer(config, num_steps=100)
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(sharding, "SMALLEST_SHARDED", 2**9)
+        places = sharding.state_shardings(params, mesh)
+        state_places = sharding.state_shardings(jax.eval_shape(optimizer.init, params), mesh)
+        state = jax.jit(optimizer.init, out_shardings=state_places)(jax.device_put(params, places))
+        momenta = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (64, 128)]
+        assert momenta and all(not leaf.sharding.is_fully_replicated for leaf in momenta)
+        update = jax.jit(optimizer.update, out_shardings=(places, state_places))
+        spread, _ = update(jax.device_put(gradients, places), state, params)
+    for name, value in whole["pose"]["head"].items():
+        found = np.asarray(spread["pose"]["head"][name])
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-8, err_msg=name)
 
 
 def test_unknown_name_is_one_line():

@@ -72,11 +72,16 @@ def stages(*quick):
     ]
 
 
-@pytest.mark.parametrize("stage", stages("autoencoder", "animator_image"))
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [(stage, {}) for stage in ("autoencoder", "animator_image")]
+    + [("autoencoder", {"optim__autoencoder__name": "muon"})]
+    + [pytest.param(stage, {}, marks=pytest.mark.slow) for stage in ("motion", "animator_video")],
+)
 def test_interrupted_equals_uninterrupted_bit_for_bit(
-    stage, places, tmp_path, monkeypatch, one_device
+    stage, changes, places, tmp_path, monkeypatch, one_device
 ):
-    config = micro(stage, *places)
+    config = micro(stage, *places, **changes)
     whole = leaves(train(config, tmp_path / "whole"))
 
     with monkeypatch.context() as patch:
