@@ -54,7 +54,7 @@ def make_optimizer(
 
 
 def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Muon (Jordan 2024; Liu et al. 2502.16982) for kernels, Adam for all else; no learning rate yet.
+    """Muon (Jordan 2024; Liu et al. 2502.16982) for kernels, Adam with Nesterov's momentum for all else; no rate yet.
 
     A kernel is the matrix from all it reads, window and features, to the features it gives. Depthwise kernels
     are no matrix of that kind.
