@@ -151,8 +151,11 @@ class ClipDataset:
         """Reads one clip.
 
         Raises:
+            IndexError: there is no such record; ends a `for clip in clips`.
             records.RecordError: the record is damaged.
         """
+        if not 0 <= number < len(self):
+            raise IndexError(f"there is no record {number} of {len(self)}")
         with self._lock:  # Grain reads from several threads
             return self._get(int(number))
 

@@ -107,6 +107,7 @@ def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
         assert source[number]["clip_id"].decode() == expected.clip_id
         np.testing.assert_array_equal(source[number]["head_pose"], expected.head_pose)
         assert list(source[number]["frames"]) == expected.frames
+    assert [clip.clip_id for clip in ours] == ours.index["clip_id"]
 
 
 def test_index_is_rebuilt_when_it_is_missing(tmp_path):
