@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -95,33 +96,42 @@ class Progress:
       total: number of units.
       done: units done before this process started; they do not count for the rate.
       unit: name of a unit, for the rate.
+
+    Rate and time left are of the last `RECENT` seconds: what a phase of cheap steps did says little about the next.
+    The last line tells the mean rate and the whole time.
     """
+
+    RECENT = 90.0
 
     def __init__(
         self, label: str, total: int, done: int = 0, unit: str = "step", every: float = 15.0
     ):
         self.label, self.total, self.unit = label, total, unit
-        self._first = self._done = done
-        self._start = time.monotonic()
+        self._first = (time.monotonic(), done)
+        self._recent = collections.deque([self._first])
         self._terminal = sys.stderr.isatty()
         self._every = 0.2 if self._terminal else every
-        self._next = self._start + (0 if self._terminal else every / 3)
+        self._next = self._first[0] + (0 if self._terminal else every / 3)
 
     def update(self, done: int, note: str = "") -> None:
         """Tells that `done` units are finished; `note` is shown behind the rate."""
-        self._done = done
         now = time.monotonic()
         if now < self._next and done < self.total:
             return
         self._next = now + self._every
-        elapsed = max(now - self._start, 1e-6)
-        rate = (done - self._first) / elapsed
+        self._recent.append((now, done))
+        while len(self._recent) > 2 and self._recent[1][0] < now - self.RECENT:
+            self._recent.popleft()
+        since, before = self._recent[0] if done < self.total else self._first
+        rate = (done - before) / max(now - since, 1e-6)
         left = (self.total - done) / rate if rate > 0 else float("nan")
         text = f"{self.label}: {done}/{self.total} {self.unit}s"
         if rate > 0:
             speed = f"{rate:.2f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.2f} s/{self.unit}"
             text += f", {speed}"
-            text += f", {_duration(left)} left" if done < self.total else f", {_duration(elapsed)}"
+            text += (
+                f", {_duration(left)} left" if done < self.total else f", {_duration(now - since)}"
+            )
         text += f", {note}" if note else ""
         if self._terminal:
             print(

@@ -4,7 +4,8 @@ import json
 
 import jax.numpy as jnp
 
-from dexportrait_jax.metrics import MetricWriter, read_rows
+from dexportrait_jax import metrics
+from dexportrait_jax.metrics import MetricWriter, Progress, read_rows
 
 
 def test_rows_wait_until_flush(tmp_path):
@@ -35,3 +36,20 @@ def test_non_finite_values_are_null_in_valid_json(tmp_path):
     writer.add(1, {"loss": jnp.float32(jnp.nan)})
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
+
+
+def test_time_left_is_told_from_the_recent_rate(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    progress = Progress("train", 1000, done=100)
+    for _ in range(20):  # 400 s of 1 step/s, then of 0.25
+        clock[0] += 20
+        progress.update(100 + int(clock[0]))
+    assert "500/1000 steps, 1.00 steps/s, 8m20s left" in capsys.readouterr().err
+    for done in range(505, 550, 5):
+        clock[0] += 20
+        progress.update(done)
+    assert "545/1000 steps, 4.00 s/step, 30m20s left" in capsys.readouterr().err
+    clock[0] += 20
+    progress.update(1000)
+    assert capsys.readouterr().err.endswith("1000/1000 steps, 1.50 steps/s, 10m00s\n")
