@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,15 @@ def default_augment() -> dict[str, Any]:
             "scale": (0.8, 1.25),
             "shift": 0.1,
             "border": "reflect",
+        },
+        # The whole sample in other colours, source and targets alike: more people than there are. Off by default.
+        "colour": {
+            "probability": 0.0,
+            "brightness": 0.3,
+            "contrast": 0.3,
+            "saturation": 0.5,
+            "hue": 0.1,
+            "gray": 0.05,
         },
         # P1: eyes and mouth hidden from the pose encoder, always. `minimum_height` (of the width)
         # keeps the shape of the mask from telling a closed eye from an open one. `applied` of this and of the
@@ -68,7 +77,6 @@ def default_augment() -> dict[str, Any]:
             "saturation": 0.4,
             "hue": 0.1,
             "gray": 0.1,
-            "blur": 0.0,
         },
         "expression_affine": {"probability": 0.5, "points": 6, "displacement": 0.025},
         # The component mask of the losses (method.md 6.3), not random.
@@ -80,11 +88,24 @@ def default_augment() -> dict[str, Any]:
     }
 
 
+class SampleDraw(NamedTuple):
+    """What is drawn once for source and targets: the flip S2, and the colours of the frames.
+
+    Attributes:
+        flip: left is right.
+        colour: (3, 4) colour matrix of the stored frames, before everything else, or None.
+    """
+
+    flip: bool
+    colour: np.ndarray | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """The random choices of one sample.
 
     Attributes:
+        sample: what it shares with the other pictures of its sample.
         frame: (2, 3) flip and similarity, stored-frame coordinates -> output coordinates.
         mask_dilation: of the eye and mouth masks, fraction of their size.
         mask_tint: (3,) added to the fill colour, 0..255.
@@ -99,6 +120,7 @@ class Draw:
         other_view: take the expression picture from another camera where there is one.
     """
 
+    sample: SampleDraw
     frame: np.ndarray
     mask_dilation: float
     mask_tint: np.ndarray
@@ -117,6 +139,7 @@ class Draw:
 def neutral_draw(augment: Mapping[str, Any]) -> Draw:
     """No randomness: the frame as it is, the standard mask and the standard crop."""
     return Draw(
+        sample=SampleDraw(flip=False, colour=None),
         frame=similarity_matrix(),
         mask_dilation=augment["pose_mask"]["dilation"],
         mask_tint=np.zeros(3),
@@ -133,8 +156,14 @@ def neutral_draw(augment: Mapping[str, Any]) -> Draw:
     )
 
 
-def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], flip: bool) -> Draw:
-    """Draws S1, P1, P2, E1-E4 of one picture; the flip S2 is the whole sample's and given."""
+def random_sample(rng: np.random.Generator, augment: Mapping[str, Any]) -> SampleDraw:
+    """Draws what all pictures of a sample share."""
+    flip = bool(rng.random() < augment["flip"]["probability"])
+    return SampleDraw(flip, _draw_colour(rng, augment["colour"]))
+
+
+def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], sample: SampleDraw) -> Draw:
+    """Draws S1, P1, P2, E1-E4 of one picture of a sample."""
     similarity, mask = augment["similarity"], augment["pose_mask"]
     crop, affine = augment["expression_crop"], augment["expression_affine"]
     moved = rng.random() < similarity["probability"]
@@ -142,22 +171,27 @@ def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], flip: bool
     low, high = similarity["scale"]
     scale = float(np.exp(rng.uniform(np.log(low), np.log(high))))
     shift = rng.uniform(-1, 1, 2) * similarity["shift"] * 2  # a side is 2 long in crop coordinates
-    frame = similarity_matrix(roll, scale, shift, flip) if moved else similarity_matrix(flip=flip)
+    if moved:
+        frame = similarity_matrix(roll, scale, shift, sample.flip)
+    else:
+        frame = similarity_matrix(flip=sample.flip)
     tint = rng.uniform(-1, 1, 3) * mask["fill_jitter"] * 255
     dilation = rng.uniform(*mask["dilation_range"])
-    pose_colour, pose_blur = _draw_colour(rng, augment["pose_colour"])
+    pose_colour = _draw_colour(rng, augment["pose_colour"])
+    pose_blur = rng.uniform(0, augment["pose_colour"]["blur"])
     turned = rng.random() < augment["expression_rotation"]["probability"]
     rotation = rng.uniform(-1, 1) * augment["expression_rotation"]["degrees"] * turned
     margin, jitter = rng.uniform(*crop["margin_range"]), rng.uniform(-1, 1, 2)
-    expression_colour, _ = _draw_colour(rng, augment["expression_colour"])
+    expression_colour = _draw_colour(rng, augment["expression_colour"])
     bent = rng.random() < affine["probability"]
     bend = rng.normal(0, affine["displacement"], (affine["points"], affine["points"], 2))
     return Draw(
+        sample=sample,
         frame=frame,
         mask_dilation=dilation,
         mask_tint=tint,
         pose_colour=pose_colour,
-        pose_blur=pose_blur,
+        pose_blur=0.0 if pose_colour is None else pose_blur,
         rotation=rotation,
         margin=margin,
         jitter=jitter * crop["centre_jitter"],
@@ -169,15 +203,13 @@ def random_draw(rng: np.random.Generator, augment: Mapping[str, Any], flip: bool
     )
 
 
-def _draw_colour(rng: np.random.Generator, knobs: Mapping[str, Any]):
+def _draw_colour(rng: np.random.Generator, knobs: Mapping[str, Any]) -> np.ndarray | None:
     applied = rng.random() < knobs["probability"]
     brightness, contrast, saturation, hue = (
         rng.uniform(-knobs[name], knobs[name])
         for name in ("brightness", "contrast", "saturation", "hue")
     )
     gray = rng.random() < knobs["gray"]
-    blur = rng.uniform(0, knobs["blur"])
     if not applied:
-        return None, 0.0
-    matrix = colour_matrix(1 + brightness, 1 + contrast, 0.0 if gray else 1 + saturation, hue)
-    return matrix, blur
+        return None
+    return colour_matrix(1 + brightness, 1 + contrast, 0.0 if gray else 1 + saturation, hue)

@@ -254,14 +254,14 @@ class Examples:
         )
 
     def _training(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        flip = bool(rng.random() < self.augment["flip"]["probability"])
-        source_draw = augmentation.random_draw(rng, self.augment, flip)
+        sample = augmentation.random_sample(rng, self.augment)
+        source_draw = augmentation.random_draw(rng, self.augment, sample)
         if self.video:
             number, source, targets = self._choose_window(number, rng)
-            target_draws = [augmentation.random_draw(rng, self.augment, flip)] * len(targets)
+            target_draws = [augmentation.random_draw(rng, self.augment, sample)] * len(targets)
         else:
             source, targets = self._choose_pairs(number, rng)
-            target_draws = [augmentation.random_draw(rng, self.augment, flip) for _ in targets]
+            target_draws = [augmentation.random_draw(rng, self.augment, sample) for _ in targets]
         clip = self.clips[number]
         return self._example(clip, source, targets, source_draw, target_draws, number, rng)
 
@@ -343,16 +343,14 @@ class Examples:
         return example
 
     def _second_draws(self, draws, rng) -> list[augmentation.Draw | None]:
-        """Draws of the second expression pictures: the flip of the first, the other camera than it."""
+        """Draws of the second expression pictures: the sample of the first, the other camera than it."""
         if not self.config["second_expression"]:
             return [None] * len(draws)
         if rng is None:
             return list(draws)
         return [
             dataclasses.replace(
-                augmentation.random_draw(
-                    rng, self.augment, bool(np.linalg.det(draw.frame[:, :2]) < 0)
-                ),
+                augmentation.random_draw(rng, self.augment, draw.sample),
                 other_view=not draw.other_view,
             )
             for draw in draws

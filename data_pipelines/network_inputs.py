@@ -60,8 +60,7 @@ def frame_inputs(
         head_pose (3, 4) float32; blendshapes (52,) float32; expression_landmarks (68, 2) float32 in
         crop coordinates of the expression picture; and with `second` second_expression_image.
     """
-    if picture is None:
-        picture = decode_frame(clip, index)
+    picture = _coloured(decode_frame(clip, index) if picture is None else picture, draw)
     polygons = {name: points[index] for name, points in clip.mask_polygons.items()}
     image_size, pose_size, expression_size = sizes
     border = augment["similarity"]["border"]
@@ -72,7 +71,7 @@ def frame_inputs(
 
     def expression(drawn: Draw, elsewhere: tuple[records.Clip, int] | None) -> np.ndarray:
         other, at = elsewhere or (clip, index)
-        seen = decode_frame(other, at) if elsewhere else picture
+        seen = _coloured(decode_frame(other, at), draw) if elsewhere else picture
         matrix = expression_matrix(other, at, drawn)
         return expression_picture(seen, matrix, drawn, augment, expression_size)
 
@@ -91,6 +90,11 @@ def frame_inputs(
     if second is not None:
         inputs["second_expression_image"] = expression(*second)
     return inputs
+
+
+def _coloured(picture: np.ndarray, draw: Draw) -> np.ndarray:
+    colour = draw.sample.colour
+    return picture if colour is None else cv2.transform(picture, colour)
 
 
 def inference_inputs(
