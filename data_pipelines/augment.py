@@ -69,6 +69,10 @@ def default_augment() -> dict[str, Any]:
             "gray": False,
             # Turned until the eyes are level: takes the head's roll out as the crop takes place and size out.
             "upright": False,
+            # Hair, ears and what is behind them tell who it is, and little of expression: only the face's oval is
+            # shown, the rest is its mean; and `even_light` gives every picture the same mean and contrast.
+            "face_alone": False,
+            "even_light": False,
         },
         "expression_colour": {
             "probability": 0.5,

@@ -72,6 +72,8 @@ def frame_inputs(
     def expression(drawn: Draw, elsewhere: tuple[records.Clip, int] | None) -> np.ndarray:
         other, at = elsewhere or (clip, index)
         seen = _coloured(decode_frame(other, at), draw) if elsewhere else picture
+        if augment["expression_crop"]["face_alone"]:
+            seen = face_alone(seen, other.mask_polygons["face_oval"][at])
         matrix = expression_matrix(other, at, drawn)
         return expression_picture(seen, matrix, drawn, augment, expression_size)
 
@@ -175,6 +177,14 @@ def hidden_regions(
     return regions
 
 
+def face_alone(picture: np.ndarray, oval: np.ndarray) -> np.ndarray:
+    """A stored frame in which everything outside the oval (points, 2) of the face is the face's mean colour."""
+    face = fill_polygons([oval], picture.shape[0])
+    result = np.empty_like(picture)
+    result[:] = np.round(cv2.mean(picture, mask=face)[:3])
+    return cv2.copyTo(picture, face, result)
+
+
 def expression_picture(
     picture: np.ndarray, matrix: np.ndarray, draw: Draw, augment, size: int
 ) -> np.ndarray:
@@ -185,7 +195,16 @@ def expression_picture(
         result = cv2.transform(result, draw.expression_colour)
     if augment["expression_crop"]["gray"]:
         result = cv2.transform(result, _GRAY)
+    if augment["expression_crop"]["even_light"]:
+        result = even_light(result)
     return result
+
+
+def even_light(picture: np.ndarray) -> np.ndarray:
+    """uint8 picture of any channels, made to have mean 128 and deviation 40, before the clip to 0..255."""
+    mean, deviation = picture.mean(), picture.std()
+    gain = 40.0 / max(deviation, 4.0)  # a picture of nothing stays one
+    return np.clip((picture - mean) * gain + 128.5, 0, 255).astype(np.uint8)
 
 
 def expression_matrix(clip: records.Clip, index: int, draw: Draw) -> np.ndarray:

@@ -21,6 +21,8 @@ _POSE = ("pose_mask.applied=False", "pose_colour.probability=0.0")
 _EXPRESSION = (
     "expression_crop.applied=False",
     "expression_crop.gray=False",
+    "expression_crop.face_alone=False",
+    "expression_crop.even_light=False",
     "expression_rotation.probability=0.0",
     "view_change.probability=0.0",
     "expression_colour.probability=0.0",

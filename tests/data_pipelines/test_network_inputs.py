@@ -191,3 +191,35 @@ def test_inference_inputs_are_training_inputs_without_chance(clip, knobs):
     knobs["expression_crop"]["gray"] = True
     gray = network_inputs.inference_inputs(clip, [0], 48, 40, 32, knobs)["expression_image"]
     assert np.ptp(gray, axis=-1).max() == 0
+
+
+def test_the_face_alone_is_shown(clip, knobs):
+    """Inside the oval nothing changes, outside everything is the mean of the inside; landmarks stay."""
+    picture, oval = transforms.decode_frame(clip, 0), clip.mask_polygons["face_oval"][0]
+    face = transforms.fill_polygons([oval], picture.shape[0]) > 0
+    assert 0.05 < face.mean() < 0.9
+    alone = network_inputs.face_alone(picture, oval)
+    np.testing.assert_array_equal(alone[face], picture[face])
+    np.testing.assert_allclose(
+        alone[~face], picture[face].mean(0)[None].repeat((~face).sum(), 0), atol=0.5
+    )
+
+    draw = augment.neutral_draw(knobs)
+    before = network_inputs.frame_inputs(clip, 0, draw, knobs, (48, 48, 48))
+    knobs["expression_crop"]["face_alone"] = True
+    after = network_inputs.frame_inputs(clip, 0, draw, knobs, (48, 48, 48))
+    changed = {key for key in before if not np.array_equal(before[key], after[key])}
+    assert changed == {"expression_image"}
+
+
+def test_even_light_takes_brightness_and_contrast_away():
+    rng = np.random.default_rng(0)
+    picture = rng.normal(100, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+    even = network_inputs.even_light(picture)
+    assert even.mean() == pytest.approx(128, abs=0.5) and even.std() == pytest.approx(40, abs=0.5)
+    darker = (picture * 0.5 + 10).astype(
+        np.uint8
+    )  # rounding of the darker picture, times its gain of 4
+    np.testing.assert_allclose(network_inputs.even_light(darker), even, atol=5)
+    flat = np.full((8, 8, 3), 7, np.uint8)
+    np.testing.assert_array_equal(network_inputs.even_light(flat), np.full_like(flat, 128))
