@@ -184,14 +184,14 @@ class AnimatorModel(PortraitModel):
         latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
         windows = _Windows(self, drive, bank, context, settings)
         length, overlap = self.window
-        latents = self._start(np.asarray(latent)[0], len(drive), plan, sampling.seed)
-        shape, steps = latents.shape[1:], len(plan.steps)
+        source_latent = np.asarray(latent)[0]
+        shape, steps = source_latent.shape, len(plan.steps)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
             windowed(windows.predict, len(drive), length=length, overlap=overlap),
             self.schedule,
             plan,
-            latents,
+            self._start(source_latent, len(drive), plan, sampling.seed),
             spacing=settings["spacing"],
             offset=settings["offset"],
             eta=settings["eta"],
@@ -225,7 +225,8 @@ class AnimatorModel(PortraitModel):
         noise = frame_noise(
             seed, frames, shape, first=part.start, step=step, shared=sampling.shared_noise
         )
-        return np.float32(sampling.temperature) * noise
+        noise *= np.float32(sampling.temperature)
+        return noise
 
 
 class _Windows:

@@ -118,11 +118,7 @@ class Faces:
                 on_frame=progress.update if total else None,
             )
             if driver.left_out:
-                print(
-                    f"warning: {path}: {driver.left_out}; between frames that show the face, pose and "
-                    "expression are interpolated",
-                    file=sys.stderr,
-                )
+                print(f"warning: {path}: {driver.left_out}", file=sys.stderr)
             self._videos[key] = driver
         return self._videos[key]
 

@@ -93,7 +93,9 @@ def driver_from_video(
     span = np.arange(good[0], good[-1] + 1)
     times = np.array([observations[index].time for index in span])
     seen = np.isin(span, good)
-    said = [*_gaps(observations, span, seen), *_outside(span, len(observations)), *damage]
+    said = [*_gaps(observations, span, seen), *damage]
+    if max_frames is None:  # behind the frames that are wanted, nothing is missed
+        said += _outside(span, len(observations))
     return Driver(clip, times - times[0], seen, "; ".join(said))
 
 
@@ -119,7 +121,8 @@ def _gaps(observations, span, seen) -> list[str]:
     why = ", ".join(reason for reason, _ in reasons.most_common())
     return [
         f"{int((~seen).sum())} of {len(span)} frames show no usable face ({why}), in {len(lengths)} "
-        f"gap(s), the longest of {lengths[longest]:.2f} s from {times[edges[2 * longest]]:.2f} s"
+        f"gap(s), the longest of {lengths[longest]:.2f} s from {times[edges[2 * longest]]:.2f} s: pose "
+        "and expression are interpolated there"
     ]
 
 

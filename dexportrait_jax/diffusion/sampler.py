@@ -185,11 +185,14 @@ def frame_noise(
     def normal(*numbers: int) -> np.ndarray:
         return np.random.default_rng([seed, step, *numbers]).standard_normal(shape, np.float32)
 
-    noise = np.stack([normal(first + frame) for frame in range(frames)])
-    if shared == 0.0:
-        return noise
-    common = normal(0, 1)  # numpy takes (seed, step) and (seed, step, 0) for the same
-    return np.float32(np.sqrt(shared)) * common + np.float32(np.sqrt(1 - shared)) * noise
+    noise = np.empty((frames, *shape), np.float32)
+    for frame in range(frames):
+        noise[frame] = normal(first + frame)
+    if shared > 0.0:
+        common = normal(0, 1)  # numpy takes (seed, step) and (seed, step, 0) for the same
+        noise *= np.float32(np.sqrt(1 - shared))
+        noise += np.float32(np.sqrt(shared)) * common
+    return noise
 
 
 def blurred_start(

@@ -43,7 +43,7 @@ def test_a_face_that_leaves_for_a_while_leaves_the_clock_alone(tmp_path):
     assert driver.shown.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8, 8, 9, 10]
     assert driver.left_out == (
         "4 of 15 frames show no usable face (no face found), in 2 gap(s), "
-        "the longest of 0.16 s from 0.16 s"
+        "the longest of 0.16 s from 0.16 s: pose and expression are interpolated there"
     )
 
 
