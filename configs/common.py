@@ -225,7 +225,10 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "guidance": 1.5 if tiny else 2.5,
             "hybrid_steps": 1 if tiny else 5,  # S of the progressive hybrid guidance
             "expression_null": "learned",  # learned | zero (as trained) | source
-            "reading": "hybrid",
+            "null_reference": "dropped",  # dropped | kept, in the unconditional branch
+            "null_pose": "zero",  # zero | source, likewise
+            "reading": "hybrid",  # hybrid | expression_in_both | three_scale
+            "expression_guidance": None,  # with three_scale, a scale of its own
             "spacing": "trailing" if tiny else "leading",
             "offset": 1,
             "eta": 0.0,

@@ -15,6 +15,8 @@ import numpy as np
 from data_pipelines import files
 from dexportrait_jax.errors import UserError
 
+TIME_BASE = Fraction(1, 90_000)  # of videos whose frames come at a varying rate
+
 
 class Frame(NamedTuple):
     """One decoded frame: uint8 RGB (H, W, 3), upright, and its time in seconds from the first."""
@@ -96,21 +98,42 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: it is missing or neither a picture nor a video.
     """
-    data = _read(path)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    _check_file(path)
+    if not cv2.haveImageReader(os.fspath(path)):  # by its first bytes: a video is not read whole
+        return _first_frame(path)
+    data = np.frombuffer(_read(path), np.uint8)
+    picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if picture is None:
-        try:
-            return next(read_frames(path, max_frames=1)).image
-        except UserError as error:
-            raise UserError(
-                f"{path} is neither a picture nor a video that can be read; give a JPEG, PNG or MP4"
-            ) from error
-    if data[:4] == b"\x89PNG":
-        raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
-            alpha = raw[..., 3:].astype(np.float32) / np.iinfo(raw.dtype).max
-            picture = np.round(picture * alpha + 255 * (1 - alpha)).astype(np.uint8)
+        raise _neither(path)
+    raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)  # the only reading that keeps alpha
+    if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
+        whole = np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1.0
+        raw = _turned_like(raw.astype(np.float32) / whole, picture)
+        alpha = raw[..., 3:]
+        picture = np.round(picture * alpha + 255 * (1 - alpha)).astype(np.uint8)
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def _turned_like(raw: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """`raw` (h, w, 4) in [0, 1] the way up that `picture` has: OpenCV keeps alpha or heeds EXIF, not both."""
+    if raw.shape[:2] == picture.shape[:2] and np.abs(raw[..., :3] * 255 - picture).max() < 2:
+        return raw
+    ways = [np.rot90(side, turns) for side in (raw, raw[:, ::-1]) for turns in range(4)]
+    ways = [way for way in ways if way.shape[:2] == picture.shape[:2]]
+    return min(ways, key=lambda way: np.abs(way[..., :3] * 255 - picture).mean())
+
+
+def _first_frame(path: str | os.PathLike) -> np.ndarray:
+    try:
+        return next(read_frames(path, max_frames=1)).image
+    except UserError as error:
+        raise _neither(path) from error
+
+
+def _neither(path: str | os.PathLike) -> UserError:
+    return UserError(
+        f"{path} is neither a picture nor a video that can be read; give a JPEG, PNG or MP4"
+    )
 
 
 class VideoWriter:
@@ -157,11 +180,15 @@ class VideoWriter:
             self._temporary.touch()
         return self
 
-    def write(self, image: np.ndarray) -> None:
-        """Adds one frame, uint8 RGB (H, W, 3); odd sides are padded by one pixel."""
+    def write(self, image: np.ndarray, time: float | None = None) -> None:
+        """Adds one frame, uint8 RGB (H, W, 3); odd sides are padded by one pixel.
+
+        ``time``: when it is shown, in seconds, rising from frame to frame; without it, frames come at
+        the constant rate. All frames have a time or none has.
+        """
         with files.writing_to(self.path):
             if self._container is None:
-                self._start(image.shape)
+                self._start(image.shape, None if time is None else TIME_BASE)
             if image.shape != self._shape or image.dtype != np.uint8:
                 raise ValueError(f"frame {image.shape} {image.dtype}, expected {self._shape} uint8")
             height, width = image.shape[:2]
@@ -173,9 +200,11 @@ class VideoWriter:
                 src_color_range="JPEG",
                 dst_color_range="MPEG",
             )
+            if time is not None:
+                frame.time_base, frame.pts = TIME_BASE, round(time / TIME_BASE)
             self._container.mux(self._stream.encode(frame))
 
-    def _start(self, shape: tuple[int, ...]) -> None:
+    def _start(self, shape: tuple[int, ...], time_base: Fraction | None) -> None:
         self._shape = shape
         options = {"movflags": "+faststart"}
         self._container = av.open(os.fspath(self._temporary), "w", format="mp4", options=options)
@@ -189,6 +218,8 @@ class VideoWriter:
         context = stream.codec_context  # say which YUV it is, or players guess by the size
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1
+        if time_base is not None:
+            context.time_base = time_base
         self._stream = stream
 
     def __exit__(self, kind, value, traceback) -> None:
@@ -213,12 +244,15 @@ class VideoWriter:
 def _read(path: str | os.PathLike) -> bytes:
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    if not Path(path).exists():
+        raise UserError(f"there is no file {path}")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, not a file")
 
 
 def _open(path: str | os.PathLike):

@@ -3,15 +3,17 @@
     dexportrait animate --weights=exports/video --source=me.jpg --pose=a.mp4 --expression=b.mp4 \\
         --out=result.mp4
 
-`driving` decides which driver gives what, `face_clips` makes clips of files, `inference` pictures.
+`animate_jobs` reads and checks flags, `driving` decides which driver gives what, `face_clips` makes
+clips of files, `inference` pictures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-from dataclasses import dataclass, field, fields
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +23,16 @@ from jaxtyping import UInt8
 
 from data_pipelines import video
 from data_pipelines.prepare import crop
+from data_pipelines.prepare.driver import Driver
 from data_pipelines.records import Clip
-from dexportrait_jax import driving, paste_back, pose_transfer, provenance
+from dexportrait_jax import driver_track, driving, paste_back, pose_transfer, provenance
+from dexportrait_jax.animate_jobs import Job, check, checked_job, read_entries
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.face_clips import Faces, encode_clip, is_image, model_inputs
-from dexportrait_jax.inference import Drive, PortraitModel, Sampling, load_model
+from dexportrait_jax.face_clips import Faces, encode_clip, model_inputs
+from dexportrait_jax.inference import Drive, PortraitModel, load_model
 from dexportrait_jax.metrics import Progress
 
 PANEL = 256  # smallest side of a picture in a side-by-side video
-_KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "max_frames")}
-_KINDS |= {"guidance": (int, float), "paste_back": bool, "overwrite": bool}  # all others: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make: the flags of the command line."""
-
-    source: str
-    out: str
-    driving: str | None = None
-    pose: str | None = None
-    expression: str | None = None
-    relative_pose: str = ""
-    smooth: str = "none"
-    length: str = "shortest"
-    paste_back: bool = False
-    side_by_side: str | None = None
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    hybrid_steps: int | None = None
-    expression_null: str | None = None
-    max_frames: int | None = None
-    overwrite: bool = False
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.seed, self.steps, self.guidance, self.hybrid_steps, self.expression_null
-        )
 
 
 def run_animate(
@@ -73,126 +46,59 @@ def run_animate(
     """The job `animate`: one video from flags, or several from ``jobs``, a JSON list of them.
 
     Everything that can be wrong about the flags is found before the model is loaded; a clip or a
-    picture that two jobs use is read once. Returns the videos. UserError in one line for whatever
-    the user can put right.
+    picture that two jobs use is read once. A job of a file that fails is told and the others are made
+    all the same. Returns the videos. UserError in one line for whatever the user can put right, and
+    where a job of a file was not done.
     """
-    given = {"source": source, "out": out, **flags}
+    given = {"source": source, "out": out, "overwrite": overwrite, **flags}
     if jobs:
-        chosen = _read_jobs(jobs, given, overwrite)
-    else:
-        for flag in ("source", "out"):
-            if not given[flag]:
-                raise UserError(f"animate needs --{flag} (or --jobs=FILE.json)")
-        chosen = [Job(**given, overwrite=overwrite)]
-    for job in chosen:
-        _check(job)
+        return _run_file(weights, jobs, given)
+    for flag in ("source", "out"):
+        if not given[flag]:
+            raise UserError(f"animate needs --{flag} (or --jobs=FILE.json)")
+    job = Job(**given)
+    check(job)
     model = load_model(weights)
-    for job in chosen:
-        model.settings(job.sampling)
+    model.settings(job.sampling)
     with Faces(model) as faces:
-        return [_make(model, job, faces) for job in chosen]
+        return [_make(model, job, faces)]
 
 
-def _read_jobs(path: str, flags: dict[str, Any], overwrite: bool) -> list[Job]:
-    """Jobs of a file; flags of the command line hold where a job does not say otherwise."""
-    try:
-        listed = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--jobs={path} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"--jobs={path} is not JSON: {error}") from error
-    if (
-        not isinstance(listed, list)
-        or not listed
-        or not all(isinstance(one, dict) for one in listed)
-    ):
-        raise UserError(f"--jobs={path} must hold a list of objects of flags")
-    known = {field.name for field in fields(Job)}
-    common = {name: value for name, value in flags.items() if value is not None}
-    jobs = []
-    for number, entry in enumerate(listed, 1):
-        merged = {"overwrite": overwrite, **common, **entry}
-        wrong = sorted(set(merged) - known) or [
-            name for name in ("source", "out") if name not in merged
-        ]
-        if wrong:
-            raise UserError(
-                f"--jobs={path}, entry {number}: {wrong[0]!r} is "
-                + ("no flag of animate" if wrong[0] not in known else "missing")
-            )
-        for name, value in merged.items():
-            wanted = _KINDS.get(name, str)
-            if value is not None and (
-                not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))
-            ):
-                raise UserError(f"--jobs={path}, entry {number}: {name} cannot be {value!r}")
-        jobs.append(Job(**merged))
-    return jobs
+def _run_file(weights: str, path: str, flags: dict[str, Any]) -> list[Path]:
+    """The jobs of a file, as far as they can be done."""
+    entries = read_entries(path, flags)
+    failures: list[str] = []
 
+    @contextlib.contextmanager
+    def told(number: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            failures.append(f"entry {number}: {error}")
+            if len(entries) > 1:
+                print(f"dexportrait animate: {path}, {failures[-1]}", file=sys.stderr)
 
-def _check(job: Job) -> None:
-    """What can be known without reading a video or a network."""
-    drivers = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
-    if drivers.pose_is_typed:
-        driving.parse_typed_pose(drivers.pose)
-    if job.driving is not None and is_image(job.driving):
+    ready: dict[int, Job] = {}
+    for number, entry in enumerate(entries, 1):
+        with told(number):
+            ready[number] = checked_job(entry)
+    made = []
+    if ready:
+        model = load_model(weights)
+        with Faces(model) as faces:
+            while ready:
+                faces.keep(set().union(*(job.inputs for job in ready.values())))
+                number = min(ready)
+                job = ready.pop(number)
+                with told(number):
+                    model.settings(job.sampling)
+                    made.append(_make(model, job, faces))
+    if failures:
         raise UserError(
-            f"--driving={job.driving} is a picture and moves nothing; give a video, or hold a "
-            "picture's pose or expression with --pose or --expression"
+            f"--jobs={path}: {len(failures)} of {len(entries)} videos not made; {failures[0]}"
+            + (f" (and {len(failures) - 1} more, told above)" if len(failures) > 1 else "")
         )
-    unknown = sorted(
-        set(pose_transfer.relative_components(job.relative_pose)) - {*pose_transfer.COMPONENTS}
-    )
-    if unknown:
-        raise UserError(
-            f"--relative_pose: no component {unknown[0]!r}; "
-            f"there are {', '.join(pose_transfer.COMPONENTS)}"
-        )
-    if job.paste_back and drivers.mode != "expression_only":
-        raise UserError(
-            "--paste_back puts the face back where it was, so the pose must be the source's own: "
-            "give --expression alone, without --driving and --pose"
-        )
-    for name, least in (("steps", 1), ("max_frames", 1), ("hybrid_steps", 0), ("seed", 0)):
-        value = getattr(job, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value}: at least {least}")
-    for path in (job.source, drivers.pose, drivers.expression):
-        if path is not None and not driving.is_typed_pose(path) and not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
-    outputs = [path for path in (job.out, job.side_by_side) if path]
-    for path in outputs:
-        check_output(path, job.overwrite)
-    inputs = [
-        Path(path).resolve() for path in (job.source, drivers.pose, drivers.expression) if path
-    ]
-    if len({Path(path).resolve() for path in outputs}) < len(outputs) or any(
-        Path(path).resolve() in inputs for path in outputs
-    ):
-        raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
-
-
-def check_output(path: str | Path, overwrite: bool) -> None:
-    """UserError, before any work is done, where the video ``path`` could not be written at the end."""
-    path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise UserError(f"{path}: the name of the video must end in .mp4")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; give the name of a video")
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already; add --overwrite to replace it")
-    folder = path.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write {path}: {folder} is a file; choose another folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"cannot write {path}: no permission to write in {folder}; choose another folder"
-        )
-
-
-# --- making ---------------------------------------------------------------------------
+    return made
 
 
 @dataclass(frozen=True)
@@ -200,59 +106,73 @@ class Plan:
     """One video, planned: source, drive of every frame, and drivers to show beside the result."""
 
     mode: str
-    fps: float
+    timeline: driving.Timeline
     source: Clip
     full_picture: UInt8[np.ndarray, "height width 3"]
     drive: Drive
-    shown: dict[str, tuple[Clip, np.ndarray]] = field(default_factory=dict)  # title -> clip, frames
+    drivers: dict[str, Driver] = field(default_factory=dict)  # pose, expression: those of files
+
+    @functools.cached_property
+    def shown(self) -> dict[str, tuple[Clip, np.ndarray]]:
+        """Drivers to show beside the result: title -> clip and its frame at every output frame."""
+        drivers = self.drivers
+        if self.mode in ("self", "cross"):
+            drivers = {"driver": drivers["pose"]}
+        indices = {"driver": self.timeline.indices.get("pose"), **self.timeline.indices}
+        return {
+            name: (driver.clip, driver.shown[indices[name]]) for name, driver in drivers.items()
+        }
 
 
 def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     """Read and encode what ``job`` names, and decide pose and expression of every frame."""
-    drivers = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
-    source, picture = faces.portrait(job.source, job.max_frames, as_video=drivers.source_drives)
+    chosen = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
+    source, picture = faces.portrait(job.source, job.max_frames, as_video=chosen.source_drives)
     (source_pose,), (source_expression,) = encode_clip(model, source)
     relative = pose_transfer.relative_components(job.relative_pose)
 
-    typed = driving.parse_typed_pose(drivers.pose) if drivers.pose_is_typed else None
-    clips: dict[str, tuple[Clip, float | None]] = {}
-    if drivers.pose and not typed:
-        clips["pose"] = faces.driver(drivers.pose, job.max_frames)
-    if drivers.expression:
-        clips["expression"] = faces.driver(drivers.expression, job.max_frames)
-    clock = {name: (len(clip), rate) for name, (clip, rate) in clips.items()}
+    typed = driving.parse_typed_pose(chosen.pose) if chosen.pose_is_typed else None
+    drivers: dict[str, Driver] = {}
+    if chosen.pose and not typed:
+        drivers["pose"] = faces.driver(chosen.pose, job.max_frames)
+    if chosen.expression:
+        drivers["expression"] = faces.driver(chosen.expression, job.max_frames)
+    clock = {name: None if one.still else one.times for name, one in drivers.items()}
     frames = job.max_frames
     if typed:
-        clock["typed"] = (1, None)
+        clock["typed"] = None
         last = int(typed[-1].get("frame", 0))
-        if last and not any(rate for _, rate in clock.values()):
+        if last and all(times is None for times in clock.values()):
             frames = min(last + 1, frames or last + 1)
-    times = driving.timeline(clock, length=job.length, frames=frames)
+    timeline = driving.timeline(clock, length=job.length, frames=frames)
 
-    encoded = {}
-    for name, (clip, _) in clips.items():
-        same = name == "expression" and "pose" in clips and clips["pose"][0] is clip
-        needed = clip.part(0, int(times.indices[name].max()) + 1)
-        encoded[name] = encoded["pose"] if same else encode_clip(model, needed)
+    tracks: dict[str, driver_track.Track] = {}
+    for name, driver in drivers.items():
+        if name == "expression" and drivers.get("pose") is driver:
+            tracks[name] = tracks["pose"]
+        else:
+            needed = int(timeline.indices[name].max()) + 1
+            tracks[name] = driver_track.encode_driver(model, driver, needed)
     if typed:
-        poses = driving.typed_poses(typed, source_pose, times.frames, relative)
-    elif "pose" in clips:
-        clip, rate = clips["pose"]
-        track = pose_transfer.smooth_poses(encoded["pose"][0], job.smooth, fps=rate or 1.0)
+        poses = driving.typed_poses(typed, source_pose, timeline.frames, relative)
+    elif "pose" in tracks:
+        track = pose_transfer.smooth_poses(
+            tracks["pose"].poses, job.smooth, fps=drivers["pose"].fps
+        )
         track = pose_transfer.transfer_pose(source_pose, track, relative)
-        poses = track[times.indices["pose"]]
+        poses = track[timeline.indices["pose"]]
     else:
-        poses = np.repeat(source_pose[None], times.frames, 0)
-    if "expression" in clips:
-        expressions = encoded["expression"][1][times.indices["expression"]]
+        poses = np.repeat(source_pose[None], timeline.frames, 0)
+    if "expression" in tracks:
+        track = driving.transfer_expression(
+            source_expression, tracks["expression"].expressions, job.relative_expression
+        )
+        expressions = track[timeline.indices["expression"]]
     else:
-        expressions = np.repeat(source_expression[None], times.frames, 0)
+        expressions = np.repeat(source_expression[None], timeline.frames, 0)
 
-    shown = {name: (clip, times.indices[name]) for name, (clip, _) in clips.items()}
-    if drivers.mode in ("self", "cross"):
-        shown = {"driver": shown["pose"]}
     drive = Drive(source_pose, source_expression, poses, expressions)
-    return Plan(drivers.mode, times.fps, source, picture, drive, shown)
+    return Plan(chosen.mode, timeline, source, picture, drive, drivers)
 
 
 def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
@@ -264,7 +184,12 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         **model.settings(job.sampling),
         frames=len(plan.drive),
         relative_pose=list(pose_transfer.relative_components(job.relative_pose)),
+        relative_expression=job.relative_expression,
         smooth=job.smooth,
+        bridged_frames={
+            name: int((~driver.seen[plan.timeline.indices[name]]).sum())
+            for name, driver in plan.drivers.items()
+        },
         pasted_back=job.paste_back,
     )
     metadata = provenance.container_metadata(record)
@@ -275,12 +200,13 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
     def report(part: float, note: str) -> None:
         progress.update(min(total, int(part * total + 1e-6)), note)
 
+    times = [None] * total if plan.timeline.steady else plan.timeline.times.tolist()
     number = 0
     with contextlib.ExitStack() as stack:
 
         def writer(path: str) -> video.VideoWriter:
             options = {"metadata": metadata, "overwrite": job.overwrite}
-            return stack.enter_context(video.VideoWriter(path, plan.fps, **options))
+            return stack.enter_context(video.VideoWriter(path, plan.timeline.fps, **options))
 
         result = writer(job.out)
         side = max(PANEL, source.shape[0])
@@ -288,17 +214,18 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         for images in model.animate(source, plan.drive, job.sampling, report):
             for image in images:
                 pasted = _paste(image, plan, faces) if job.paste_back else image
-                result.write(pasted)
+                result.write(pasted, times[number])
                 if beside:
                     shown = image
                     if job.paste_back:
                         shown = crop.extract(pasted, plan.source.crop_box, side)
-                    beside.write(_side_by_side(source, plan, number, shown, side))
+                    panels = _side_by_side(source, plan, number, shown, side)
+                    beside.write(panels, times[number])
                 number += 1
     provenance.write_sidecar(job.out, record)
-    print(
-        f"wrote {job.out}: {plan.mode.replace('_', ' ')}, {total} frames at {plan.fps:g} per second"
-    )
+    rate = f"{plan.timeline.fps:g} per second"
+    rate = rate if plan.timeline.steady else f"{rate} in the mean, at the driver's times"
+    print(f"wrote {job.out}: {plan.mode.replace('_', ' ')}, {total} frames at {rate}")
     return Path(job.out)
 
 

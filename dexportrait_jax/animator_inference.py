@@ -2,19 +2,22 @@
 
 DDIM with the progressive hybrid guidance (method.md 7.1, 7.2), windows as in 7.4. The reference,
 the windows' warped features, the denoiser and the decoder are compiled once each; a clip's length
-changes none of their shapes, and what is kept on the device is bounded (WINDOW_CACHE_BYTES).
+changes none of their shapes, and what is kept on the device is bounded (WINDOW_CACHE_BYTES). The
+reference UNet runs once a clip, and so does the projection of its features to keys and values.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dexportrait_jax.diffusion.guidance import GuidancePlan, guidance_plan
+from dexportrait_jax.diffusion.guidance import Branch, GuidancePlan, guidance_plan
 from dexportrait_jax.diffusion.sampler import blurred_start, frame_noise, sample, sampling_timesteps
 from dexportrait_jax.diffusion.schedule import NoiseSchedule
 from dexportrait_jax.diffusion.windows import windowed
@@ -26,7 +29,19 @@ from dexportrait_jax.models.animator.denoiser import Denoiser
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
-WINDOW_CACHE_BYTES = 512 << 20  # warped features of windows that are kept between denoising steps
+# Warped features of windows that are kept on the device between denoising steps. At the paper's sizes 24
+# frames of them are 552 MB in half precision, so one window fits; those of a long clip are made anew.
+WINDOW_CACHE_BYTES = 1 << 30
+# Knobs of config.sampling that an older export lacks, at what was true before them.
+LATER_KNOBS = {"null_reference": "dropped", "null_pose": "zero", "expression_guidance": None}
+
+
+class DenoiserPrograms(NamedTuple):
+    """What is compiled of a denoiser: what is fixed for a clip, for a window, and a pass."""
+
+    keys_values: Callable[..., Any]
+    residuals: Callable[..., Any]
+    predict: Callable[..., Any]
 
 
 class AnimatorModel(PortraitModel):
@@ -47,7 +62,7 @@ class AnimatorModel(PortraitModel):
         self.schedule = NoiseSchedule(**self.config.diffusion)
         self._source = jax.jit(self._encode_source)
         self._decode = jax.jit(self._decode_batch)
-        self._denoisers: dict[str, tuple[Any, Any]] = {}
+        self._denoisers: dict[bool, DenoiserPrograms] = {}
 
     @property
     def clip_length(self) -> int:
@@ -77,42 +92,36 @@ class AnimatorModel(PortraitModel):
             )
         if settings["steps"] > self.schedule.steps:
             raise UserError(f"--steps={settings['steps']}: at most {self.schedule.steps}")
+        if settings["expression_guidance"] is not None and settings["reading"] != "three_scale":
+            raise UserError("--expression_guidance needs --reading=three_scale")
         return guidance_plan(
             settings["steps"],
             scale=settings["guidance"],
             hold=settings["hybrid_steps"],
-            reading=self.config.sampling.reading,
+            reading=settings["reading"],
+            expression_scale=settings["expression_guidance"],
         )
 
     def _chosen(self, sampling: Sampling) -> dict[str, Any]:
-        default = self.config.sampling
-        steps = default.steps if sampling.steps is None else sampling.steps
-        hold = sampling.hybrid_steps
-        if hold is None:
-            hold = round(default.hybrid_steps * steps / default.steps)
-        null = sampling.expression_null or default.expression_null
+        """All of config.sampling, and what is given in its place."""
+        default = {**LATER_KNOBS, **self.config.sampling.to_dict()}
+        given = {name: value for name, value in asdict(sampling).items() if value is not None}
+        chosen = {**default, **given}
+        if sampling.hybrid_steps is None:
+            share = default["hybrid_steps"] / default["steps"]
+            chosen["hybrid_steps"] = round(share * chosen["steps"])
         trained = self.config.model.denoiser.get("expression_null", "learned")
-        if null == "learned" and trained != "learned":
+        if chosen["expression_null"] == "learned" and trained != "learned":
             raise UserError(
                 f"--expression_null=learned: this model was trained with {trained!r} and has no "
                 "null tokens; use zero or source"
             )
-        guidance = default.guidance if sampling.guidance is None else sampling.guidance
-        return {
-            "steps": steps,
-            "guidance": guidance,
-            "hybrid_steps": hold,
-            "expression_null": null,
-        }
+        return chosen
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         self.plan(sampling)
         # All of it: a picture is not to be had again from the steps and the scale alone.
-        return {
-            "seed": sampling.seed,
-            **self.config.sampling.to_dict(),
-            **self._chosen(sampling),
-        }
+        return self._chosen(sampling)
 
     # --- compiled parts ---------------------------------------------------------------
 
@@ -133,17 +142,18 @@ class AnimatorModel(PortraitModel):
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
         return autoencoder.decode(latents / autoencoder.scale)
 
-    def _denoiser(self, null: str) -> tuple[Any, Any]:
-        """(conditions of a window with everything fixed computed, prediction), compiled."""
+    def _denoiser(self, null: str) -> DenoiserPrograms:
         zero = null == "zero"
         if zero not in self._denoisers:
             network = self._denoiser_network(zero)
-            length, _ = self.window
             temporal = self.networks.get("temporal")
-            frames = length if temporal else 1
+            frames = self.window[0] if temporal else 1
 
-            def cache(params, conditions):
-                return network.bind(params["denoiser"]).cache(conditions)
+            def keys_values(params, bank):
+                return network.bind(params["denoiser"]).keys_values(bank)
+
+            def residuals(params, conditions):
+                return network.bind(params["denoiser"]).residuals(conditions)
 
             def predict(params, latents, timesteps, conditions):
                 modules = temporal.bind(params["temporal"]) if temporal else None
@@ -151,7 +161,9 @@ class AnimatorModel(PortraitModel):
                     latents, timesteps, conditions, temporal=modules, frames=frames
                 )
 
-            self._denoisers[zero] = jax.jit(cache), jax.jit(predict)
+            self._denoisers[zero] = DenoiserPrograms(
+                jax.jit(keys_values), jax.jit(residuals), jax.jit(predict)
+            )
         return self._denoisers[zero]
 
     def _denoiser_network(self, zero: bool) -> Network:
@@ -170,86 +182,109 @@ class AnimatorModel(PortraitModel):
     def animate(self, source, drive, sampling, report=lambda part, note: None):
         settings, plan = self._chosen(sampling), self.plan(sampling)
         latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
-        windows = _Windows(self, drive, bank, context, settings["expression_null"])
+        windows = _Windows(self, drive, bank, context, settings)
         length, overlap = self.window
-        latents = self._start(np.asarray(latent)[0], len(drive), plan, sampling.seed)
+        source_latent = np.asarray(latent)[0]
+        shape, steps = source_latent.shape, len(plan.steps)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
             windowed(windows.predict, len(drive), length=length, overlap=overlap),
             self.schedule,
             plan,
-            latents,
-            spacing=self.config.sampling.spacing,
-            offset=self.config.sampling.offset,
-            eta=self.config.sampling.eta,
-            noise=lambda step: self._noise(len(drive), latents.shape[1:], sampling.seed, step + 1),
-            progress=lambda done, total: report(share * done / total, f"step {done} of {total}"),
+            self._start(source_latent, len(drive), plan, sampling.seed),
+            spacing=settings["spacing"],
+            offset=settings["offset"],
+            eta=settings["eta"],
+            noise=lambda step, part: self._noise(part, shape, sampling.seed, step + 1),
+            progress=lambda step, done: report(
+                share * (step + done) / steps, f"step {step + 1} of {steps}"
+            ),
         )
         for first in range(0, len(latents), BATCH):
             chunk = latents[first : first + BATCH]
-            images = self._decode(self.params, padded(chunk, BATCH))
+            # Cut on the host: on the device every number of frames would be a program of its own.
+            images = np.asarray(self._decode(self.params, padded(chunk, BATCH)))[: len(chunk)]
             done = (first + len(chunk)) / len(latents)
-            yield to_uint8(images[: len(chunk)])
+            yield to_uint8(images)
             report(share + (1 - share) * done, "")
 
     def _start(
         self, source: Float[np.ndarray, "h w c"], frames: int, plan: GuidancePlan, seed: int
     ) -> Float[np.ndarray, "frames h w c"]:
         """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1)."""
-        noise = self._noise(frames, source.shape, seed, step=0)
+        noise = self._noise(slice(0, frames), source.shape, seed, step=0)
         if self.config.sampling.start == "noise":
             return noise
         options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}
         first = sampling_timesteps(self.schedule, len(plan.steps), **options)[0]
         return blurred_start(self.schedule, source, noise, int(first))
 
-    def _noise(self, frames: int, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
-        """Noise of the start (step 0) or of a stochastic step, for all frames."""
-        sampling = self.config.sampling
-        noise = frame_noise(seed, frames, shape, step=step, shared=sampling.shared_noise)
-        return np.float32(sampling.temperature) * noise
+    def _noise(self, part: slice, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
+        """Noise of the start (step 0) or of a stochastic step, for some frames."""
+        sampling, frames = self.config.sampling, part.stop - part.start
+        noise = frame_noise(
+            seed, frames, shape, first=part.start, step=step, shared=sampling.shared_noise
+        )
+        noise *= np.float32(sampling.temperature)
+        return noise
 
 
 class _Windows:
     """Predictions for windows of one clip; the parts that no step changes are kept while they fit."""
 
     def __init__(
-        self, model: AnimatorModel, drive: Drive, bank: dict[str, Array], context, null: str
+        self, model: AnimatorModel, drive: Drive, bank: dict[str, Array], context, settings
     ):
         self.model, self.drive, self.bank, self.context = model, drive, bank, context
-        self.cache, self.denoise = model._denoiser(null)
-        self.reading = NullReading(expression="source" if null == "source" else "null")
-        self._kept: dict[bytes, Conditions] = {}
+        null = settings["expression_null"]
+        self.programs = model._denoiser(null)
+        self.keys_values = self.programs.keys_values(model.params, bank)
+        self.reading = NullReading(
+            expression="source" if null == "source" else "null",
+            reference=settings["null_reference"],
+            pose=settings["null_pose"],
+        )
+        self._kept: dict[bytes, Any] = {}
         self._bytes = 0
 
-    def predict(self, latents, timesteps, branch, frames) -> Array:
+    def predict(self, latents, timesteps, frames, branch) -> Array:
         """The prediction of one branch for the frames of one window."""
-        length = len(frames)
-        source_expression = np.repeat(self.drive.source_expression[None], length, 0)
+        source_expression = np.repeat(self.drive.source_expression[None], len(frames), 0)
         conditions = branch_conditions(
-            self._conditions(frames), branch, self.reading, source_expression
+            self._conditions(frames, branch), branch, self.reading, source_expression
         )
-        return self.denoise(self.model.params, latents, timesteps, conditions)
+        return self.programs.predict(self.model.params, latents, timesteps, conditions)
 
-    def _conditions(self, frames: np.ndarray) -> Conditions:
-        key = frames.tobytes()
-        if key not in self._kept:
-            context = None
-            if self.context is not None:
-                context = jnp.repeat(self.context, len(frames), 0)
-            conditions = self.cache(
-                self.model.params,
-                Conditions(
-                    reference=self.bank,
-                    source_pose=self.drive.source_pose[None],
-                    driving_pose=self.drive.poses[frames],
-                    expression=self.drive.expressions[frames],
-                    context=context,
-                ),
-            )
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(conditions))
-            if self._bytes + size > WINDOW_CACHE_BYTES:
-                return conditions
+    def _conditions(self, frames: np.ndarray, branch: Branch) -> Conditions:
+        """Those of "full", with keys, values and residuals in place of the reference's features."""
+        context = None
+        if self.context is not None:
+            context = jnp.repeat(self.context, len(frames), 0)
+        source = self.drive.source_pose[None]
+        poses = self.drive.poses[frames]
+        bare = branch in ("null", "expression")
+        kept = b"" if bare else frames.tobytes()
+        if bare:  # in whose poses nothing moves: all windows have one residual, if any
+            poses = np.repeat(source, len(frames), 0)
+        needs_residuals = not bare or (
+            self.reading.reference == "kept" and self.reading.pose == "source"
+        )
+        return Conditions(
+            keys_values=self.keys_values,
+            residuals=self._residuals(kept, source, poses) if needs_residuals else None,
+            source_pose=source,
+            driving_pose=poses,
+            expression=self.drive.expressions[frames],
+            context=context,
+        )
+
+    def _residuals(self, key: bytes, source: np.ndarray, poses: np.ndarray) -> Any:
+        if key in self._kept:
+            return self._kept[key]
+        conditions = Conditions(reference=self.bank, source_pose=source, driving_pose=poses)
+        residuals = self.programs.residuals(self.model.params, conditions)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(residuals))
+        if self._bytes + size <= WINDOW_CACHE_BYTES:
             self._bytes += size
-            self._kept[key] = conditions
-        return self._kept[key]
+            self._kept[key] = residuals
+        return residuals

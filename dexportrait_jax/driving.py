@@ -184,50 +184,76 @@ def typed_poses(
 # --- the clock ------------------------------------------------------------------------
 
 
+STILL_FPS = 25.0  # of a result that no video drives
+SLACK = 0.1  # of a frame: files round their times
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """Which frame of each driver every output frame takes."""
+    """When every output frame is shown, and which frame of each driver it takes.
+
+    Attributes:
+        fps: frames per second, in the mean.
+        times: seconds from the first frame.
+        indices: name of a driver -> its frame numbers.
+    """
 
     fps: float
+    times: Float[np.ndarray, " frames"]
     indices: dict[str, Int[np.ndarray, " frames"]]
 
     @property
     def frames(self) -> int:
-        return len(next(iter(self.indices.values())))
+        return len(self.times)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the rate is constant, but for the rounding of a file's times."""
+        return bool((np.abs(self.times * self.fps - np.arange(self.frames)) < SLACK).all())
 
 
 def timeline(
-    drivers: dict[str, tuple[int, float | None]],
+    drivers: dict[str, Float[np.ndarray, " n"] | None],
     *,
     length: str = "shortest",
     frames: int | None = None,
-    fps: float | None = None,
 ) -> Timeline:
     """One clock for drivers of different length and rate.
 
-    ``drivers``: name -> (number of frames, frames per second), rate None for a still, which is held
-    for ever. The output runs at ``fps``, by default the rate of the first moving driver (25 if
-    there is none); each driver is read at the nearest earlier frame in time. ``length``: "shortest"
-    ends with the first driver that ends, "hold" goes on to the longest and holds the last frame of
-    the others. ``frames`` shortens the clip, and gives the length where only stills drive (default
-    1 second).
+    ``drivers``: name -> seconds of its frames from 0, or None for a still, which is held for ever. The
+    output has the frames and times of the first moving driver, also where its rate varies (25 per
+    second if none moves); each of the others is read at the nearest earlier frame in time.
+    ``length``: "shortest" ends with the first driver that ends, "hold" goes on to the longest, at the
+    mean rate, and holds the last frame of the others. ``frames`` shortens the clip, and gives the
+    length where only stills drive (default 1 second).
     """
     if length not in ("shortest", "hold"):
         raise UserError(f"--length={length}: there are shortest and hold")
     if frames is not None and frames < 1:
         raise UserError(f"--frames={frames}: at least 1")
-    moving = {name: (count, rate) for name, (count, rate) in drivers.items() if rate is not None}
-    fps = fps or next((rate for _, rate in moving.values()), 25.0)
+    moving = {name: np.asarray(times) for name, times in drivers.items() if times is not None}
     if moving:
-        # the small addend: 3 frames at 30 fps last 3 / 30 s, which is 2.9999 frames in floating
-        # point
-        counts = [max(1, int(count * fps / rate + 1e-6)) for count, rate in moving.values()]
-        total = min(counts) if length == "shortest" else max(counts)
-        total = total if frames is None else min(total, frames)
+        times = next(iter(moving.values()))
+        fps = _rate(times)
+        # A frame lasts as long as one does in the mean, so n of them at r per second last n / r.
+        ends = [other[-1] + 1 / _rate(other) for other in moving.values()]
+        if length == "shortest":
+            times = times[times < max(min(ends) - SLACK / fps, SLACK / fps)]
+        else:
+            more = int((max(ends) - ends[0]) * fps + SLACK)
+            times = np.concatenate([times, times[-1] + np.arange(1, more + 1) / fps])
+        times = times[:frames]
     else:
-        total = frames or max(1, round(fps))
+        fps = STILL_FPS
+        times = np.arange(frames or round(fps)) / fps
     indices = {}
-    for name, (count, rate) in drivers.items():
-        position = np.floor(np.arange(total) * (rate or 0.0) / fps + 1e-6).astype(np.int64)
-        indices[name] = np.minimum(position, count - 1)
-    return Timeline(float(fps), indices)
+    for name, own in drivers.items():
+        if own is None:
+            indices[name] = np.zeros(len(times), np.int64)
+        else:
+            indices[name] = np.searchsorted(own, times + SLACK / _rate(own), side="right") - 1
+    return Timeline(float(fps), times, indices)
+
+
+def _rate(times: Float[np.ndarray, " n"]) -> float:
+    return (len(times) - 1) / float(times[-1])

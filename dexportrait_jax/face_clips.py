@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import cv2
@@ -12,21 +14,21 @@ from jaxtyping import Float, Int, UInt8
 
 from data_pipelines import video
 from data_pipelines.network_inputs import inference_inputs
-from data_pipelines.prepare.clips import clip_from_image, clip_from_video
+from data_pipelines.prepare.clips import clip_from_image
 from data_pipelines.prepare.crop import Settings
 from data_pipelines.prepare.detect import Landmarker
+from data_pipelines.prepare.driver import Driver, driver_from_video
 from data_pipelines.records import Clip
 from dexportrait_jax import assets
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import BATCH, PortraitModel
+from dexportrait_jax.metrics import Progress
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-READ_FACTOR = (
-    3  # frames read for each frame to make: a driver may run at a higher rate than the result
-)
-SMALLEST = (
-    256  # pictures are enlarged to this side before a face is looked for: small ones are missed
-)
+# Frames read for each frame to make: a driver may run at a higher rate than the result.
+READ_FACTOR = 3
+# Pictures are enlarged to this side before a face is looked for: small ones are missed.
+SMALLEST = 256
 
 
 class Faces:
@@ -42,7 +44,8 @@ class Faces:
         self.settings = Settings(**{"size": model.image_size, **given})
         self._stack = contextlib.ExitStack()
         self._landmarker: Landmarker | None = None
-        self._clips: dict[tuple[str, int | None], Clip] = {}
+        self._pictures: dict[str, Clip] = {}
+        self._videos: dict[tuple[str, int | None], Driver] = {}
 
     def __enter__(self) -> Faces:
         return self
@@ -58,20 +61,21 @@ class Faces:
             self._landmarker = self._stack.enter_context(Landmarker(path))
         return self._landmarker
 
-    def driver(self, path: str, max_frames: int | None = None) -> tuple[Clip, float | None]:
-        """The clip of a driver and its rate; None as the rate of a still picture.
+    def driver(self, path: str, max_frames: int | None = None) -> Driver:
+        """A video as a driver; a picture is one that stands still.
 
-        ``max_frames``: how many frames of the result it has to drive, None for all it has.
+        ``max_frames``: how many frames of the result it has to drive, None for all it has. Frames that
+        show no usable face, and what else is left out of a video, are told on stderr.
         """
         if is_image(path):
-            return self._picture(path), None
-        clip = self._video(path, max_frames)
-        if len(clip) < 2:
+            return Driver.steady(self._picture(path))
+        driver = self._video(path, max_frames)
+        if driver.still:
             raise UserError(
                 f"{path} has only one usable frame, which moves nothing; give a longer video, or save "
                 "the frame as a picture for --pose or --expression"
             )
-        return clip, clip.fps
+        return driver
 
     def portrait(
         self, path: str, max_frames: int | None = None, *, as_video: bool = False
@@ -81,7 +85,7 @@ class Faces:
         Of a video the first frame is taken. ``as_video``: the first frame of its clip, cut by the
         box of the whole clip, as it is when it drives itself.
         """
-        clip = self._video(path, max_frames).part(0, 1) if as_video else self._picture(path)
+        clip = self._video(path, max_frames).clip.part(0, 1) if as_video else self._picture(path)
         return clip, video.read_image(path)
 
     def landmarks(self, image: UInt8[np.ndarray, "n n 3"]) -> Float[np.ndarray, "478 3"] | None:
@@ -90,20 +94,33 @@ class Faces:
         found = self.landmarker.detect(enlarged)
         return found[0].landmarks * (2 / enlarged.shape[0]) - (1, 1, 0) if found else None
 
-    def _picture(self, path: str) -> Clip:
-        key = (path, 0)
-        if key not in self._clips:
-            self._clips[key] = clip_from_image(path, self.landmarker, self.settings)
-        return self._clips[key]
+    def keep(self, paths: Collection[str]) -> None:
+        """Forgets all files but these: what no job is left for need not stay in memory."""
+        self._pictures = {path: clip for path, clip in self._pictures.items() if path in paths}
+        self._videos = {key: driver for key, driver in self._videos.items() if key[0] in paths}
 
-    def _video(self, path: str, max_frames: int | None) -> Clip:
+    def _picture(self, path: str) -> Clip:
+        if path not in self._pictures:
+            self._pictures[path] = clip_from_image(path, self.landmarker, self.settings)
+        return self._pictures[path]
+
+    def _video(self, path: str, max_frames: int | None) -> Driver:
         limit = None if max_frames is None else READ_FACTOR * max_frames + 1
         key = (path, limit)
-        if key not in self._clips:
-            self._clips[key] = clip_from_video(
-                path, self.landmarker, self.settings, max_frames=limit
+        if key not in self._videos:
+            total = min(video.probe(path).frames, limit or sys.maxsize)  # 0 where it is not known
+            progress = Progress(f"read {Path(path).name}", total, unit="frame")
+            driver = driver_from_video(
+                path,
+                self.landmarker,
+                self.settings,
+                max_frames=limit,
+                on_frame=progress.update if total else None,
             )
-        return self._clips[key]
+            if driver.left_out:
+                print(f"warning: {path}: {driver.left_out}", file=sys.stderr)
+            self._videos[key] = driver
+        return self._videos[key]
 
 
 def is_image(path: str | Path) -> bool:

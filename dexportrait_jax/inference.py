@@ -8,6 +8,7 @@ has not.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,12 @@ class Sampling:
     steps: int | None = None
     guidance: float | None = None
     hybrid_steps: int | None = None
+    expression_guidance: float | None = None
+    reading: str | None = None
     expression_null: str | None = None
+    null_reference: str | None = None
+    null_pose: str | None = None
+    eta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,8 @@ class MotionModel(PortraitModel):
         self._reenact = jax.jit(self._reenact_batch)
 
     def settings(self, sampling):
-        for name in ("steps", "guidance", "hybrid_steps", "expression_null"):
-            if getattr(sampling, name) is not None:
+        for name, value in dataclasses.asdict(sampling).items():
+            if name != "seed" and value is not None:
                 raise UserError(
                     f"--{name} is for the animator: an export of the motion trainer makes each frame "
                     "in one pass; leave it out, or give an export of an animator stage"
@@ -173,7 +179,8 @@ class MotionModel(PortraitModel):
                 padded(drive.expressions[part], BATCH),
             )
             report((first + count) / len(drive), "")
-            yield to_uint8(images[:count])
+            # Cut on the host: on the device every number of frames would be a program of its own.
+            yield to_uint8(np.asarray(images)[:count])
 
 
 def padded(array: np.ndarray, size: int) -> np.ndarray:

@@ -23,6 +23,17 @@ class Job(NamedTuple):
     takes_config: bool = False
 
 
+# What flags of `animate` may be, in a file of jobs too.
+ANIMATE_CHOICES = {
+    "smooth": ("none", "gaussian", "one_euro"),
+    "length": ("shortest", "hold"),
+    "reading": ("hybrid", "expression_in_both", "three_scale"),
+    "expression_null": ("learned", "zero", "source"),
+    "null_reference": ("dropped", "kept"),
+    "null_pose": ("zero", "source"),
+}
+
+
 def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options) -> None:
     parser.add_argument(f"--{name}", help=help, **options)
 
@@ -179,9 +190,15 @@ def _animate(parser):
     )
     _flag(
         parser,
+        "relative_expression",
+        "add the driver's change of expression, from its first frame, to the source's own",
+        action="store_true",
+    )
+    _flag(
+        parser,
         "smooth",
         "smoothing of the driven pose (default: %(default)s)",
-        choices=("none", "gaussian", "one_euro"),
+        choices=ANIMATE_CHOICES["smooth"],
         default="none",
     )
     _flag(
@@ -189,7 +206,7 @@ def _animate(parser):
         "length",
         "when pose and expression drivers differ in length: end with the shortest, or hold "
         "the last frame (default: %(default)s)",
-        choices=("shortest", "hold"),
+        choices=ANIMATE_CHOICES["length"],
         default="shortest",
     )
     _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
@@ -215,11 +232,26 @@ def _animate(parser):
         type=int,
         default=None,
     )
+    for name, help in (
+        ("reading", "how the guidance with and without expression are mixed"),
+        ("expression_null", "what 'without expression' means"),
+        ("null_reference", "the reference's tokens in the unconditional branch"),
+        ("null_pose", "the pose in the unconditional branch"),
+    ):
+        choices = ANIMATE_CHOICES[name]
+        _flag(parser, name, f"{help} (default: the config's)", choices=choices, default=None)
     _flag(
         parser,
-        "expression_null",
-        "what 'without expression' means (default: the config's)",
-        choices=("learned", "zero", "source"),
+        "expression_guidance",
+        "scale of the expression with --reading=three_scale (default: --guidance)",
+        type=float,
+        default=None,
+    )
+    _flag(
+        parser,
+        "eta",
+        "noise added in every step: 0 none, 1 as much as DDPM (default: the config's)",
+        type=float,
         default=None,
     )
     _flag(

@@ -11,7 +11,8 @@ import pytest
 
 from data_pipelines import video
 from data_pipelines.augment import default_augment
-from dexportrait_jax import animate, driving, pose_transfer, provenance
+from data_pipelines.prepare.driver import Driver
+from dexportrait_jax import animate, animate_jobs, cli, driving, pose_transfer, provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import PortraitModel
 from tests import fixtures
@@ -64,9 +65,9 @@ class DrawnFaces(animate.Faces):
 
     def _video(self, path, max_frames):
         key = (path, max_frames)
-        if key not in self._clips:
-            self._clips[key] = fixtures.make_clip(PEOPLE[Path(path).stem], FRAMES)
-        return self._clips[key]
+        if key not in self._videos:
+            self._videos[key] = Driver.steady(fixtures.make_clip(PEOPLE[Path(path).stem], FRAMES))
+        return self._videos[key]
 
     def landmarks(self, image):
         return None
@@ -203,6 +204,96 @@ def test_several_jobs_of_a_file(model, files, tmp_path):
             animate.run_animate("weights", jobs=str(path))
 
 
+def test_a_bad_entry_of_a_file_does_not_stop_the_others(
+    model, files, tmp_path, capsys, monkeypatch
+):
+    def settings(sampling):
+        if sampling.steps is not None:
+            raise UserError("--steps is for the animator")
+        return {"steps": None, "seed": sampling.seed}
+
+    monkeypatch.setattr(model, "settings", settings)
+    a, b = str(files / "a.png"), str(files / "b.mp4")
+    good = {"source": a, "driving": b, "max_frames": 2}
+    jobs = [
+        {**good, "out": str(tmp_path / "1.mp4"), "smooth": "kalman"},
+        {**good, "out": str(tmp_path / "2.mp4")},
+        {**good, "out": str(tmp_path / "3.mp4"), "driving": str(files / "gone.mp4")},
+        {**good, "out": str(tmp_path / "4.mp4"), "steps": 3},  # that only the model refuses
+        {**good, "out": str(tmp_path / "2.mp4")},  # which is there by then
+        {**good, "out": str(tmp_path / "6.mp4")},
+    ]
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    assert cli.run(["animate", "--weights=weights", f"--jobs={path}"]) == 1
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["2.mp4", "6.mp4"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "entry" in line]
+    for line, words in zip(
+        said,
+        (
+            "entry 1: smooth cannot be 'kalman'; there are none, gaussian, one_euro",
+            "entry 3: " + str(files / "gone.mp4"),
+            "entry 4: --steps is for the animator",
+            "entry 5: " + str(tmp_path / "2.mp4"),
+            "4 of 6 videos not made; entry 1: ",
+        ),
+        strict=True,
+    ):
+        assert words in line
+    jobs = [jobs[1], jobs[5]]
+    path.write_text(json.dumps(jobs))
+    assert cli.run(["animate", "--weights=weights", f"--jobs={path}", "--overwrite"]) == 0
+
+
+def test_files_are_kept_while_jobs_need_them(model, files, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(DrawnFaces, "keep", lambda self, paths: kept.append(set(paths)))
+    a, b, c = (str(files / name) for name in ("a.png", "b.mp4", "c.mp4"))
+    jobs = [
+        {"source": a, "driving": b, "out": str(tmp_path / "1.mp4")},
+        {"source": a, "expression": c, "pose": '{"yaw": 3}', "out": str(tmp_path / "2.mp4")},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    animate.run_animate("weights", jobs=str(tmp_path / "jobs.json"), max_frames=2)
+    assert kept == [{a, b, c}, {a, c}]
+
+
+def test_a_face_that_is_away_is_bridged_and_told(model, files, tmp_path, monkeypatch):
+    seen = np.array([True, True, False, False, False, True, True, True])
+    clip = fixtures.make_clip(1, 5)
+    away = Driver(clip, np.arange(8) / 25, seen)
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: away)
+    beside = tmp_path / "beside.mp4"
+    out = run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(beside))
+    poses, codes = animate.encode_clip(model, clip)
+    (drive,) = model.drives
+    np.testing.assert_array_equal(drive.poses[seen], poses)
+    np.testing.assert_array_equal(drive.expressions[seen], codes)
+    np.testing.assert_allclose(drive.expressions[3], (codes[1] + codes[2]) / 2, rtol=1e-5)
+    assert provenance.read(out)["bridged_frames"] == {"pose": 3, "expression": 3}
+    assert len(decoded(out)) == len(decoded(beside)) == 8
+
+
+def test_a_variable_rate_drives_at_its_own_times(model, files, tmp_path, monkeypatch):
+    times = np.array([0, 40, 200, 240, 500, 540]) / 1000
+    varying = Driver(fixtures.make_clip(1, 6), times, np.ones(6, bool))
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: varying)
+    out = run(
+        files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(tmp_path / "s.mp4")
+    )
+    for path in (out, tmp_path / "s.mp4"):
+        shown = [frame.time for frame in video.read_frames(path)]
+        np.testing.assert_allclose(shown, times, atol=1e-4)
+
+
+def test_relative_expression(model, files, tmp_path):
+    run(files, tmp_path, source="a.png", driving="b.mp4", relative_expression=True)
+    codes = animate.encode_clip(model, fixtures.make_clip(1, FRAMES))[1]
+    (drive,) = model.drives
+    wanted = drive.source_expression + codes - codes[0]
+    np.testing.assert_allclose(drive.expressions, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -231,7 +322,7 @@ def test_outputs_are_protected(model, files, tmp_path):
         run(files, tmp_path, source="a.png", driving="b.mp4")
     assert out.read_text() == "mine"
     with pytest.raises(UserError, match=r"is a file"):
-        animate.check_output(out / "below.mp4", False)
+        animate_jobs.check_output(out / "below.mp4", False)
     with pytest.raises(UserError, match="differ"):
         run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(out), overwrite=True)
 
@@ -248,7 +339,8 @@ def test_a_failure_leaves_nothing_behind(model, files, tmp_path, monkeypatch):
 
 
 def test_a_driver_of_one_frame(model, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: fixtures.make_clip(1, 1))
+    one = Driver.steady(fixtures.make_clip(1, 1))
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: one)
     with pytest.raises(UserError, match="one usable frame"):
         run(files, tmp_path, source="a.png", driving="b.mp4")
 

@@ -203,26 +203,47 @@ def test_wrong_typed_poses_end_in_one_line(text):
     assert "--pose" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def steady(count, rate):
+    return np.arange(count) / rate
+
+
 def test_timeline_shortest_and_hold():
-    drivers = {"pose": (4, 25.0), "expression": (6, 25.0)}
+    drivers = {"pose": steady(4, 25.0), "expression": steady(6, 25.0)}
     shortest = driving.timeline(drivers)
     assert shortest.indices["expression"].tolist() == [0, 1, 2, 3] and shortest.frames == 4
     hold = driving.timeline(drivers, length="hold")
     assert hold.indices["pose"].tolist() == [0, 1, 2, 3, 3, 3]
     assert hold.indices["expression"].tolist() == [0, 1, 2, 3, 4, 5]
+    np.testing.assert_allclose(hold.times, steady(6, 25.0))
+    first_ends_last = driving.timeline({"pose": steady(6, 25.0), "expression": steady(4, 25.0)})
+    assert first_ends_last.frames == 4
 
 
 def test_timeline_follows_the_clock_when_rates_differ():
-    result = driving.timeline({"pose": (6, 30.0), "expression": (3, 15.0)})
-    assert result.fps == 30.0
+    result = driving.timeline({"pose": steady(6, 30.0), "expression": steady(3, 15.0)})
+    assert result.fps == pytest.approx(30.0) and result.steady
     assert result.indices["pose"].tolist() == [0, 1, 2, 3, 4, 5]
     assert result.indices["expression"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_timeline_of_a_variable_rate_is_the_drivers():
+    times = np.array([0.0, 0.04, 0.2, 0.24, 0.5])
+    result = driving.timeline({"pose": times, "expression": steady(13, 25.0)})
+    np.testing.assert_array_equal(result.times, times)
+    assert result.indices["pose"].tolist() == [0, 1, 2, 3, 4] and not result.steady
+    # What the other driver shows at 0, 0.04, 0.2, 0.24 and 0.48 s, the last before 0.5 s.
+    assert result.indices["expression"].tolist() == [0, 1, 5, 6, 12]
+
+
+def test_times_rounded_to_milliseconds_are_steady():
+    result = driving.timeline({"pose": np.round(steady(50, 29.97), 3)})
+    assert result.steady and result.indices["pose"].tolist() == list(range(50))
+
+
 def test_timeline_holds_stills_and_obeys_frames():
-    result = driving.timeline({"pose": (1, None), "expression": (5, 10.0)}, frames=3)
-    assert result.indices["pose"].tolist() == [0, 0, 0] and result.fps == 10.0
-    stills = driving.timeline({"pose": (1, None)})
+    result = driving.timeline({"pose": None, "expression": steady(5, 10.0)}, frames=3)
+    assert result.indices["pose"].tolist() == [0, 0, 0] and result.fps == pytest.approx(10.0)
+    stills = driving.timeline({"pose": None})
     assert stills.frames == 25 and stills.fps == 25.0
     with pytest.raises(UserError, match="shortest"):
-        driving.timeline({"pose": (1, None)}, length="longest")
+        driving.timeline({"pose": None}, length="longest")

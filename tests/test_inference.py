@@ -2,19 +2,22 @@
 clip's length.
 """
 
+import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
 import pytest
 
-from dexportrait_jax import pose_transfer
+from dexportrait_jax import animator_inference, pose_transfer
+from dexportrait_jax.animator_inference import DenoiserPrograms
 from dexportrait_jax.config import load_config
 from dexportrait_jax.diffusion.guidance import guidance_plan
-from dexportrait_jax.diffusion.sampler import frame_noise, sample
+from dexportrait_jax.diffusion.sampler import frame_noise, sample, whole
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Drive, Sampling, load_model
-from dexportrait_jax.models.animator.branches import branch_conditions
+from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.tasks import animator, autoencoder, motion
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
@@ -87,6 +90,7 @@ def video_model(models):
     return models("animator_video")
 
 
+SOURCE_FLOAT = np.zeros((8, 64, 64, 3), np.float32)
 SOURCE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
@@ -98,8 +102,8 @@ def make_drive(model, frames):
     return Drive(poses[0], codes[0], poses, codes[:frames])
 
 
-def pictures(model, frames, sampling=Sampling()):  # noqa: B008 - frozen
-    return np.concatenate(list(model.animate(SOURCE, make_drive(model, frames), sampling)))
+def pictures(model, frames, sampling=Sampling(), source=SOURCE):  # noqa: B008 - frozen
+    return np.concatenate(list(model.animate(source, make_drive(model, frames), sampling)))
 
 
 def test_every_stage_animates_the_same_way_twice(model):
@@ -138,6 +142,177 @@ def compiled(model):
     return [function._cache_size() for function in jitted]
 
 
+@pytest.fixture
+def programs():
+    """Names of the programs that JAX compiles, small ones of single operations too."""
+    names = []
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            text = record.getMessage()
+            if text.startswith("Compiling "):
+                names.append(text.split()[1])
+
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Heard()
+    logger.addHandler(handler)
+    with jax.log_compiles(True):
+        yield names
+    logger.removeHandler(handler)
+
+
+def test_another_clip_and_source_compile_nothing(model, programs):
+    """Neither the networks nor so much as a slice: lengths, source, seed and batch remainders differ."""
+    jax.jit(lambda x: x + 1)(np.zeros(7))
+    assert len(programs) == 1  # it hears
+    pictures(model, 3)
+    programs.clear()
+    assert len(pictures(model, 13, Sampling(seed=5), SOURCE[::-1])) == 13
+    pictures(model, 2)
+    assert programs == []
+
+
+class Counted:
+    """A program, and how often it ran."""
+
+    def __init__(self, program):
+        self.program, self.runs = program, 0
+
+    def __call__(self, *arguments):
+        self.runs += 1
+        return self.program(*arguments)
+
+
+def test_passes_of_the_denoiser(video_model, monkeypatch):
+    """The paper's 35 steps: 74 passes a window, one of the reference UNet and of its projections.
+
+    11 frames are 5 windows of 4 that overlap by 2; the warped features of each are made once.
+    """
+    model = video_model
+    counted = [Counted(program) for program in model._denoiser("learned")]
+    source = Counted(model._source)
+    monkeypatch.setattr(model, "_source", source)
+    monkeypatch.setitem(model._denoisers, False, DenoiserPrograms(*counted))
+    paper = Sampling(steps=35, guidance=2.5, hybrid_steps=5)
+    for frames, windows in ((2, 1), (11, 5)):
+        for one in (source, *counted):
+            one.runs = 0
+        pictures(model, frames, paper)
+        assert source.runs == 1
+        assert [one.runs for one in counted] == [1, windows, 74 * windows]
+
+
+def test_long_clips_have_no_seam(video_model):
+    """Where windows meet, frames differ as much from each other as they do inside a window.
+
+    A head that turns evenly, in noise that all frames share: what changes from frame to frame is the
+    pose alone, so a seam would stand out. 20 frames are 9 windows of 4 that overlap by 2.
+    """
+    drive = make_drive(video_model, 20)
+    codes = np.repeat(drive.expressions[:1], 20, 0)
+    drive = dataclasses.replace(drive, expressions=codes)
+    images = np.concatenate(list(video_model.animate(SOURCE, drive, Sampling(steps=4))))
+    change = np.abs(np.diff(images.astype(float), axis=0)).mean((1, 2, 3))
+    seams = np.arange(1, 18, 2)  # between the frames before and at the first of every later window
+    inside = np.setdiff1d(np.arange(2, 17), seams)
+    assert change[seams].mean() < 1.5 * change[inside].mean()
+    assert change.max() < 3 * np.median(change)
+
+
+def test_what_does_not_fit_is_made_anew_in_every_step_and_no_more(video_model, monkeypatch):
+    """A clip too long for the memory of warped features: one warp a window and step, same pictures."""
+    model, sampling = video_model, Sampling(steps=4, guidance=2.5, hybrid_steps=1)
+    kept = pictures(model, 6, sampling)
+    keys_values, residuals, predict = model._denoiser("learned")
+    keys_values, residuals = Counted(keys_values), Counted(residuals)
+    monkeypatch.setitem(model._denoisers, False, DenoiserPrograms(keys_values, residuals, predict))
+    monkeypatch.setattr(animator_inference, "WINDOW_CACHE_BYTES", 0)
+    np.testing.assert_array_equal(pictures(model, 6, sampling), kept)
+    assert (keys_values.runs, residuals.runs) == (1, 2 * 4)
+
+
+def test_projections_are_not_made_again_in_a_pass(video_model, monkeypatch):
+    """What the denoiser is given holds no features of the reference that it could project or warp."""
+    seen = []
+
+    def noted(params, latents, timesteps, conditions):
+        seen.append(conditions)
+        return latents
+
+    programs = video_model._denoiser("learned")
+    monkeypatch.setitem(video_model._denoisers, False, programs._replace(predict=noted))
+    pictures(video_model, 2)
+    assert all(conditions.reference is None for conditions in seen)
+    with_reference = [one for one in seen if one.keys_values is not None]
+    assert 0 < len(with_reference) < len(seen)
+    assert all(one.residuals is not None for one in with_reference)
+
+
+READINGS = [
+    {"reading": "expression_in_both"},
+    {"reading": "three_scale", "expression_guidance": 4.0},
+    {"expression_null": "source"},
+    {"expression_null": "zero"},
+    {"null_reference": "kept"},
+    {"null_reference": "kept", "null_pose": "source"},
+    {"null_pose": "source"},
+    {"eta": 1.0},
+]
+
+
+@pytest.mark.parametrize(
+    "reading", READINGS, ids=lambda reading: "-".join(map(str, reading.values()))
+)
+def test_every_reading_is_what_its_branches_say(video_model, reading):
+    """A flag reaches the denoiser: one window's prediction by hand, from nothing cached, is the sampler's."""
+    model, frames = video_model, 4
+    # Three steps: twice without the expression, once with it.
+    sampling = Sampling(steps=3, guidance=2.0, hybrid_steps=1, **reading)
+    settings, plan = model.settings(sampling), model.plan(sampling)
+    drive = make_drive(model, frames)
+    latent, bank, context = model._source(model.params, SOURCE[None], drive.source_pose[None])
+    null = settings["expression_null"]
+    full = Conditions(
+        reference=bank,
+        source_pose=drive.source_pose[None],
+        driving_pose=drive.poses,
+        expression=drive.expressions,
+    )
+    choice = NullReading(
+        "source" if null == "source" else "null",
+        settings["null_reference"],
+        settings["null_pose"],
+    )
+    own = np.repeat(drive.source_expression[None], frames, 0)
+    programs = model._denoiser(null)
+
+    def predict(latents, timesteps, branch):
+        conditions = branch_conditions(full, branch, choice, own)
+        return programs.predict(model.params, latents, timesteps, conditions)
+
+    def noise(step, part):
+        return 0.7 * frame_noise(0, frames, latent.shape[1:], step=step + 1, shared=0.5)
+
+    wanted = sample(
+        whole(predict),
+        model.schedule,
+        plan,
+        noise(-1, slice(0, frames)),
+        spacing=settings["spacing"],
+        eta=settings["eta"],
+        noise=noise,
+    )
+    made = []
+    decode, model._decode = model._decode, lambda params, z: made.append(z[:frames]) or SOURCE_FLOAT
+    try:
+        list(model.animate(SOURCE, drive, sampling))
+    finally:
+        model._decode = decode
+    # float32 through a network of random weights: a cached product is summed in another order
+    np.testing.assert_allclose(made[0], wanted, rtol=1e-3, atol=1e-3)
+    plain = Sampling(steps=3, guidance=2.0, hybrid_steps=1)
+    assert model.settings(plain) != settings
+
+
 def test_animator_equals_the_plain_sampler(video_model):
     """One window: the same pictures as DDIM over the whole clip, nothing cached, nothing cut.
 
@@ -161,7 +336,7 @@ def test_animator_equals_the_plain_sampler(video_model):
         return network(latents, timesteps, conditions, temporal=temporal, frames=frames)
 
     latents = sample(
-        lambda z, t, branch: predict(z, t, branch_conditions(full, branch)),
+        whole(lambda z, t, branch: predict(z, t, branch_conditions(full, branch))),
         model.schedule,
         guidance_plan(4, scale=1.0, hold=1),
         0.7 * frame_noise(0, frames, latent.shape[1:], shared=0.5),
@@ -195,6 +370,8 @@ def test_sampling_settings(video_model, models):
         model.plan(Sampling(hybrid_steps=3))
     with pytest.raises(UserError, match="--steps"):
         model.plan(Sampling(steps=5000))
+    with pytest.raises(UserError, match="needs --reading=three_scale"):
+        model.plan(Sampling(expression_guidance=2.0))
 
 
 def test_other_exports_are_refused(tmp_path):
@@ -213,6 +390,23 @@ def test_other_exports_are_refused(tmp_path):
         load_model(export_groups(tmp_path / "autoencoder", model, params))
     with pytest.raises(UserError, match="no such directory"):
         load_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("stage", ["motion", "animator_video"])
+def test_weights_of_another_width_are_refused(tmp_path, stage):
+    """A description that does not belong to the file of weights beside it."""
+    place = export(tmp_path, stage)
+    description = place / "model.json"
+    described = json.loads(description.read_text())
+    model = described["config"]["model"]
+    if stage == "motion":
+        model["pose"]["dims"] = [2 * width for width in model["pose"]["dims"]]
+    else:
+        model["unet"]["block_channels"] = [32, 32]
+    description.write_text(json.dumps(described))
+    with pytest.raises(UserError, match="shape") as caught:
+        load_model(place)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_export_older_than_a_knob_is_read(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,49 +47,42 @@ def clips_from_video(
     """
     naming = naming or Naming.of(path)
     damage: list[str] = []
-    observations, picture = _observe(path, landmarker, settings, max_frames, damage.append)
+    observations, picture = observe(path, landmarker, settings, max_frames, damage.append)
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
     verdict.damaged = "; ".join(damage)
+    groups = [np.arange(first, last) for first, last in runs]
+    return cut_out(path, observations, groups, naming, picture, settings), verdict
+
+
+def cut_out(
+    path: str | os.PathLike,
+    observations: list[filters.Observation],
+    groups: Sequence[np.ndarray],
+    naming: Naming,
+    picture: tuple[int, int],
+    settings: crop.Settings,
+) -> list[records.Clip]:
+    """A clip, cut by one box, of each group of frame numbers (n,) int; no frame is in two groups."""
     boxes = [
         crop.crop_box(
-            np.stack([observations[i].face.box for i in range(first, last)]), picture, settings
+            np.stack([observations[index].face.box for index in group]), picture, settings
         )
-        for first, last in runs
+        for group in groups
     ]
-    jpegs: list[list[bytes]] = [[] for _ in runs]
-    at = 0
-    last_frame = runs[-1][1] if runs else 0
-    for index, frame in enumerate(video.read_frames(path, max_frames=last_frame) if runs else ()):
-        while at < len(runs) and index >= runs[at][1]:
-            at += 1
-        if at < len(runs) and index >= runs[at][0]:
-            picked = crop.extract(frame.image, boxes[at], settings.size)
-            jpegs[at].append(crop.encode_jpeg(picked, settings.jpeg_quality))
+    owner = {int(index): number for number, group in enumerate(groups) for index in group}
+    jpegs: list[list[bytes]] = [[] for _ in groups]
+    last = max(owner, default=-1) + 1
+    for index, frame in enumerate(video.read_frames(path, max_frames=last) if last else ()):
+        if index in owner:
+            number = owner[index]
+            picked = crop.extract(frame.image, boxes[number], settings.size)
+            jpegs[number].append(crop.encode_jpeg(picked, settings.jpeg_quality))
     clips = []
-    for (first, last), box, frames in zip(runs, boxes, jpegs, strict=True):
-        seen = observations[first:last]
-        clip_id = f"{naming.name}-{first:06d}-{last - 1:06d}"
+    for group, box, frames in zip(groups, boxes, jpegs, strict=True):
+        seen = [observations[index] for index in group]
+        clip_id = f"{naming.name}-{group[0]:06d}-{group[-1]:06d}"
         clips.append(_clip(clip_id, naming, path, seen, frames, box, picture, settings))
-    return clips, verdict
-
-
-def clip_from_video(
-    path: str | os.PathLike,
-    landmarker: detect.Landmarker,
-    settings: crop.Settings | None = None,
-    *,
-    max_frames: int | None = None,
-) -> records.Clip:
-    """The longest usable run of frames of a video as one clip, for driving and measuring.
-
-    Raises:
-        UserError: it cannot be read, or shows no usable face; the message says why.
-    """
-    settings = dataclasses.replace(settings or crop.Settings(), min_frames=1, clip_frames=1 << 30)
-    clips, verdict = clips_from_video(path, landmarker, settings, max_frames=max_frames)
-    if not clips:
-        raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
-    return max(clips, key=len)
+    return clips
 
 
 def clip_from_image(
@@ -133,7 +127,18 @@ def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Obs
     return filters.Observation(time, face, verdict, False, error)
 
 
-def _observe(path, landmarker, settings, max_frames, on_damage):
+def observe(
+    path: str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings,
+    max_frames: int | None,
+    on_damage: Callable[[str], None],
+    on_frame: Callable[[int], None] | None = None,
+) -> tuple[list[filters.Observation], tuple[int, int]]:
+    """What is seen in every frame, and width and height of the picture; no frame is kept.
+
+    ``on_frame`` is told how many frames were looked at.
+    """
     observations: list[filters.Observation] = []
     thumbnail, picture, asked = None, (0, 0), 0
     frames = video.read_frames(path, max_frames=max_frames, on_damage=on_damage)
@@ -150,6 +155,8 @@ def _observe(path, landmarker, settings, max_frames, on_damage):
             seen = seen._replace(cut=cut)
         observations.append(seen)
         thumbnail = now
+        if on_frame is not None:
+            on_frame(index + 1)
     return observations, picture
 
 

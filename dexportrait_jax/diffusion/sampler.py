@@ -2,22 +2,27 @@
 
 The loop runs on the host and the network is the only compiled program: a DDIM step with guidance is a weighted
 sum of arrays whose weights are plain numbers. So nothing is recompiled when the number of steps, the
-scale or the length of the clip changes, and latents may be numpy arrays that never fit a device.
+scale or the length of the clip changes. Latents are a numpy array that need not fit a device; it is
+renewed in place, part by part, as a clip's windows come in: of a long clip nothing else is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dexportrait_jax.diffusion.guidance import Branch, GuidancePlan
+from dexportrait_jax.diffusion.guidance import Branch, GuidancePlan, GuidanceStep
 from dexportrait_jax.diffusion.schedule import NoiseSchedule
 
-Latents = TypeVar("Latents")
-Denoise = Callable[[Latents, Int[np.ndarray, " batch"], Branch], Latents]
+Latents = Float[np.ndarray, "batch h w c"]
+Timesteps = Int[np.ndarray, " batch"]
+Denoise = Callable[[Latents, Timesteps, Branch], Latents]
+# The guided prediction in parts that follow each other: frames, and their prediction. Once a part is
+# given, the latents of its frames are not read any more.
+Guided = Callable[[Latents, Timesteps, GuidanceStep], Iterator[tuple[slice, Latents]]]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 
@@ -88,8 +93,30 @@ def ddim_step(
     return result + of_noise * noise if of_noise else result
 
 
+def combine(
+    denoise: Callable[..., Latents], step: GuidanceStep, latents: Latents, *arguments
+) -> Latents:
+    """The guided prediction of a step: one pass a branch, each times its coefficient, float32.
+
+    ``denoise(latents, *arguments, branch)`` -> prediction.
+    """
+    guided = np.zeros(latents.shape, np.float32)
+    for branch, coefficient in zip(step.branches, step.coefficients, strict=True):
+        guided += np.float32(coefficient) * np.asarray(denoise(latents, *arguments, branch))
+    return guided
+
+
+def whole(denoise: Denoise) -> Guided:
+    """All frames at once: ``sample``'s prediction from a denoise function."""
+
+    def guided(latents, timesteps, step):
+        yield slice(0, len(latents)), combine(denoise, step, latents, timesteps)
+
+    return guided
+
+
 def sample(
-    denoise: Denoise,
+    guided: Guided,
     schedule: NoiseSchedule,
     plan: GuidancePlan,
     latents: Latents,
@@ -97,42 +124,45 @@ def sample(
     spacing: Spacing = "leading",
     offset: int = 1,
     eta: float = 0.0,
-    noise: Callable[[int], Latents] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    noise: Callable[[int, slice], Latents] | None = None,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Latents:
     """Denoise ``latents`` by the plan: as many DDIM steps as it has.
 
     Args:
-        denoise: ``denoise(latents, timesteps (batch,) int32, branch)`` -> prediction; usually jitted
-            with the branch's conditions as data (``models.animator.branches``).
+        guided: the guided prediction in parts: ``whole(denoise)``, or ``windows.windowed``.
         schedule: the schedule the network was trained with.
         plan: branches and coefficients of every step.
-        latents: (B, h, w, C) at the noise level of the first timestep, jax or numpy.
+        latents: (B, h, w, C) at the noise level of the first timestep; left as they are.
         spacing, offset: see ``sampling_timesteps``.
         eta: 0 deterministic, 1 as stochastic as DDPM.
-        noise: step number -> noise like ``latents``, for eta above 0.
-        progress: called with (steps done, steps in all).
+        noise: step number and frames -> their noise, for eta above 0.
+        progress: told after every part which step it belongs to, from 0, and the share of that step
+            that is done.
 
     Raises:
         ValueError: eta above 0 without noise.
     """
-    count = len(plan.steps)
+    count, frames = len(plan.steps), len(latents)
     if eta > 0 and noise is None:
         raise ValueError("eta above 0 needs noise")
     timesteps = sampling_timesteps(schedule, count, spacing=spacing, offset=offset)
     stride = schedule.steps // count
+    latents = np.array(latents, np.float32)
     for index, (timestep, step) in enumerate(zip(timesteps.tolist(), plan.steps, strict=True)):
-        batch = np.full((latents.shape[0],), timestep, np.int32)
-        predictions = [denoise(latents, batch, branch) for branch in step.branches]
-        guided = step.coefficients[0] * predictions[0]
-        for weight, prediction in zip(step.coefficients[1:], predictions[1:], strict=True):
-            guided = guided + weight * prediction
-        fresh = noise(index) if eta > 0 else None
-        latents = ddim_step(
-            schedule, guided, latents, timestep, timestep - stride, eta=eta, noise=fresh
-        )
-        if progress is not None:
-            progress(index + 1, count)
+        batch = np.full((frames,), timestep, np.int32)
+        for part, prediction in guided(latents, batch, step):
+            latents[part] = ddim_step(
+                schedule,
+                prediction,
+                latents[part],
+                timestep,
+                timestep - stride,
+                eta=eta,
+                noise=noise(index, part) if eta > 0 else None,
+            )
+            if progress is not None:
+                progress(index, part.stop / frames)
     return latents
 
 
@@ -155,11 +185,14 @@ def frame_noise(
     def normal(*numbers: int) -> np.ndarray:
         return np.random.default_rng([seed, step, *numbers]).standard_normal(shape, np.float32)
 
-    noise = np.stack([normal(first + frame) for frame in range(frames)])
-    if shared == 0.0:
-        return noise
-    common = normal(0, 1)  # numpy takes (seed, step) and (seed, step, 0) for the same
-    return np.float32(np.sqrt(shared)) * common + np.float32(np.sqrt(1 - shared)) * noise
+    noise = np.empty((frames, *shape), np.float32)
+    for frame in range(frames):
+        noise[frame] = normal(first + frame)
+    if shared > 0.0:
+        common = normal(0, 1)  # numpy takes (seed, step) and (seed, step, 0) for the same
+        noise *= np.float32(np.sqrt(1 - shared))
+        noise += np.float32(np.sqrt(shared)) * common
+    return noise
 
 
 def blurred_start(

@@ -1,18 +1,18 @@
 """Long videos: overlapping windows of frames whose predictions are averaged at every step (method.md 7.4).
 
-Every window has the same length, so one compiled program serves clips of any length; the clip's latents stay on
-the host, so device memory does not grow with it.
+Every window has the same length, so one compiled program serves clips of any length. The clip's latents stay on
+the host, and predictions are given as soon as their last window is through: memory holds one window of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dexportrait_jax.diffusion.guidance import Branch
-from dexportrait_jax.diffusion.sampler import Denoise
+from dexportrait_jax.diffusion.guidance import Branch, GuidanceStep
+from dexportrait_jax.diffusion.sampler import Guided, Latents, combine
 
 Frames = Int[np.ndarray, " length"]
 
@@ -38,16 +38,6 @@ def window_frames(
     return np.array(starts)[:, None] + np.arange(length)
 
 
-def rotated_window_frames(
-    frames: int, length: int, overlap: int, shift: int
-) -> Int[np.ndarray, "windows length"]:
-    """X-NeMo's scheme: windows on a closed loop, all shifted by ``shift`` frames, anew in every step."""
-    if frames <= length:
-        return window_frames(frames, length, overlap)
-    starts = np.arange(0, frames, length - overlap) + shift
-    return (starts[:, None] + np.arange(length)) % frames
-
-
 def triangular_weights(length: int) -> Float[np.ndarray, " length"]:
     """Weights of a window's frames, largest in the middle and never zero."""
     position = np.arange(length)
@@ -55,41 +45,45 @@ def triangular_weights(length: int) -> Float[np.ndarray, " length"]:
 
 
 def windowed(
-    denoise: Callable[[np.ndarray, np.ndarray, Branch, Frames], np.ndarray],
+    denoise: Callable[[np.ndarray, np.ndarray, Frames, Branch], np.ndarray],
     frames: int,
     *,
     length: int = 24,
     overlap: int = 4,
-    weights: Float[np.ndarray, " length"] | None = None,
-    rotate: Callable[[int], int] | None = None,
-) -> Denoise:
-    """A denoise function for a whole clip from one for windows.
+) -> Guided:
+    """``sample``'s prediction for a whole clip from a denoise function for windows.
+
+    Predictions of windows that share a frame are averaged by triangular weights.
 
     Args:
-        denoise: ``denoise(latents (length, ...), timesteps (length,), branch, frame numbers)``.
+        denoise: ``denoise(latents (length, ...), timesteps (length,), frame numbers, branch)``.
         frames: frames of the clip.
         length, overlap: of the windows.
-        weights: of a window's frames in the average; None means triangular.
-        rotate: timestep -> shift of X-NeMo's rotating windows; None keeps the windows in place. It must
-            give the same shift whenever it is asked for the same timestep.
     """
-    weights = triangular_weights(length) if weights is None else np.asarray(weights, np.float32)
+    table = window_frames(frames, length, overlap)
+    weights = triangular_weights(length)
 
-    def denoise_clip(latents, timesteps, branch):
-        if rotate is None:
-            table = window_frames(frames, length, overlap)
-        else:
-            table = rotated_window_frames(frames, length, overlap, rotate(int(timesteps[0])))
-        latents = np.asarray(latents)
-        total = np.zeros(latents.shape, np.float32)
-        weight_sum = np.zeros((frames,) + (1,) * (latents.ndim - 1), np.float32)
-        for chosen in table:
-            prediction = denoise(latents[chosen], timesteps[chosen], branch, chosen)
+    def guided(
+        latents: Latents, timesteps: np.ndarray, step: GuidanceStep
+    ) -> Iterator[tuple[slice, Latents]]:
+        # Sums from frame ``first`` on: those of earlier frames are complete and given away.
+        first, sums = 0, np.zeros((0, *latents.shape[1:]), np.float32)
+        weight_sums = np.zeros((0,) + (1,) * (latents.ndim - 1), np.float32)
+        ends = [*(int(chosen[0]) for chosen in table[1:]), frames]
+        for chosen, end in zip(table, ends, strict=True):
+            prediction = combine(denoise, step, latents[chosen], timesteps[chosen], chosen)
             # A repeated last frame counts once, where it first stands.
-            _, first = np.unique(chosen, return_index=True)
-            factor = weights[first].reshape((-1,) + (1,) * (latents.ndim - 1))
-            total[chosen[first]] += factor * np.asarray(prediction, np.float32)[first]
-            weight_sum[chosen[first]] += factor
-        return total / weight_sum
+            own, at = np.unique(chosen, return_index=True)
+            factor = weights[at].reshape((-1,) + (1,) * (latents.ndim - 1))
+            more = int(own[-1]) + 1 - first - len(sums)
+            sums = np.concatenate([sums, np.zeros((more, *sums.shape[1:]), np.float32)])
+            weight_sums = np.concatenate(
+                [weight_sums, np.zeros((more, *weight_sums.shape[1:]), np.float32)]
+            )
+            sums[own - first] += factor * prediction[at]
+            weight_sums[own - first] += factor
+            done = end - first
+            yield slice(first, end), sums[:done] / weight_sums[:done]
+            first, sums, weight_sums = end, sums[done:], weight_sums[done:]
 
-    return denoise_clip
+    return guided

@@ -1,5 +1,6 @@
 """Video in and out, on files these tests write themselves."""
 
+import zlib
 from fractions import Fraction
 
 import av
@@ -113,17 +114,22 @@ def test_grey_and_alpha_become_rgb(tmp_path):
     )
 
 
-def test_rotation_metadata_is_honoured(tmp_path):
-    """A quarter turn written into the display matrix of the track header."""
-    path = tmp_path / "a.mp4"
-    _write(path, _frames(2), quality=4)
-    upright = next(video.read_frames(path)).image
+def turn_by_metadata(path, turned):
+    """A copy that is to be shown turned clockwise by a quarter, as a phone held upright writes it."""
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 4 + 36
     one = 0x10000
     rows = (0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
     data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in rows)
-    (tmp_path / "turned.mp4").write_bytes(data)
+    turned.write_bytes(data)
+
+
+def test_rotation_metadata_is_honoured(tmp_path):
+    """A quarter turn written into the display matrix of the track header."""
+    path = tmp_path / "a.mp4"
+    _write(path, _frames(2), quality=4)
+    upright = next(video.read_frames(path)).image
+    turn_by_metadata(path, tmp_path / "turned.mp4")
     turned = next(video.read_frames(tmp_path / "turned.mp4")).image
     assert turned.shape == (64, 48, 3)
     np.testing.assert_array_equal(turned, np.rot90(upright, -1))  # clockwise, as players show it
@@ -175,4 +181,62 @@ def test_read_image(tmp_path):
     assert (read[:, :32] == 255).all()
     np.testing.assert_array_equal(read[:, 32:], picture[:, 32:])
     _write(tmp_path / "a.mp4", _frames(2), quality=4)
+    assert video.read_image(tmp_path / "a.mp4").shape == (48, 64, 3)
+
+
+def test_frames_written_at_their_own_times(tmp_path):
+    times = [0.0, 0.04, 0.2, 0.24, 0.5]
+    with video.VideoWriter(tmp_path / "a.mp4", 10.0) as writer:
+        for image, time in zip(_frames(5), times, strict=True):
+            writer.write(image, time)
+    read = [frame.time for frame in video.read_frames(tmp_path / "a.mp4")]
+    np.testing.assert_allclose(read, times, atol=1e-4)
+
+
+GREY, COLOUR = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)), _frames(2)[1][..., ::-1]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp", "jpg"])
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("kind", ["grey", "colour", "alpha"])
+def test_every_kind_of_picture(tmp_path, ending, deep, kind):
+    """Grey, colour and alpha, of 8 and 16 bits: RGB of 8 bits, and white where nothing covers it."""
+    if (deep and ending in ("webp", "jpg")) or (kind == "alpha" and ending == "jpg"):
+        pytest.skip("there is no such picture")
+    stored = GREY if kind == "grey" else COLOUR
+    wanted = np.repeat(GREY[..., None], 3, 2) if kind == "grey" else COLOUR[..., ::-1]
+    if kind == "alpha":
+        opaque = np.zeros((48, 64, 1), np.uint8)
+        opaque[:, 32:] = 255
+        stored = np.concatenate([COLOUR, opaque], -1)
+        wanted = np.where(opaque > 0, wanted, 255)
+    path = tmp_path / f"a.{ending}"
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_WEBP_QUALITY, 101]
+    cv2.imwrite(str(path), stored.astype(np.uint16) * 257 if deep else stored, quality)
+    read = video.read_image(path)
+    assert read.shape == (48, 64, 3) and read.dtype == np.uint8
+    # JPEG smears colours over two pixels each way
+    assert np.abs(read.astype(int) - wanted).max() <= (16 if ending == "jpg" else 0)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_exif_turns_a_picture(tmp_path, channels):
+    """Orientation 6, as a phone held upright writes it: to be turned clockwise; with alpha too."""
+    stored = np.dstack([COLOUR, np.full((48, 64, 1), 255, np.uint8)])
+    stored[:, :32, 3] = 0
+    tiff = b"MM\0*\0\0\0\x08" + b"\0\x01" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0" + b"\0\0\0\0"
+    data = cv2.imencode(".png", stored[..., :channels])[1].tobytes()
+    chunk = b"eXIf" + tiff
+    exif = len(tiff).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    header = 8 + 25  # signature and IHDR
+    (tmp_path / "a.png").write_bytes(data[:header] + exif + data[header:])
+    wanted = COLOUR[..., ::-1].copy()
+    if channels == 4:
+        wanted[:, :32] = 255
+    np.testing.assert_array_equal(video.read_image(tmp_path / "a.png"), np.rot90(wanted, -1))
+
+
+def test_a_video_source_is_not_read_whole(tmp_path, monkeypatch):
+    _write(tmp_path / "a.mp4", _frames(2), quality=4)
+    monkeypatch.setattr(video, "_read", lambda path: pytest.fail("all bytes of a video are read"))
     assert video.read_image(tmp_path / "a.mp4").shape == (48, 64, 3)

@@ -11,6 +11,7 @@ from dexportrait_jax.diffusion.sampler import (
     frame_noise,
     sample,
     sampling_timesteps,
+    whole,
 )
 from dexportrait_jax.diffusion.schedule import SCHEDULES, NoiseSchedule
 from tests.diffusion.test_schedule import published
@@ -68,15 +69,47 @@ def test_a_perfect_network_gives_the_clean_latents():
         return (latents - np.sqrt(share) * clean) / np.sqrt(1 - share)
 
     plan = guidance_plan(35)
+    before = start.copy()
     result = sample(
-        denoise, schedule, plan, start, progress=lambda done, total: told.append((done, total))
+        whole(denoise), schedule, plan, start, progress=lambda step, done: told.append((step, done))
     )
+    np.testing.assert_array_equal(start, before)
     np.testing.assert_allclose(result, clean, atol=0.1)
     assert len(seen) == 74
-    assert told[0] == (1, 35)
-    assert told[-1] == (35, 35)
+    assert told == [(step, 1.0) for step in range(35)]
     assert [branch for timestep, branch in seen if timestep == 953] == ["null", "reduced"]
     assert [branch for timestep, branch in seen if timestep == 1] == ["null", "full"]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_a_whole_run_equals_diffusers(eta):
+    """The loop itself: timesteps, the last step, and which noise a step gets."""
+    schedule, count = SCHEDULES["sd15"], 35
+    other = published(schedule)
+    other.set_timesteps(count)
+    start = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+
+    def predict(latents, timestep):
+        return np.tanh(latents + timestep / 1000).astype(np.float32)
+
+    def noise(step, part):
+        return frame_noise(5, part.stop - part.start, (4, 4, 3), first=part.start, step=step)
+
+    theirs = torch.tensor(start)
+    for step, timestep in enumerate(other.timesteps.tolist()):
+        prediction = torch.tensor(predict(theirs.numpy(), timestep))
+        fresh = torch.tensor(noise(step, slice(0, 2)))
+        theirs = other.step(prediction, timestep, theirs, eta=eta, variance_noise=fresh).prev_sample
+    ours = sample(
+        whole(lambda latents, timesteps, branch: predict(latents, timesteps[0])),
+        schedule,
+        guidance_plan(count, scale=1.0, hold=0),
+        start,
+        eta=eta,
+        noise=noise,
+    )
+    # 35 steps of float32 rounding, each 1e-6 or so
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-4, atol=2e-4)
 
 
 def test_scale_one_is_the_conditional_prediction():
@@ -85,7 +118,7 @@ def test_scale_one_is_the_conditional_prediction():
     predictions = {"full": 0.3 * start, "reduced": -start, "null": 7 * start}
     plan = guidance_plan(5, scale=1.0, hold=0)
     assert all(step.branches == ("full",) for step in plan.steps)
-    guided = sample(lambda z, t, branch: predictions[branch], schedule, plan, start)
+    guided = sample(whole(lambda z, t, branch: predictions[branch]), schedule, plan, start)
     expected = start
     for timestep in sampling_timesteps(schedule, 5).tolist():
         expected = ddim_step(schedule, predictions["full"], expected, timestep, timestep - 200)

@@ -69,4 +69,7 @@ def branch_conditions(
         source, driving = conditions.source_pose, conditions.driving_pose
         poses = jnp.repeat(source, driving.shape[0] // source.shape[0], axis=0)
         bare = bare.replace(source_pose=source, driving_pose=poses)
+        if reading.reference == "kept" and conditions.keys_values is not None:
+            # Made for these poses, not for those of "full": see ``Denoiser.residuals``.
+            bare = bare.replace(residuals=conditions.residuals)
     return bare

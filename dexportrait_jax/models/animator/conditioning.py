@@ -42,8 +42,8 @@ class Conditions:
         keep_pose: (B,). Dropped: zero ray maps, no warped residual.
         keep_expression: (B,). Dropped: the null tokens.
         reference_token_keep: path -> (S, h*w), 0 where a token is hidden (random reference masking).
-        keys_values: path -> two arrays (S, h*w, c), made by ``Denoiser.cache``.
-        residuals: path -> (B, h, w, c), made by ``Denoiser.cache``.
+        keys_values: path -> two arrays (S, h*w, c), made by ``Denoiser.keys_values``.
+        residuals: path -> (B, h, w, c), made by ``Denoiser.residuals``.
     """
 
     reference: Bank | None = None

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from dexportrait_jax.models.animator.conditioning import (
     RAY_CHANNELS,
+    Bank,
     Conditions,
     ExpressionNull,
     ExpressionTokens,
@@ -146,27 +147,28 @@ class Denoiser(UNet):
             frames,
         )[0]
 
-    def cache(self, conditions: Conditions, *, residuals: bool = True) -> Conditions:
-        """The conditions with what no denoising step changes computed once.
+    def keys_values(self, bank: Bank) -> dict[str, tuple[Array, Array]]:
+        """Keys and values of the reference's tokens, (S, h*w, c) each: once a source is enough.
 
-        Keys and values of the reference tokens are kept per source; with ``residuals`` the warped and
-        convolved reference too, per frame (it takes as much memory as the bank for every frame).
+        For ``Conditions.keys_values``, in place of the bank.
         """
-        references = self._references(conditions)
-        keys_values, kept = {}, {}
-        for path, reference in references.items():
-            block = self.transformer_block(path)
-            keys_values[path] = block.reference_keys_values(reference.tokens)
-            residual = block.warped_residual(reference) if residuals else None
-            if residual is not None:
-                kept[path] = residual
-        # Without cached residuals the bank itself is still needed for the warp.
-        needed = not residuals and bool(self.options.warp_kernel)
-        return conditions.replace(
-            reference=conditions.reference if needed else None,
-            keys_values=keys_values or None,
-            residuals=kept or None,
-        )
+        return {
+            path: self.transformer_block(path).reference_keys_values(bank[path])
+            for path in self.transformer_paths()
+        }
+
+    def residuals(self, conditions: Conditions) -> Bank | None:
+        """The warped and convolved reference of every target, (B, h, w, c); None without that branch.
+
+        For ``Conditions.residuals``. No denoising step changes it, but it takes as much memory as the
+        bank for every frame. It needs the bank and both poses.
+        """
+        if not self.options.warp_kernel:
+            return None
+        return {
+            path: self.transformer_block(path).warped_residual(reference)
+            for path, reference in self._references(conditions).items()
+        }
 
     def _with_rays(self, latents: Array, conditions: Conditions) -> Array:
         channels = 2 * RAY_CHANNELS[self.raymap]

@@ -11,8 +11,8 @@ from data_pipelines.prepare import (
     Landmarker,
     Settings,
     clip_from_image,
-    clip_from_video,
     clips_from_video,
+    driver_from_video,
 )
 from data_pipelines.prepare.head_pose import euler_degrees
 from data_pipelines.prepare.job import REPORT, run_prepare
@@ -48,7 +48,10 @@ def _angles_agree(name, clip, slack=3.0):
 
 def test_pose_signs_of_a_turned_head(landmarker):
     """lp_s32 looks to the left of the picture: positive yaw, and the nose lies left of the cheeks."""
-    clip = clip_from_video(DATA / "clips" / "lp_s32.mp4", landmarker, SETTINGS, max_frames=40)
+    path = DATA / "clips" / "lp_s32.mp4"
+    driver = driver_from_video(path, landmarker, SETTINGS, max_frames=40)
+    assert driver.seen.all() and driver.left_out == ""
+    clip = driver.clip
     assert len(clip) == 40
     _angles_agree("lp_s32", clip)
     assert (euler_degrees(clip.head_pose)[:, 1] > 10).all()

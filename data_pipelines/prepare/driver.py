@@ -1,0 +1,135 @@
+"""A video as a driver: one shot of it on its own clock, with the frames that show no usable face told.
+
+A dataset wants runs of good frames; a driver must keep time. So a face that leaves the picture for a
+while leaves a gap in the clip and none in the clock, and whoever drives with it bridges the gap.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from data_pipelines import records
+from data_pipelines.prepare import clips, crop, detect, filters
+from dexportrait_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """A clip and its clock.
+
+    Attributes:
+        clip: the frames that show the face, in order, cut by one box.
+        times: (frames,) float64, seconds from the first frame, of every frame between the first and
+            the last of the clip.
+        seen: (frames,) bool, whether a frame shows the face; the first and the last do, and as many as
+            the clip has.
+        left_out: what of the video is not there or not seen, in words; empty if nothing.
+    """
+
+    clip: records.Clip
+    times: np.ndarray
+    seen: np.ndarray
+    left_out: str = ""
+
+    @classmethod
+    def steady(cls, clip: records.Clip) -> Driver:
+        """A clip without gaps at its own rate; of one frame, a still."""
+        return cls(clip, np.arange(len(clip)) / clip.fps, np.ones(len(clip), bool))
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def still(self) -> bool:
+        return len(self.times) == 1
+
+    @property
+    def fps(self) -> float:
+        """Frames per second in the mean."""
+        return (len(self) - 1) / float(self.times[-1]) if not self.still else self.clip.fps
+
+    @property
+    def shown(self) -> np.ndarray:
+        """(frames,) int, the frame of the clip to show for every frame: in a gap, the last before it."""
+        return np.cumsum(self.seen) - 1
+
+
+def driver_from_video(
+    path: str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings | None = None,
+    *,
+    max_frames: int | None = None,
+    on_frame: Callable[[int], None] | None = None,
+) -> Driver:
+    """The shot with the most usable frames, from the first to the last of them.
+
+    Args:
+        max_frames: how many frames of the video are read.
+        on_frame: told how many frames were looked at.
+
+    Raises:
+        UserError: the video cannot be read, or shows no usable face; the message says why.
+    """
+    # A pause is no cut here: a recording at a variable rate may well show one picture for a second.
+    settings = dataclasses.replace(
+        settings or crop.Settings(), min_frames=1, clip_frames=1 << 30, max_pause=math.inf
+    )
+    damage: list[str] = []
+    observations, picture = clips.observe(
+        path, landmarker, settings, max_frames, damage.append, on_frame
+    )
+    runs, verdict = filters.segments(observations, os.fspath(path), settings)
+    if not runs:
+        raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
+    good = _longest_shot(runs, observations)
+    (clip,) = clips.cut_out(path, observations, [good], clips.Naming.of(path), picture, settings)
+    span = np.arange(good[0], good[-1] + 1)
+    times = np.array([observations[index].time for index in span])
+    seen = np.isin(span, good)
+    said = [*_gaps(observations, span, seen), *damage]
+    if max_frames is None:  # behind the frames that are wanted, nothing is missed
+        said += _outside(span, len(observations))
+    return Driver(clip, times - times[0], seen, "; ".join(said))
+
+
+def _longest_shot(
+    runs: list[tuple[int, int]], observations: list[filters.Observation]
+) -> np.ndarray:
+    """Numbers of the usable frames of the shot that has the most."""
+    shot = np.cumsum([seen.cut for seen in observations])
+    frames: dict[int, list[int]] = collections.defaultdict(list)
+    for first, last in runs:
+        frames[int(shot[first])].extend(range(first, last))
+    return np.array(max(frames.values(), key=len))
+
+
+def _gaps(observations, span, seen) -> list[str]:
+    if seen.all():
+        return []
+    reasons = collections.Counter(observations[index].verdict for index in span[~seen])
+    edges = np.flatnonzero(np.diff(seen.astype(int)))  # a gap lies behind an even one
+    times = np.array([observations[index].time for index in span])
+    lengths = times[edges[1::2] + 1] - times[edges[::2]]
+    longest = int(np.argmax(lengths))
+    why = ", ".join(reason for reason, _ in reasons.most_common())
+    return [
+        f"{int((~seen).sum())} of {len(span)} frames show no usable face ({why}), in {len(lengths)} "
+        f"gap(s), the longest of {lengths[longest]:.2f} s from {times[edges[2 * longest]]:.2f} s: pose "
+        "and expression are interpolated there"
+    ]
+
+
+def _outside(span, total: int) -> list[str]:
+    before, behind = int(span[0]), total - 1 - int(span[-1])
+    return [
+        f"{count} frame(s) {where} are left out"
+        for count, where in ((before, "before the shot"), (behind, "behind the shot"))
+        if count
+    ]

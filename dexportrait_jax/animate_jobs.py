@@ -1,0 +1,167 @@
+"""Jobs of `animate`: the flags of one video, from the command line or an entry of a file, and their checks."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dexportrait_jax import driving, pose_transfer
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.face_clips import is_image
+from dexportrait_jax.inference import Sampling
+from dexportrait_jax.jobs import ANIMATE_CHOICES
+
+_KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "max_frames")}
+_KINDS |= {name: (int, float) for name in ("guidance", "expression_guidance", "eta")}
+_KINDS |= {name: bool for name in ("relative_expression", "paste_back", "overwrite")}  # others: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: the flags of the command line."""
+
+    source: str
+    out: str
+    driving: str | None = None
+    pose: str | None = None
+    expression: str | None = None
+    relative_pose: str = ""
+    relative_expression: bool = False
+    smooth: str = "none"
+    length: str = "shortest"
+    paste_back: bool = False
+    side_by_side: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    hybrid_steps: int | None = None
+    expression_guidance: float | None = None
+    reading: str | None = None
+    expression_null: str | None = None
+    null_reference: str | None = None
+    null_pose: str | None = None
+    eta: float | None = None
+    max_frames: int | None = None
+    overwrite: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{knob.name: getattr(self, knob.name) for knob in fields(Sampling)})
+
+    @property
+    def inputs(self) -> set[str]:
+        """Files that are read."""
+        given = (self.source, self.driving, self.pose, self.expression)
+        return {path for path in given if path and not driving.is_typed_pose(path)}
+
+
+def read_entries(path: str, flags: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flags of every job of a file; those of the command line hold where a job does not say otherwise.
+
+    UserError where the file is no list of objects; what an entry says is not looked at.
+    """
+    try:
+        listed = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--jobs={path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--jobs={path} is not JSON: {error}") from error
+    if (
+        not isinstance(listed, list)
+        or not listed
+        or not all(isinstance(one, dict) for one in listed)
+    ):
+        raise UserError(f"--jobs={path} must hold a list of objects of flags")
+    common = {name: value for name, value in flags.items() if value is not None}
+    return [{**common, **entry} for entry in listed]
+
+
+def checked_job(entry: dict[str, Any]) -> Job:
+    """The job of an entry of a file. UserError for whatever is wrong about it."""
+    known = {field.name for field in fields(Job)}
+    for name, value in entry.items():
+        if name not in known:
+            raise UserError(f"{name!r} is no flag of animate")
+        wanted = _KINDS.get(name, str)
+        if value is not None and (
+            not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool))
+        ):
+            raise UserError(f"{name} cannot be {value!r}")
+        choices = ANIMATE_CHOICES.get(name)
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{name} cannot be {value!r}; there are {', '.join(choices)}")
+    for name in ("source", "out"):
+        if not entry.get(name):
+            raise UserError(f"{name!r} is missing")
+    job = Job(**entry)
+    check(job)
+    return job
+
+
+def check(job: Job) -> None:
+    """What can be known without reading a video or a network; UserError in one line."""
+    drivers = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
+    if drivers.pose_is_typed:
+        driving.parse_typed_pose(drivers.pose)
+    if job.driving is not None and is_image(job.driving):
+        raise UserError(
+            f"--driving={job.driving} is a picture and moves nothing; give a video, or hold a "
+            "picture's pose or expression with --pose or --expression"
+        )
+    unknown = sorted(
+        set(pose_transfer.relative_components(job.relative_pose)) - {*pose_transfer.COMPONENTS}
+    )
+    if unknown:
+        raise UserError(
+            f"--relative_pose: no component {unknown[0]!r}; "
+            f"there are {', '.join(pose_transfer.COMPONENTS)}"
+        )
+    if job.paste_back and drivers.mode != "expression_only":
+        raise UserError(
+            "--paste_back puts the face back where it was, so the pose must be the source's own: "
+            "give --expression alone, without --driving and --pose"
+        )
+    for name, least in (("steps", 1), ("max_frames", 1), ("hybrid_steps", 0), ("seed", 0)):
+        value = getattr(job, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value}: at least {least}")
+    for name in ("eta", "expression_guidance"):
+        value = getattr(job, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name}={value:g}: a number from 0")
+    for path in (job.source, drivers.pose, drivers.expression):
+        if path is not None and not driving.is_typed_pose(path) and not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+    outputs = [path for path in (job.out, job.side_by_side) if path]
+    for path in outputs:
+        check_output(path, job.overwrite)
+    inputs = [
+        Path(path).resolve() for path in (job.source, drivers.pose, drivers.expression) if path
+    ]
+    if len({Path(path).resolve() for path in outputs}) < len(outputs) or any(
+        Path(path).resolve() in inputs for path in outputs
+    ):
+        raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
+
+
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """UserError, before any work is done, where the video ``path`` could not be written at the end."""
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise UserError(f"{path}: the name of the video must end in .mp4")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a video")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already; add --overwrite to replace it")
+    folder = path.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: {folder} is a file; choose another folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write {path}: no permission to write in {folder}; choose another folder"
+        )

@@ -1,0 +1,84 @@
+"""driver.py: a driver keeps time while the face is away, and says so."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from data_pipelines.prepare import Settings, driver_from_video
+from dexportrait_jax.errors import UserError
+from tests.data_pipelines.prepare.scripted import ScriptedLandmarker, picture
+
+SETTINGS = Settings(size=64)
+
+
+def write(path, pictures, times=None):
+    """Every picture at its time in milliseconds, nearly without loss."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "4"})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, image in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = times[number] if times else 40 * number
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def drive(path, **options):
+    return driver_from_video(path, ScriptedLandmarker(), SETTINGS, **options)
+
+
+def test_a_face_that_leaves_for_a_while_leaves_the_clock_alone(tmp_path):
+    faces = [1] * 5 + [0] * 3 + [1] * 4 + [0] + [1] * 2
+    driver = drive(write(tmp_path / "a.mp4", [picture(n) for n in faces]))
+    np.testing.assert_array_equal(driver.seen, np.array(faces) == 1)
+    np.testing.assert_allclose(driver.times, np.arange(15) * 0.04, atol=1e-3)
+    assert driver.fps == pytest.approx(25, abs=0.01)
+    assert len(driver.clip) == 11 == driver.seen.sum()
+    assert driver.shown.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8, 8, 9, 10]
+    assert driver.left_out == (
+        "4 of 15 frames show no usable face (no face found), in 2 gap(s), "
+        "the longest of 0.16 s from 0.16 s: pose and expression are interpolated there"
+    )
+
+
+def test_absence_at_the_ends_is_cut_off_and_told(tmp_path):
+    faces = [0] * 2 + [1] * 6 + [0] * 3
+    driver = drive(write(tmp_path / "a.mp4", [picture(n) for n in faces]))
+    assert len(driver) == 6 and driver.seen.all() and driver.times[0] == 0
+    assert driver.left_out == (
+        "2 frame(s) before the shot are left out; 3 frame(s) behind the shot are left out"
+    )
+
+
+def test_another_shot_is_no_gap(tmp_path):
+    """A cut ends a shot: the one with the most usable frames drives, gaps and all."""
+    shots = [picture(1, shade=30)] * 6 + [picture(n, shade=200) for n in (1, 1, 1, 1, 0, 1, 1, 1)]
+    driver = drive(write(tmp_path / "a.mp4", shots))
+    assert driver.seen.tolist() == [True] * 4 + [False] + [True] * 3
+    assert "6 frame(s) before the shot" in driver.left_out
+
+
+def test_a_variable_rate_keeps_its_times(tmp_path):
+    times = [0, 40, 200, 240, 1500, 1540]  # a pause of more than a second is no cut
+    driver = drive(write(tmp_path / "a.mp4", [picture()] * 6, times))
+    np.testing.assert_allclose(driver.times, np.array(times) / 1000, atol=2e-3)
+    assert driver.left_out == ""
+
+
+def test_frames_are_counted_as_they_are_read(tmp_path):
+    told = []
+    path = write(tmp_path / "a.mp4", [picture()] * 6)
+    assert len(drive(path, max_frames=4, on_frame=told.append)) == 4
+    assert told == [1, 2, 3, 4]
+
+
+def test_no_face_at_all_is_refused(tmp_path):
+    path = write(tmp_path / "a.mp4", [picture(0)] * 4)
+    with pytest.raises(UserError, match="no face found in 4 of 4 frames"):
+        drive(path)
