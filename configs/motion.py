@@ -6,9 +6,10 @@ tiny: 64 px, 2 cores, a few minutes; 2 dB and more over repeating the source on 
 synthetic: rendered heads at 64 px, 2 cores, 90 minutes; encoders pretrained on labels. Its data are made first by
     dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2
 and measured by `dexportrait evaluate --protocol=synthetic`.
-real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; people seen in other colours, as there are few.
-    From an export of `synthetic`, in 35 minutes:
-    --config.init.motion=exports/heads --config.pretraining.steps=0 --config.num_steps=1900 --config.loss.adversarial_start=1300
+real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; people seen in other colours, being few.
+    From an export of `synthetic`, with which eyes and mouths of people held out follow the driver:
+    --config.init.motion=exports/heads --config.pretraining.steps=0 --config.num_steps=1900 \\
+        --config.loss.adversarial_start=1300
     or from scratch in a night, which has not been run. Its data are made by
     dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=128 --face_scale=1.6 --holdout_fraction=0.25
 and measured, on the people held out, by `dexportrait evaluate` with --protocol=self and --protocol=cross.
