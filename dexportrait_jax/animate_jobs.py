@@ -19,9 +19,9 @@ _KINDS |= {name: (int, float) for name in ("guidance", "expression_guidance", "e
 _KINDS |= {name: bool for name in ("relative_expression", "paste_back", "overwrite")}  # others: str
 
 
-@dataclass(frozen=True)
-class Job:
-    """One video to make: the flags of the command line."""
+@dataclass(frozen=True, kw_only=True)
+class Job(Sampling):
+    """One video to make: the flags of the command line, with those of `Sampling`."""
 
     source: str
     out: str
@@ -34,16 +34,6 @@ class Job:
     length: str = "shortest"
     paste_back: bool = False
     side_by_side: str | None = None
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    hybrid_steps: int | None = None
-    expression_guidance: float | None = None
-    reading: str | None = None
-    expression_null: str | None = None
-    null_reference: str | None = None
-    null_pose: str | None = None
-    eta: float | None = None
     max_frames: int | None = None
     overwrite: bool = False
 

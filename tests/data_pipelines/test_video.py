@@ -196,13 +196,22 @@ def test_frames_written_at_their_own_times(tmp_path):
 GREY, COLOUR = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1)), _frames(2)[1][..., ::-1]
 
 
-@pytest.mark.parametrize("ending", ["png", "tif", "webp", "jpg"])
-@pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("kind", ["grey", "colour", "alpha"])
+@pytest.mark.parametrize(
+    ("ending", "deep", "kind"),
+    [
+        (ending, deep, kind)
+        for ending, depths, kinds in (
+            ("png", (False, True), ("grey", "colour", "alpha")),
+            ("tif", (False, True), ("grey", "colour", "alpha")),
+            ("webp", (False,), ("grey", "colour", "alpha")),
+            ("jpg", (False,), ("grey", "colour")),
+        )
+        for deep in depths
+        for kind in kinds
+    ],
+)
 def test_every_kind_of_picture(tmp_path, ending, deep, kind):
     """Grey, colour and alpha, of 8 and 16 bits: RGB of 8 bits, and white where nothing covers it."""
-    if (deep and ending in ("webp", "jpg")) or (kind == "alpha" and ending == "jpg"):
-        pytest.skip("there is no such picture")
     stored = GREY if kind == "grey" else COLOUR
     wanted = np.repeat(GREY[..., None], 3, 2) if kind == "grey" else COLOUR[..., ::-1]
     if kind == "alpha":
