@@ -119,7 +119,7 @@ def encoders(variant: str) -> dict:
             "depth": 4,
             "heat_maps": 68,
             "pictures": 1,  # that the heat maps are gathered in before the latent
-            "latent": 512,
+            "latent": 512,  # also what generator and denoiser expect
             "leak": 0.2,  # 0: the published ReLU, which can die in the first steps and take the latent with it
             "norm": "group",  # of the features; group needs no statistics of the batch
         },
@@ -185,7 +185,6 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "warp_padding": "zeros",
                 "expression_injector": "in_block",  # in_block | xnemo | none
                 "expression_heads": None,
-                "expression_latent": 64 if tiny else 512,
                 "expression_tokens": (4, 16) if tiny else (32, 16),
                 "expression_null": "learned",  # learned | zero
             },

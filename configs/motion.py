@@ -110,7 +110,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 def _synthetic(config: ConfigDict) -> ConfigDict:
     """`tiny` made wider and longer, for rendered heads whose poses and expressions are to be measured."""
     config.variant = "synthetic"
-    config.num_steps = 9300
+    config.num_steps = 8800
     config.ema_decay = 0.998
     config.pretraining.steps = 2500
     augment = config.data.augment
@@ -119,15 +119,22 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     # Identity and pose are kept out of the latent: grey upright crops, and two views of an instant that should
     # agree. What is turned and bent beyond that hides, at 64 px, the few pixels that lips and lids move.
     augment.expression_crop.update(
-        gray=True, upright=True, margin_range=(1.0, 1.2), centre_jitter=0.03
+        gray=True,
+        upright=True,
+        face_alone=True,
+        even_light=True,
+        margin_range=(1.0, 1.2),
+        centre_jitter=0.03,
     )
     augment.expression_rotation.degrees = 10.0
     augment.expression_affine.displacement = 0.008
     common.set_data(config, batch_size=8, targets=2, second_expression=True, cache_megabytes=1024)
     config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
-    config.model.expression.update(stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8)
+    config.model.expression.update(
+        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=24
+    )
     config.model.generator.update(expression_gain=2.0, expression_mixing=0.1)
-    config.loss.update(adversarial_start=5500, r1_every=16, invariance=5.0, landmark_maps=12)
+    config.loss.update(adversarial_start=5500, r1_every=16, invariance=8.0, landmark_maps=12)
     # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.
     config.loss.update(l1=20.0, multiscale_l1=10.0, masked_l1=350.0, clpips=200.0)
     labels = {"decay_steps": 3000}
@@ -147,7 +154,7 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     )
     # Joint training pulls the encoders away from what they have learned: they follow slowly.
     config.optim.generator.update(
-        multipliers=(("generator/decoder", 3.0), ("pose", 0.3), ("expression", 0.05)), **muon
+        multipliers=(("generator/decoder", 3.0), ("pose", 0.3), ("expression", 0.003)), **muon
     )
     return config
 
@@ -175,7 +182,6 @@ def _networks(tiny: bool) -> dict:
             "generator": {
                 "volume_shape": (16, 64, 64),
                 "volume_channels": 32,
-                "expression_features": 512,
                 "expression_gain": 1.0,  # of the latent beside the appearance, in the style
                 "expression_mixing": 0.0,  # gain of features mixed by the latent; 0: the style alone, as published
                 "appearance_widths": (32, 64, 128, 256, 128),
@@ -204,7 +210,6 @@ def _networks(tiny: bool) -> dict:
         "generator": {
             "volume_shape": (4, 32, 32),
             "volume_channels": 8,
-            "expression_features": 64,
             "expression_gain": 1.0,
             "expression_mixing": 0.0,
             "appearance_widths": (8, 16, 32, 16),

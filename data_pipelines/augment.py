@@ -92,6 +92,26 @@ def default_augment() -> dict[str, Any]:
     }
 
 
+# What of it the encoders see where nothing is random: a network reads its pictures as it learned them.
+_NEUTRAL = {
+    "similarity": ("border",),
+    "pose_mask": ("applied", "dilation", "minimum_height", "fill"),
+    "expression_crop": ("applied", "margin", "gray", "upright", "face_alone", "even_light"),
+}
+
+
+def neutral_knobs(augment: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value of every knob that `neutral_draw` and the pictures made with it depend on.
+
+    Knobs that `augment` lacks, being older, are at their defaults.
+    """
+    return {
+        f"{group}.{name}": augment.get(group, {}).get(name, default_augment()[group][name])
+        for group, names in _NEUTRAL.items()
+        for name in names
+    }
+
+
 class SampleDraw(NamedTuple):
     """What is drawn once for source and targets: the flip S2, and the colours of the frames.
 

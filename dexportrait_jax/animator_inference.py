@@ -25,8 +25,8 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
 from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
-from dexportrait_jax.models.animator.denoiser import Denoiser
 from dexportrait_jax.state import Network
+from dexportrait_jax.tasks.animator import denoiser_network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
 # Warped features of windows that are kept on the device between denoising steps. At the paper's sizes 24
@@ -169,13 +169,8 @@ class AnimatorModel(PortraitModel):
     def _denoiser_network(self, zero: bool) -> Network:
         if not zero:
             return self.networks["denoiser"]
-        # The same weights read by a denoiser whose null tokens are zero; it leaves the learned ones
-        # aside.
-        model = self.config.model
-        arguments = {**model.unet, **model.attn2, **model.denoiser, "expression_null": "zero"}
-        arguments["in_channels"] = model.autoencoder.latent_channels
-        arguments["dtype"] = jnp.dtype(self.config.dtype)
-        return Network(lambda rngs: Denoiser(**arguments, rngs=rngs))
+        # The same weights, but for the learned null tokens.
+        return denoiser_network(self.config, expression_null="zero")
 
     # --- a clip -----------------------------------------------------------------------
 

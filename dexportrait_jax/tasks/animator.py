@@ -7,6 +7,7 @@ modules alone (method.md 4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ml_collections
 from jaxtyping import Array, Float, Int
 
 from data_pipelines import loading
+from data_pipelines.augment import neutral_knobs
 from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
@@ -34,6 +36,21 @@ from dexportrait_jax.weights.importing import load_groups
 IMAGE_TRAINED = ("reference", "denoiser")
 
 
+def denoiser_network(config: ml_collections.ConfigDict, **changes: Any) -> Network:
+    """The denoiser of a config, where given with other options of `model.denoiser`."""
+    model = config.model
+    options = {
+        "in_channels": model.autoencoder.latent_channels,
+        "expression_latent": model.expression.latent,
+        "dtype": jnp.dtype(config.dtype),
+        **model.unet,
+        **model.attn2,
+        **model.denoiser,
+        **changes,
+    }
+    return Network(lambda rngs: Denoiser(**options, rngs=rngs))
+
+
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Groups pose, expression, autoencoder, reference, denoiser[, temporal][, image_encoder]."""
     model = config.model
@@ -45,11 +62,7 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
             **model.unet, **latents, **model.attn2, **model.reference, **build, rngs=rngs
         )
     )
-    networks["denoiser"] = Network(
-        lambda rngs: Denoiser(
-            **model.unet, **latents, **model.attn2, **model.denoiser, **build, rngs=rngs
-        )
-    )
+    networks["denoiser"] = denoiser_network(config)
     if config.stage == "animator_video":
         networks["temporal"] = Network(
             lambda rngs: TemporalModules(**model.unet, **model.temporal, **build, rngs=rngs)
@@ -108,7 +121,10 @@ class AnimatorTask:
                     f"config.init.{key} must name the exported weights that this stage starts from"
                 )
             wanted = {name: self.networks[name].abstract for name in names}
-            groups |= load_groups(path, wanted)[1]
+            description, found = load_groups(path, wanted)
+            if "expression" in names:
+                _refuse_other_pictures(self.config, description["config"], path)
+            groups |= found
         return groups
 
     def constants(self) -> dict[str, Any]:
@@ -231,6 +247,27 @@ class AnimatorTask:
                 batch["target_image"],
                 result,
             )
+
+
+def _refuse_other_pictures(
+    config: ml_collections.ConfigDict, trained: Mapping[str, Any], path: str
+) -> None:
+    """UserError where the frozen encoders would see other pictures than those they were trained on."""
+    here, there = config.data, trained["data"]
+    pairs = {
+        f"augment.{name}": (value, neutral_knobs(there["augment"])[name])
+        for name, value in neutral_knobs(here.augment).items()
+    }
+    for size in ("pose_size", "expression_size"):
+        pairs[size] = (here[size], there[size])
+    other = [
+        f"--config.data.{name}={theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs
+    ]
+    if other:
+        raise UserError(
+            f"the encoders of {path} learned from other pictures than this config makes for them; "
+            f"give what they were trained with: {' '.join(other)}"
+        )
 
 
 def draw_timesteps(key: Array, count: int, steps: int, power: float) -> Int[Array, " count"]:

@@ -57,7 +57,14 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
         "appearance": Network(
             lambda rngs: AppearanceEncoder(**model.appearance, dtype=dtype, rngs=rngs)
         ),
-        "generator": Network(lambda rngs: Generator(**model.generator, dtype=dtype, rngs=rngs)),
+        "generator": Network(
+            lambda rngs: Generator(
+                expression_features=model.expression.latent,
+                **model.generator,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        ),
         "discriminator": Network(
             lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)
         ),

@@ -74,7 +74,7 @@ def start_error(**changes):
 
 def test_exports_that_will_not_do_are_one_line(tmp_path, weights):
     path = export(tmp_path / "whole", weights)
-    said = start_error(init__motion=path, model__generator__expression_features=24)
+    said = start_error(init__motion=path, model__generator__volume_channels=24)
     assert "group 'generator'" in said and "misshapen" in said and str(path) in said
     said = start_error(init__motion=path, model__expression__latent=32)
     assert "group 'expression'" in said and "misshapen" in said
