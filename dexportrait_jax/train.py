@@ -93,6 +93,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             process_count=jax.process_count(),
         )
 
+        _try_programs(task, config, step_function, abstract, mesh, done)
+
         # Or make the first state.
         if state is None:
             state = first_state(task, config, shardings)
@@ -173,6 +175,27 @@ def build(
         static_argnums=3,
     )
     return abstract, shardings, compiled
+
+
+def _try_programs(task: Task, config, step_function, abstract: Any, mesh, done: int) -> None:
+    """Goes through the steps that come later by shape alone: they must not fail after hours of others.
+
+    Raises:
+      UserError: a phase cannot be built with the config's sizes.
+    """
+    now = task.events(done)
+    later = {task.events(step) for step in range(done, config.num_steps)} - {now}
+    shapes = loading.batch_shapes(config.data)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    with jax.set_mesh(mesh):
+        for events in sorted(later, key=sorted):
+            try:
+                step_function.eval_shape(abstract, batch, task.abstract_constants(), events)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{config.stage}: steps with {', '.join(sorted(events))} cannot be built: sizes in config.model do "
+                    f"not fit together ({' '.join(str(error).split())[:300]}); --debug shows where"
+                ) from error
 
 
 def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -271,6 +271,15 @@ def test_a_start_that_fails_leaves_nothing(changes, words, places, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_only_after_pretraining_is_said_before_it(places, tmp_path):
+    changes = {"pretraining__steps": 3, "model__generator__volume_channels": 4}
+    with pytest.raises(
+        UserError, match="steps with adversarial, joint, r1 cannot be built"
+    ) as caught:
+        train(micro("motion", *places, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
 def test_forgotten_weights_leave_nothing_behind(places, tmp_path):
     with pytest.raises(UserError, match="config.init.image"):
         train(micro("animator_video", *places, init__image=""), tmp_path / "run")

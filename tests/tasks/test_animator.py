@@ -27,7 +27,9 @@ def test_every_timestep_is_drawn():
 def test_frozen_encoders_see_the_pictures_they_learned_from(tmp_path, stage):
     config = micro(stage, tmp_path / "data", tmp_path / "exports")
     assert "expression" in animator.AnimatorTask(config).pretrained()
-    config.data.augment.colour.probability = 1.0  # random: what the animator trains on is its own affair
+    config.data.augment.colour.probability = (
+        1.0  # random: what the animator trains on is its own affair
+    )
     assert "expression" in animator.AnimatorTask(config).pretrained()
     config.data.augment.expression_crop.gray = True
     config.data.augment.pose_mask.dilation = 0.25
