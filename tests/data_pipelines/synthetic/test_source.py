@@ -191,6 +191,16 @@ def test_users_get_one_line(directory, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+def test_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_pipelines.synthetic.dataset._Progress.EVERY", 0.0)
+    run_render(tmp_path / "heads", identities=3, frames=2, size=32, workers=1, seed=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:3]] == [
+        f"render: {n} of 3 clips" for n in (1, 2, 3)
+    ]
+    assert "3 clips, 6 frames" in lines[3] and len(lines) == 4
+
+
 def test_the_same_dataset_is_not_made_twice(directory, capsys):
     before = (directory / "render.json").stat().st_mtime_ns
     run_render(
