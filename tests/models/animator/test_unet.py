@@ -42,11 +42,23 @@ def unet_pair(block_channels, layers, heads=4, context=24, groups=8):
 
 @pytest.mark.parametrize(("channels", "layers"), [((32, 64, 64), 1), ((16, 32, 48, 48), 2)])
 def test_equals_diffusers(channels, layers):
-    published, network, params = unet_pair(channels, layers)
+    assert_equals_diffusers(*unet_pair(channels, layers), rows=2, size=16, context=24)
+
+
+@pytest.mark.slow
+def test_equals_diffusers_at_the_size_of_sd15():
+    published, network, params = unet_pair(
+        (320, 640, 1280, 1280), 2, heads=8, context=768, groups=32
+    )
+    assert parameter_count(network.abstract) == 859_520_964
+    assert_equals_diffusers(published, network, params, rows=1, size=64, context=768)
+
+
+def assert_equals_diffusers(published, network, params, *, rows, size, context):
     generator = np.random.default_rng(0)
-    latents = generator.normal(size=(2, 16, 16, 4)).astype(np.float32)
-    context = generator.normal(size=(2, 5, 24)).astype(np.float32)
-    timesteps = np.array([3, 953])
+    latents = generator.normal(size=(rows, size, size, 4)).astype(np.float32)
+    context = generator.normal(size=(rows, 5, context)).astype(np.float32)
+    timesteps = np.array([3, 953])[:rows]
     with torch.no_grad():
         expected = published(
             torch.tensor(latents).permute(0, 3, 1, 2),

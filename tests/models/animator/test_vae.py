@@ -14,18 +14,29 @@ SMALL = {"block_channels": (16, 32, 32), "layers_per_block": 1, "groups": 8}
 
 
 def test_equals_diffusers():
+    assert_equals_diffusers(SMALL, rows=2, size=32)
+
+
+@pytest.mark.slow
+def test_equals_diffusers_at_the_size_of_sd15():
+    sizes = {"block_channels": (128, 256, 512, 512), "layers_per_block": 2, "groups": 32}
+    assert_equals_diffusers(sizes, rows=1, size=512)
+
+
+def assert_equals_diffusers(sizes, rows, size):
+    levels = len(sizes["block_channels"])
     published = randomise(
         diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=SMALL["block_channels"],
-            layers_per_block=SMALL["layers_per_block"],
-            norm_num_groups=SMALL["groups"],
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=sizes["block_channels"],
+            layers_per_block=sizes["layers_per_block"],
+            norm_num_groups=sizes["groups"],
         )
     )
-    network = Network(lambda rngs: VAE(**SMALL, rngs=rngs))
+    network = Network(lambda rngs: VAE(**sizes, rngs=rngs))
     params = parameters_from_torch(network.abstract, published.state_dict())
-    images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (rows, size, size, 3)).astype(np.float32)
 
     def run(params, images):
         vae = network.bind(params)
@@ -36,7 +47,8 @@ def test_equals_diffusers():
     with torch.no_grad():
         expected = published.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist
         expected_images = published.decode(expected.mean).sample
-    assert mean.shape == (2, 8, 8, 4)
+    side = size // 2 ** (levels - 1)
+    assert mean.shape == (rows, side, side, 4)
     assert relative_error(mean, expected.mean.permute(0, 2, 3, 1)) <= 1e-4
     assert relative_error(logvar, expected.logvar.permute(0, 2, 3, 1)) <= 1e-4
     assert relative_error(decoded, expected_images.permute(0, 2, 3, 1)) <= 1e-4
