@@ -25,8 +25,11 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.init = ConfigDict(
         {
             "motion": "",  # export of the motion trainer: pose and expression
-            "autoencoder": "",  # export of an autoencoder
-            "unet": "",  # export that holds reference and denoiser to start from
+            "autoencoder": "",  # export of an autoencoder, or an import (vae, tiny_autoencoder)
+            # Export that holds reference and denoiser to start from, or an import of SD1.5's UNet (unet), which both
+            # start from. "": fresh.
+            "unet": "",
+            "image_encoder": "",  # import of CLIP (image_encoder), for model.attn2.attn2=clip_image
         }
     )
     config.optim = ConfigDict(

@@ -26,6 +26,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         {
             "image": "",  # export of the image stage: everything but the temporal modules
             "unet": "",  # export that holds reference and denoiser to use instead
+            "temporal": "",  # import of AnimateDiff (motion_modules), or export, to start from. "": fresh
         }
     )
     config.optim = ConfigDict(

@@ -131,6 +131,7 @@ def autoencoder(variant: str) -> ConfigDict:
     if variant == "tiny":
         return ConfigDict(
             {
+                "kind": "vae",
                 "latent_channels": 16,
                 "block_channels": (16, 16, 32),
                 "layers_per_block": 1,
@@ -141,6 +142,7 @@ def autoencoder(variant: str) -> ConfigDict:
         )
     return ConfigDict(
         {
+            "kind": "vae",  # vae | tiny: TAESD and kin
             "latent_channels": 4,
             "block_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
@@ -196,6 +198,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "layers": 24,
                 "heads": 16,
                 "projection": 768,
+                "activation": "quick_gelu",  # quick_gelu | gelu
             },
         }
     )

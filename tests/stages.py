@@ -14,6 +14,12 @@ from dexportrait_jax.weights.exporting import export_groups
 
 STAGES = ("motion", "autoencoder", "animator_image", "animator_video")
 
+NEEDED = (
+    "motion",
+    "autoencoder",
+    "image",
+)  # keys of config.init that an animator cannot do without
+
 
 def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
     """The tiny config of a stage with narrower networks; animators start from random exports."""
@@ -40,8 +46,8 @@ def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
     if "unet" in config.model:
         config.model.unet.update(block_channels=(16, 32), groups=4)
         config.data.frames = 4
-        for name in config.init:
-            if name != "unet":
+        for name in NEEDED:
+            if name in config.init:
                 config.init[name] = str(exports / name)
         _export_random(config, exports)
     for dotted, value in changes.items():
@@ -59,8 +65,8 @@ def _export_random(config: ConfigDict, exports: Path) -> None:
         "image": tuple(name for name in networks if name != "temporal"),
     }
     stages = {"motion": "motion", "autoencoder": "autoencoder", "image": "animator_image"}
-    for name in config.init:
-        if name == "unet" or (exports / name).exists():
+    for name in NEEDED:
+        if name not in config.init or (exports / name).exists():
             continue
         groups = {
             group: jax.tree.map(np.asarray, networks[group].init(jax.random.key(7)))

@@ -7,7 +7,6 @@ modules alone (method.md 4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import ml_collections
 from jaxtyping import Array, Float, Int
 
 from data_pipelines import loading
-from data_pipelines.augment import neutral_knobs
 from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
@@ -29,9 +27,9 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import autoencoder, losses
+from dexportrait_jax.tasks.animator_start import load_start
 from dexportrait_jax.tasks.motion_networks import encoder_networks
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
-from dexportrait_jax.weights.importing import load_groups
 
 IMAGE_TRAINED = ("reference", "denoiser")
 
@@ -101,30 +99,32 @@ class AnimatorTask:
     def pretrained(self) -> dict[str, Any]:
         """What `config.init` names: an export of the image stage, or of the motion trainer and an autoencoder.
 
-        The two UNets of `init.unet` go before those of `init.image`. In the image stage it also brings the
-        image encoder, where the model has one. The same export may be named more than once.
+        The two UNets of `init.unet` go before those of `init.image`. In the image stage it may be an import of one
+        published UNet, which both start from, and otherwise also brings the image encoder, where the model has one
+        and `init.image_encoder` names none. The same export may be named more than once.
+
+        Raises:
+            UserError: nothing is named where something must be, or it does not fit this config.
         """
         init = self.config.init
         unet = ["reference", "denoiser"]
         if self.frames:
-            sources = [(init.image, [name for name in self.networks if name != "temporal"])]
+            needed = {"image": [name for name in self.networks if name != "temporal"]}
+            more = {"unet": unet, "temporal": ["temporal"]}
         else:
-            sources = [(init.motion, ["pose", "expression"]), (init.autoencoder, ["autoencoder"])]
-            unet += [name for name in self.networks if name == "image_encoder"]
-        if init.unet:
-            sources.append((init.unet, unet))
-        groups = {}
-        for path, names in sources:
-            if not path:
-                key = "image" if self.frames else "motion and config.init.autoencoder"
+            needed = {"motion": ["pose", "expression"], "autoencoder": ["autoencoder"]}
+            more = {"unet": unet, "image_encoder": ["image_encoder"]}
+            if "image_encoder" in self.networks and not init.image_encoder:
+                more["unet"] = [*unet, "image_encoder"]
+        for key in needed:
+            if not init[key]:
                 raise UserError(
                     f"config.init.{key} must name the exported weights that this stage starts from"
                 )
-            wanted = {name: self.networks[name].abstract for name in names}
-            description, found = load_groups(path, wanted)
-            if "expression" in names:
-                _refuse_other_pictures(self.config, description["config"], path)
-            groups |= found
+        groups = {}
+        for key, names in (needed | more).items():
+            if init[key]:
+                groups |= load_start(self.config, self.networks, key, names)
         return groups
 
     def constants(self) -> dict[str, Any]:
@@ -247,27 +247,6 @@ class AnimatorTask:
                 batch["target_image"],
                 result,
             )
-
-
-def _refuse_other_pictures(
-    config: ml_collections.ConfigDict, trained: Mapping[str, Any], path: str
-) -> None:
-    """UserError where the frozen encoders would see other pictures than those they were trained on."""
-    here, there = config.data, trained["data"]
-    pairs = {
-        f"augment.{name}": (value, neutral_knobs(there["augment"])[name])
-        for name, value in neutral_knobs(here.augment).items()
-    }
-    for size in ("pose_size", "expression_size"):
-        pairs[size] = (here[size], there[size])
-    other = [
-        f"--config.data.{name}={theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs
-    ]
-    if other:
-        raise UserError(
-            f"the encoders of {path} learned from other pictures than this config makes for them; "
-            f"give what they were trained with: {' '.join(other)}"
-        )
 
 
 def draw_timesteps(key: Array, count: int, steps: int, power: float) -> Int[Array, " count"]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from data_pipelines import loading
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator.tiny_autoencoder import TinyAutoencoder
 from dexportrait_jax.models.animator.vae import VAE
 from dexportrait_jax.models.perceptual import PerceptualNetwork
 from dexportrait_jax.optim import make_optimizer
@@ -19,13 +21,17 @@ from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
 from dexportrait_jax.weights.lpips_names import load_perceptual
 
+KINDS = {"vae": VAE, "tiny": TinyAutoencoder}
+
 
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
-    """Group autoencoder."""
+    """Group autoencoder; UserError for a kind that is not known."""
+    settings = config.model.autoencoder.to_dict()
+    kind = settings.pop("kind", "vae")  # exports older than the key are of this one
+    if kind not in KINDS:
+        raise UserError(f"config.model.autoencoder.kind={kind!r} is none of {', '.join(KINDS)}")
     dtype = jnp.dtype(config.dtype)
-    return {
-        "autoencoder": Network(lambda rngs: VAE(**config.model.autoencoder, dtype=dtype, rngs=rngs))
-    }
+    return {"autoencoder": Network(lambda rngs: KINDS[kind](**settings, dtype=dtype, rngs=rngs))}
 
 
 class AutoencoderTask:

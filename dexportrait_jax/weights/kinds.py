@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """What it brings, which config key takes it, and where its ``plan`` lives."""
+    """What it brings, which config key takes it, and where its ``plan`` lives.
+
+    Attributes:
+        summary, config_key: for people.
+        plan: "module:function".
+        folder: where a diffusers pipeline keeps it, so that ``--source`` may be the whole pipeline.
+        parts: published as a file each, whose keys collide: a key of the file ``taesd_encoder.safetensors``
+            is ``encoder.`` and the key.
+    """
 
     summary: str
     config_key: str
-    plan: str  # "module:function"
+    plan: str
+    folder: str = ""
+    parts: tuple[str, ...] = ()
 
 
 KINDS = {
@@ -35,6 +45,36 @@ KINDS = {
         "VGG16 or AlexNet in torchvision's names with the heads of LPIPS",
         "--config.loss.perceptual_weights of the motion trainer and the autoencoder",
         "dexportrait_jax.weights.lpips_names:plan",
+    ),
+    "unet": Kind(
+        "the UNet of SD1.5 or of its image variations: a diffusers folder, or a single file of a checkpoint",
+        "--config.init.unet of the animator's image stage",
+        "dexportrait_jax.weights.stable_diffusion:plan_unet",
+        folder="unet",
+    ),
+    "vae": Kind(
+        "the autoencoder of Stable Diffusion, or sd-vae-ft-mse, in the same layouts",
+        "--config.init.autoencoder of the animator",
+        "dexportrait_jax.weights.stable_diffusion_vae:plan",
+        folder="vae",
+    ),
+    "tiny_autoencoder": Kind(
+        "TAESD, TAEF2 and kin: a folder with *_encoder.safetensors and *_decoder.safetensors, or diffusers'",
+        "--config.init.autoencoder of the animator",
+        "dexportrait_jax.weights.tiny_autoencoder:plan",
+        parts=("encoder", "decoder"),
+    ),
+    "motion_modules": Kind(
+        "motion modules of AnimateDiff v1, v2 or v3, or diffusers' motion adapter",
+        "--config.init.temporal of the animator's video stage",
+        "dexportrait_jax.weights.animatediff:plan",
+        folder="motion_adapter",
+    ),
+    "image_encoder": Kind(
+        "CLIP's image encoder with its projection, alone or in a whole CLIP",
+        "--config.init.image_encoder of the animator's image stage",
+        "dexportrait_jax.weights.clip_image:plan",
+        folder="image_encoder",
     ),
 }
 
@@ -53,10 +93,15 @@ class ImportPlan(NamedTuple):
     left_out: list[str]
 
 
-def plan_import(kind: str, files: TensorFiles) -> ImportPlan:
-    """The plan of a kind for these files; UserError for a kind or tensors that are not known."""
-    if kind not in KINDS:
-        raise UserError(f"there is no kind {kind!r} to import; kinds are {', '.join(KINDS)}")
-    module, _, function = KINDS[kind].plan.partition(":")
+def kind_called(name: str) -> Kind:
+    """The kind of that name; UserError for one that is not known."""
+    if name not in KINDS:
+        raise UserError(f"there is no kind {name!r} to import; kinds are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def plan_import(kind: Kind, files: TensorFiles) -> ImportPlan:
+    """The plan of a kind for these files; UserError for tensors that are not known."""
+    module, _, function = kind.plan.partition(":")
     plan: Callable[[TensorFiles], ImportPlan] = getattr(importlib.import_module(module), function)
     return plan(files)

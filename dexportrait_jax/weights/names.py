@@ -126,7 +126,7 @@ def from_torch(
 def refuse_misfit(where: str, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
     """Raise UserError, one line with counts and the first names, unless all three lists are empty."""
     complaints = [
-        f"{len(items)} {what}: {_listed(items)}"
+        f"{len(items)} {what}: {listed(items)}"
         for what, items in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
         if items
     ]
@@ -167,7 +167,8 @@ def from_torch_alone(tensors: Mapping[str, np.ndarray], exceptions: Mapping[str,
     return unflatten(leaves)
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
+    """The first few, and how many more there are."""
     shown = ", ".join(items[:_SHOWN])
     rest = len(items) - _SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown

@@ -15,7 +15,7 @@ from typing import Any
 
 from dexportrait_jax.weights import names
 from dexportrait_jax.weights.exporting import check_replaceable, export_streamed
-from dexportrait_jax.weights.kinds import KINDS, plan_import
+from dexportrait_jax.weights.kinds import kind_called, plan_import
 from dexportrait_jax.weights.tensor_files import Stored, TensorFiles
 
 STAGE = "import"
@@ -29,8 +29,9 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
     nothing is written.
     """
     check_replaceable(Path(out), overwrite)
-    files = TensorFiles(source)
-    plan = plan_import(kind, files)
+    sort = kind_called(kind)
+    files = TensorFiles(source, folder=sort.folder, parts=sort.parts)
+    plan = plan_import(sort, files)
     groups = {
         group: (abstract, _stored(files, abstract, found))
         for group, (abstract, found) in plan.groups.items()
@@ -47,8 +48,8 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
         count = sum(math.prod(tensor.shape) for tensor in tensors.values())
         print(f"{group}: {count / 1e6:.2f} M parameters in {len(tensors)} tensors")
     if plan.left_out:
-        print(f"left out, not needed: {', '.join(plan.left_out)}")
-    print(f"imported {source} to {directory}; it goes to {KINDS[kind].config_key}")
+        print(f"left out, not needed: {names.listed(plan.left_out)}")
+    print(f"imported {source} to {directory}; it goes to {sort.config_key}")
 
 
 def matched(

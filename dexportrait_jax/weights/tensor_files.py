@@ -1,7 +1,7 @@
 """Other people's safetensors, read one tensor at a time, and ours written the same way.
 
-``TensorFiles`` is what ``--source`` names: one file, or a folder in transformers' layout (one file,
-or shards with an index). Only names and shapes are read until a tensor is asked for. A torch pickle
+``TensorFiles`` is what ``--source`` names: one file, or a folder in transformers' or diffusers' layout
+(one file, or shards with an index). Only names and shapes are read until a tensor is asked for. A torch pickle
 is never opened: it is a program.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from dexportrait_jax.errors import UserError
 
-INDEX = "model.safetensors.index.json"
+# transformers' and diffusers' names of a model's file; copies of other precision may lie beside it.
+WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar")
 # What a zip archive (torch's format since 1.6) and pickles of protocol 2 and later begin with.
@@ -38,11 +39,19 @@ _CODES = {_TYPES[code]: code for code in ("F32", "F16", "BF16")}
 class TensorFiles:
     """The tensors of one file or folder: ``shapes`` at once, ``read`` one by one.
 
+    Args:
+        source: file or folder.
+        folder: of a source that has a folder of this name, that folder is meant.
+        parts: a file whose name holds one of these words gives its keys with that word and a dot in front.
+
     Raises UserError, one line, when there is nothing, a pickle, or a file that is no safetensors.
     """
 
-    def __init__(self, source: str | os.PathLike):
+    def __init__(self, source: str | os.PathLike, folder: str = "", parts: tuple[str, ...] = ()):
         self.source = Path(source)
+        if folder and (self.source / folder).is_dir():
+            self.source /= folder
+        self.parts = parts
         self.files = _files_of(self.source)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[Path, str]] = {}
@@ -65,9 +74,8 @@ class TensorFiles:
         file, _ = self._places[key]
         try:
             with safe_open(file, framework="np") as opened:
-                array = np.ascontiguousarray(opened.get_tensor(key)).astype(
-                    self.dtype(key), copy=False
-                )
+                stored = opened.get_tensor(key.removeprefix(self._prefix(file)))
+                array = np.ascontiguousarray(stored).astype(self.dtype(key), copy=False)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{key} in {file} cannot be read: {_one_line(error)}") from error
         if not np.isfinite(array).all():
@@ -77,12 +85,13 @@ class TensorFiles:
     def _read_header(self, file: Path) -> None:
         try:
             with safe_open(file, framework="np") as opened:
-                for key in opened.keys():  # noqa: SIM118
+                for stored in opened.keys():  # noqa: SIM118
+                    key = self._prefix(file) + stored
                     if key in self.shapes:
                         raise UserError(
                             f"{key} is both in {self._places[key][0]} and in {file}; keep one of them"
                         )
-                    tensor = opened.get_slice(key)
+                    tensor = opened.get_slice(stored)
                     self.shapes[key] = tuple(tensor.get_shape())
                     self._places[key] = (file, tensor.get_dtype())
         except (SafetensorError, OSError, ValueError) as error:
@@ -90,6 +99,20 @@ class TensorFiles:
                 f"{file} cannot be read as safetensors ({_one_line(error)}); it is damaged, cut "
                 "short, or another format: get it again, or convert it"
             ) from error
+
+    def _prefix(self, file: Path) -> str:
+        return next((f"{part}." for part in self.parts if part in file.stem), "")
+
+    def settings(self) -> dict[str, Any]:
+        """The config.json beside the tensors, as transformers and diffusers write it; empty where there is none."""
+        file = (self.source if self.source.is_dir() else self.source.parent) / "config.json"
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({_one_line(error)}); get it again") from error
+        return found if isinstance(found, dict) else {}
 
 
 class Stored(NamedTuple):
@@ -132,18 +155,18 @@ def _files_of(source: Path) -> list[Path]:
         raise UserError(
             f"there is nothing at {source}; give a safetensors file or a folder of them"
         )
-    index = source / INDEX
-    if index.is_file():
-        return _shards(index)
+    for name in WHOLE:
+        index = source / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index)
     found = sorted(source.glob("*.safetensors"))
     if not found:
         for file in sorted(source.iterdir()):
             if file.suffix.lower() in _PICKLES:
                 _refuse_pickle(file)
         raise UserError(f"{source} holds no safetensors file; give a folder or file that does")
-    # transformers' own file name wins over copies of other precision beside it.
-    whole = source / "model.safetensors"
-    return [whole] if whole in found else found
+    whole = [file for file in found if file.name in WHOLE]
+    return whole or found
 
 
 def _shards(index: Path) -> list[Path]:

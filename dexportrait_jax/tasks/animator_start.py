@@ -1,0 +1,106 @@
+"""What an animator starts from: exports of the stages before it, and imports of published networks.
+
+Weights that do not fit are refused in one line that says which option to give: other shapes, other pictures for the
+frozen encoders, another scale of the latents.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from data_pipelines.augment import neutral_knobs
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import Network
+from dexportrait_jax.weights import published, stable_diffusion
+from dexportrait_jax.weights.importing import load_groups, read_description
+from dexportrait_jax.weights.names import Params
+
+# Of config.model: what shapes do not tell, and has to be what the weights were trained with.
+_MODEL = {
+    "autoencoder": (
+        "kind",
+        "latent_channels",
+        "block_channels",
+        "groups",
+        "scale",
+        "middle_attention",
+    ),
+    "temporal": ("max_frames", "middle"),
+    "image_encoder": ("image_size", "patch_size", "heads", "activation"),
+}
+
+
+def load_start(
+    config: ml_collections.ConfigDict,
+    networks: Mapping[str, Network],
+    key: str,
+    names: Sequence[str],
+) -> dict[str, Params]:
+    """The groups ``names``, or parts of them, from what ``config.init.<key>`` names.
+
+    Raises:
+        UserError: it is no export, lacks a group, or does not fit the config.
+    """
+    path = config.init[key]
+    absent = [name for name in names if name not in networks]
+    if absent:
+        raise UserError(
+            f"config.init.{key} brings {', '.join(absent)}, which this model has not; leave it empty, or give the "
+            "model one (model.attn2.attn2=clip_image)"
+        )
+    description = read_description(Path(path))
+    there = description.get("config", {})
+    if description.get("stage") == published.STAGE and "unet" in description["groups"]:
+        _, groups = load_groups(path, ["unet"])
+        latent_channels = config.model.autoencoder.latent_channels
+        groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
+        for line in dict.fromkeys(said):
+            print(line, file=sys.stderr)
+        return groups
+    groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
+    if "expression" in names and "data" in there:
+        refuse(
+            path,
+            "their encoders learned from other pictures",
+            _pictures(config.data, there["data"]),
+        )
+    for name in set(names) & set(_MODEL):
+        given, trained = config.model[name], there.get("model", {}).get(name, {})
+        other = {
+            f"model.{name}.{knob}": trained[knob]
+            for knob in _MODEL[name]
+            if knob in trained and knob in given and not _same(given[knob], trained[knob])
+        }
+        refuse(path, f"its {name} was trained otherwise", other)
+    return groups
+
+
+def refuse(path: str, why: str, other: Mapping[str, Any]) -> None:
+    """UserError that gives the overrides, unless there are none."""
+    if other:
+        overrides = " ".join(f"--config.{knob}={value}" for knob, value in other.items())
+        raise UserError(f"{path} does not fit this config, {why}; give: {overrides}")
+
+
+def _pictures(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the encoders' pictures differs: overrides that make it the same."""
+    trained = neutral_knobs(there["augment"])
+    pairs = {
+        f"data.augment.{name}": (value, trained[name])
+        for name, value in neutral_knobs(here["augment"]).items()
+    } | {f"data.{size}": (here[size], there[size]) for size in ("pose_size", "expression_size")}
+    return {name: theirs for name, (ours, theirs) in pairs.items() if not _same(ours, theirs)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    sequence = list | tuple  # JSON has no tuples
+    return (
+        list(one) == list(other)
+        if isinstance(one, sequence) and isinstance(other, sequence)
+        else one == other
+    )

@@ -1,0 +1,104 @@
+"""Published weights of Stable Diffusion's autoencoder (method.md 4.1).
+
+Known are diffusers' names, with its newer and its older words for the attention, and those of the checkpoints that
+hold the autoencoder alone (``encoder.down.0.block...``) or a whole Stable Diffusion (``first_stage_model.``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator.vae import VAE
+from dexportrait_jax.state import Network
+from dexportrait_jax.weights.kinds import ImportPlan
+from dexportrait_jax.weights.published import matched
+from dexportrait_jax.weights.tensor_files import TensorFiles
+
+GROUP = "autoencoder"
+CHECKPOINT = "first_stage_model."
+SCALE = 0.18215  # of SD1.5, where no config.json says another
+# Beside the weights: averages, and the discriminator and perceptual network of its training.
+_NOT_NEEDED = r"(model_ema|loss)\..*"
+_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+    "norm": "group_norm",
+}
+
+
+def plan(files: TensorFiles) -> ImportPlan:
+    """The plan of `--kind=vae`: one group, autoencoder. Sizes are read from names and shapes.
+
+    The scale of the latents is that of a config.json beside the weights, or SD1.5's. Raises UserError when this is no
+    such autoencoder.
+    """
+    prefix = CHECKPOINT if any(key.startswith(CHECKPOINT) for key in files.shapes) else ""
+    levels = _count(rf"{prefix}encoder\.down(?:_blocks)?\.(\d+)\.", files)
+    translate = _translation(prefix, levels)
+    ours = {translate(key): shape for key, shape in files.shapes.items()}
+    widths = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
+    latent = "post_quant_conv.weight"
+    absent = [key for key in (*widths, latent) if key not in ours]
+    if absent or not widths:
+        raise UserError(
+            f"{files.source} holds no autoencoder of Stable Diffusion: {', '.join(absent) or 'its encoder'} is not in "
+            f"it, its first key is {min(files.shapes)}; give one"
+        )
+    sizes = {
+        "kind": "vae",
+        "latent_channels": ours[latent][0],
+        "block_channels": [ours[key][0] for key in widths],
+        "layers_per_block": _count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", ours),
+        "groups": files.settings().get("norm_num_groups", 32),
+        "scale": files.settings().get("scaling_factor", SCALE),
+        "middle_attention": any(key and ".attentions." in key for key in ours),
+    }
+    # No shape tells the groups of GroupNorm.
+    settings = {name: value for name, value in sizes.items() if name != "kind"} | {"groups": 1}
+    abstract = Network(lambda rngs: VAE(**settings, rngs=rngs)).abstract
+    found, left_out = matched(files, abstract, translate)
+    return ImportPlan({GROUP: (abstract, found)}, {"model": {GROUP: sizes}}, left_out)
+
+
+def _count(pattern: str, keys: Any) -> int:
+    names = keys.shapes if isinstance(keys, TensorFiles) else keys
+    found = [int(match[1]) for key in names if key and (match := re.match(pattern, key))]
+    return 1 + max(found, default=-1)
+
+
+def _translation(prefix: str, levels: int) -> Callable[[str], str | None]:
+    def translate(key: str) -> str | None:
+        if prefix and not key.startswith(prefix):
+            return ""
+        key = key.removeprefix(prefix)
+        if re.fullmatch(_NOT_NEEDED, key):
+            return ""
+        key = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", key)
+        # A checkpoint counts the decoder's levels from the picture, diffusers in the order they run.
+        key = re.sub(
+            r"^decoder\.up\.(\d+)\.",
+            lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.",
+            key,
+        )
+        key = re.sub(r"\.block\.(\d+)\.", r".resnets.\1.", key)
+        key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
+        key = key.replace(".mid.attn_1.", ".mid_block.attentions.0.")
+        key = re.sub(r"\.(down|up)sample\.", r".\1samplers.0.", key)
+        key = key.replace(".nin_shortcut.", ".conv_shortcut.").replace(
+            ".norm_out.", ".conv_norm_out."
+        )
+        attention = re.fullmatch(r"(.*\.attentions\.0)\.(\w+)\.(\w+)", key)
+        if attention and attention[2] in _ATTENTION:
+            return f"{attention[1]}.{_ATTENTION[attention[2]]}.{attention[3]}"
+        return key
+
+    return translate

@@ -1,0 +1,409 @@
+"""`dexportrait import` of SD1.5's UNet and autoencoder: diffusers' numbers from every layout; what animators take."""
+
+import json
+import re
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from dexportrait_jax import cli
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator.conditioning import Conditions
+from dexportrait_jax.models.animator.transformer import TransformerOptions
+from dexportrait_jax.models.animator.unet import UNet
+from dexportrait_jax.models.animator.vae import VAE
+from dexportrait_jax.state import Network, filled
+from dexportrait_jax.tasks.animator import AnimatorTask
+from dexportrait_jax.weights.importing import load_groups
+from tests.published import randomise, relative_error
+from tests.stages import micro
+
+CHANNELS, LAYERS, CONTEXT = (16, 32, 32), 2, 24
+VAE_SIZES = {"block_channels": (8, 16, 16), "layers_per_block": 1, "groups": 4}
+# What diffusers' own conversion of checkpoints asks to know of the network.
+LEVELS = len(CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return randomise(
+        diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=CHANNELS,
+            down_block_types=("CrossAttnDownBlock2D",) * (LEVELS - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (LEVELS - 1),
+            layers_per_block=LAYERS,
+            cross_attention_dim=CONTEXT,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return randomise(
+        diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=VAE_SIZES["block_channels"],
+            layers_per_block=VAE_SIZES["layers_per_block"],
+            norm_num_groups=VAE_SIZES["groups"],
+            scaling_factor=0.25,
+        )
+    )
+
+
+def checkpoint_of_unet(model):
+    """The weights under the names of a single-file checkpoint, by its published structure: a list of blocks."""
+    layers = {}
+
+    def resnet(place, theirs):
+        words = (
+            ("in_layers.0", "norm1"),
+            ("in_layers.2", "conv1"),
+            ("emb_layers.1", "time_emb_proj"),
+        )
+        words += (
+            ("out_layers.0", "norm2"),
+            ("out_layers.3", "conv2"),
+            ("skip_connection", "conv_shortcut"),
+        )
+        for name, word in words:
+            layers[f"{place}.{name}"] = f"{theirs}.{word}"
+
+    layers |= {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    layers |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+    number = 1
+    for level in range(LEVELS):
+        for layer in range(LAYERS):
+            resnet(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{layer}")
+            layers[f"input_blocks.{number}.1"] = f"down_blocks.{level}.attentions.{layer}"
+            number += 1
+        if level < LEVELS - 1:
+            layers[f"input_blocks.{number}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            number += 1
+    for place, part in ((0, "resnets.0"), (2, "resnets.1")):
+        resnet(f"middle_block.{place}", f"mid_block.{part}")
+    layers["middle_block.1"] = "mid_block.attentions.0"
+    number = 0
+    for level in range(LEVELS):
+        for layer in range(LAYERS + 1):
+            resnet(f"output_blocks.{number}.0", f"up_blocks.{level}.resnets.{layer}")
+            place = 1
+            if level > 0:  # the lowest level has no attention
+                layers[f"output_blocks.{number}.1"] = f"up_blocks.{level}.attentions.{layer}"
+                place = 2
+            if layer == LAYERS and level < LEVELS - 1:
+                layers[f"output_blocks.{number}.{place}.conv"] = (
+                    f"up_blocks.{level}.upsamplers.0.conv"
+                )
+            number += 1
+    return renamed(model, layers, "model.diffusion_model.")
+
+
+def checkpoint_of_vae(model, prefix="first_stage_model."):
+    layers = {
+        word: word
+        for word in ("quant_conv", "post_quant_conv", "encoder.conv_in", "decoder.conv_in")
+    }
+    levels = len(VAE_SIZES["block_channels"])
+    for half, blocks, more, change in (("encoder", "down", 0, "down"), ("decoder", "up", 1, "up")):
+        layers[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        layers[f"{half}.conv_out"] = f"{half}.conv_out"
+        for level in range(levels):
+            place = level if half == "encoder" else levels - 1 - level
+            for layer in range(VAE_SIZES["layers_per_block"] + more):
+                theirs = f"{half}.{blocks}_blocks.{level}.resnets.{layer}"
+                for word in ("norm1", "conv1", "norm2", "conv2"):
+                    layers[f"{half}.{blocks}.{place}.block.{layer}.{word}"] = f"{theirs}.{word}"
+                layers[f"{half}.{blocks}.{place}.block.{layer}.nin_shortcut"] = (
+                    f"{theirs}.conv_shortcut"
+                )
+            theirs = f"{half}.{blocks}_blocks.{level}.{change}samplers.0.conv"
+            layers[f"{half}.{blocks}.{place}.{change}sample.conv"] = theirs
+        for number in (0, 1):
+            for word in ("norm1", "conv1", "norm2", "conv2"):
+                layers[f"{half}.mid.block_{number + 1}.{word}"] = (
+                    f"{half}.mid_block.resnets.{number}.{word}"
+                )
+        attention = f"{half}.mid_block.attentions.0"
+        words = {
+            "norm": "group_norm",
+            "q": "to_q",
+            "k": "to_k",
+            "v": "to_v",
+            "proj_out": "to_out.0",
+        }
+        layers |= {
+            f"{half}.mid.attn_1.{word}": f"{attention}.{ours}" for word, ours in words.items()
+        }
+    tensors = renamed(model, layers, prefix)
+    # There the attention's matrices are 1x1 convolutions.
+    return {
+        key: value[:, :, None, None] if ".attn_1." in key and value.ndim == 2 else value
+        for key, value in tensors.items()
+    }
+
+
+def renamed(model, layers, prefix):
+    """Every tensor under its new name; none may be left over."""
+    tensors, state = {}, {key: value.numpy() for key, value in model.state_dict().items()}
+    for name, theirs in sorted(layers.items(), key=lambda item: -len(item[1])):
+        for key in [key for key in state if key.startswith(f"{theirs}.")]:
+            tensors[f"{prefix}{name}{key.removeprefix(theirs)}"] = state.pop(key)
+    assert not state
+    return tensors
+
+
+def old_words(model):
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for key, value in model.state_dict().items():
+        for new, old in words.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+        tensors[key] = value.numpy()
+    return tensors
+
+
+def write(path, tensors):
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path)
+    return path
+
+
+def a_whole_checkpoint(folder, unet, vae):
+    rest = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": np.zeros(
+            (1, 7), np.int64
+        ),
+        "alphas_cumprod": np.ones(1000, np.float32),
+        "model_ema.decay": np.ones((), np.float32),
+    }
+    both = checkpoint_of_unet(unet) | checkpoint_of_vae(vae)
+    return write(folder / "sd15.safetensors", both | rest)
+
+
+def a_pipeline(folder, unet, vae):
+    unet.save_pretrained(folder / "sd15" / "unet")
+    vae.save_pretrained(folder / "sd15" / "vae")
+    return folder / "sd15"
+
+
+def imported(kind, source, out):
+    assert cli.run(["import", f"--kind={kind}", f"--source={source}", f"--out={out}"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("layout", [a_pipeline, a_whole_checkpoint])
+def test_unet_equals_diffusers(tmp_path, unet, vae, layout, capsys):
+    out = imported("unet", layout(tmp_path, unet, vae), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "--config.init.unet" in said and ("left out" in said) == (layout is a_whole_checkpoint)
+    assert max(map(len, said.splitlines())) < 600  # not a line of hundreds of keys
+    options = TransformerOptions(heads=2, cross_attention_features=CONTEXT)
+    network = Network(
+        lambda rngs: UNet(
+            block_channels=CHANNELS, layers_per_block=LAYERS, options=options, groups=4, rngs=rngs
+        )
+    )
+    _, groups = load_groups(out, {"unet": network.abstract})
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(1, 8, 8, 4)).astype(np.float32)
+    context = rng.normal(size=(1, 5, CONTEXT)).astype(np.float32)
+    with torch.no_grad():
+        expected = unet(
+            torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor([300]), torch.tensor(context)
+        ).sample
+    ours = jax.jit(lambda p, *given: network.bind(p)(*given))(
+        groups["unet"], latents, np.array([300]), context
+    )
+    assert relative_error(ours, expected.permute(0, 2, 3, 1)) <= 1e-4
+    sizes = json.loads((out / "model.json").read_text())["config"]["unet"]
+    assert (sizes["block_channels"], sizes["layers_per_block"]) == (list(CHANNELS), LAYERS)
+    assert (sizes["in_channels"], sizes["context"]) == (4, CONTEXT)
+
+
+def a_vae_alone(folder, unet, vae):
+    return write(folder / "vae-ft-mse.safetensors", checkpoint_of_vae(vae, prefix=""))
+
+
+def a_vae_in_old_words(folder, unet, vae):
+    return write(folder / "old.safetensors", old_words(vae))
+
+
+@pytest.mark.parametrize(
+    ("layout", "known_scale"),
+    [
+        (a_pipeline, 0.25),
+        (a_whole_checkpoint, None),
+        (a_vae_alone, None),
+        (a_vae_in_old_words, None),
+    ],
+)
+def test_autoencoder_equals_diffusers(tmp_path, unet, vae, layout, known_scale):
+    out = imported("vae", layout(tmp_path, unet, vae), tmp_path / "out")
+    settings = json.loads((out / "model.json").read_text())["config"]["model"]["autoencoder"]
+    assert settings["scale"] == (known_scale or 0.18215)
+    assert settings["latent_channels"] == 4 and settings["layers_per_block"] == 1
+    assert tuple(settings["block_channels"]) == VAE_SIZES["block_channels"]
+    network = Network(lambda rngs: VAE(**VAE_SIZES, rngs=rngs))
+    params = load_groups(out, {"autoencoder": network.abstract})[1]["autoencoder"]
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+
+    @jax.jit
+    def run(params, images):
+        mean, _ = network.bind(params).encode(images)
+        return mean, network.bind(params).decode(mean)
+
+    mean, decoded = run(params, images)
+    with torch.no_grad():
+        expected = vae.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist.mean
+        expected_images = vae.decode(expected).sample
+    assert relative_error(mean, expected.permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(decoded, expected_images.permute(0, 2, 3, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "unet",
+            {"model.diffusion_model.middle_block.2.in_layers.0.bias": None},
+            ["1 missing", "norm1.bias"],
+        ),
+        (
+            "unet",
+            {"model.diffusion_model.what.weight": np.ones(3, np.float32)},
+            ["1 extra", "what.weight"],
+        ),
+        (
+            "unet",
+            {"model.diffusion_model.out.0.bias": np.ones(3, np.float32)},
+            ["1 misshapen", "out.0.bias"],
+        ),
+        ("unet", {"somebodys.weight": np.ones(3, np.float32)}, ["1 extra", "somebodys.weight"]),
+        (
+            "vae",
+            {"first_stage_model.encoder.mid.attn_1.q.weight": None},
+            ["1 missing", "to_q.weight"],
+        ),
+        ("vae", {"first_stage_model.encoder.up.weight": np.ones(3, np.float32)}, ["1 extra"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, unet, vae, kind, change, words, capsys):
+    tensors = checkpoint_of_unet(unet) | checkpoint_of_vae(vae)
+    for key, value in change.items():
+        tensors.pop(key, None)
+        if value is not None:
+            tensors[key] = value
+    source = write(tmp_path / "sd.safetensors", tensors)
+    out = tmp_path / "out"
+    assert cli.run(["import", f"--kind={kind}", f"--source={source}", f"--out={out}"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["unet", "vae", "tiny_autoencoder", "motion_modules", "image_encoder"]
+)
+def test_something_else_is_one_line(tmp_path, kind, capsys):
+    source = write(tmp_path / "other.safetensors", {"layer.weight": np.ones((2, 2), np.float32)})
+    out = f"--out={tmp_path / 'out'}"
+    assert cli.run(["import", f"--kind={kind}", f"--source={source}", out]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "holds no" in said and "layer.weight" in said or "CLIP" in said
+
+
+# --- what an animator takes of them -----------------------------------------------------
+
+
+def sd15_sized(unet, folder, latent_channels=4, **changes):
+    """An image stage of the published UNet's sizes, and its export."""
+    if not (folder / "unet").exists():
+        unet.save_pretrained(folder / "published")
+        imported("unet", folder / "published", folder / "unet")
+    sizes = {
+        "model__unet__block_channels": CHANNELS,
+        "model__unet__layers_per_block": LAYERS,
+        "model__unet__heads": 2,
+        "model__autoencoder__latent_channels": latent_channels,
+        "init__unet": folder / "unet",
+    }
+    exports = folder / f"exports{latent_channels}"
+    return micro("animator_image", folder / "data", exports, **(sizes | changes))
+
+
+def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys):
+    """The denoiser with every branch, its reference dropped, says what diffusers says."""
+    changes = {
+        "model__attn2__attn2": "null_text",
+        "model__attn2__cross_attention_features": CONTEXT,
+    }
+    task = AnimatorTask(sd15_sized(unet, tmp_path, **changes))
+    start = task.pretrained()
+    assert "start fresh" not in capsys.readouterr().err
+    rng = np.random.default_rng(1)
+    text = rng.normal(size=task.networks["denoiser"].abstract["null_text"].shape).astype(np.float32)
+    params = filled(start["denoiser"], task.networks["denoiser"].init(jax.random.key(0)))
+    params["null_text"] = text
+    latents = rng.normal(size=(1, 8, 8, 4)).astype(np.float32)
+    pose = np.eye(3, 4, dtype=np.float32)[None] * 1.1
+    conditions = Conditions(source_pose=pose, driving_pose=pose * 0.9, expression=np.ones((1, 64)))
+    ours = jax.jit(
+        lambda p: task.networks["denoiser"].bind(p)(latents, jnp.array([300]), conditions)
+    )(params)
+    with torch.no_grad():
+        expected = unet(
+            torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor([300]), torch.tensor(text[None])
+        ).sample
+    assert relative_error(ours, expected.permute(0, 2, 3, 1)) <= 1e-4
+    reference = start["reference"]
+    kept = unet.state_dict()["mid_block.resnets.1.conv2.weight"].numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(reference["mid_block"]["resnets"]["1"]["conv2"]["kernel"], kept)
+
+
+def test_without_text_attention_it_is_left_out_and_said(tmp_path, unet, capsys):
+    start = AnimatorTask(sd15_sized(unet, tmp_path)).pretrained()
+    assert "text attention" in capsys.readouterr().err
+    block = start["denoiser"]["down_blocks"]["0"]["attentions"]["0"]["transformer_blocks"]["0"]
+    assert "attn1" in block and "attn2" not in block and "norm2" not in block
+
+
+def test_other_latents_have_convolutions_of_their_own(tmp_path, unet, capsys):
+    task = AnimatorTask(sd15_sized(unet, tmp_path, latent_channels=6))
+    start = task.pretrained()
+    said = capsys.readouterr().err
+    assert "latents of 4 channels, here they have 6" in said and said.count("start fresh") == 1
+    assert not {"conv_in", "conv_out"} & set(start["denoiser"])
+    whole = filled(start["denoiser"], task.networks["denoiser"].init(jax.random.key(0)))
+    assert whole["conv_in"]["kernel"].shape[2] == 6 + 6  # latents, and two ray maps of 3
+
+
+def test_other_sizes_are_one_line(tmp_path, unet):
+    config = sd15_sized(unet, tmp_path, model__unet__block_channels=(16, 32, 64))
+    with pytest.raises(UserError, match="misshapen") as caught:
+        AnimatorTask(config).pretrained()
+    assert "\n" not in str(caught.value)
+
+
+def test_another_scale_of_the_latents_is_refused(tmp_path, unet, vae):
+    vae.save_pretrained(tmp_path / "published_vae")
+    imported("vae", tmp_path / "published_vae", tmp_path / "vae")
+    changes = {
+        "model__autoencoder__block_channels": VAE_SIZES["block_channels"],
+        "model__autoencoder__middle_attention": True,
+        "init__autoencoder": tmp_path / "vae",
+        "init__unet": "",
+    }
+    with pytest.raises(UserError) as caught:
+        AnimatorTask(sd15_sized(unet, tmp_path, **changes)).pretrained()
+    told = re.findall(r"--config\.(\S+)=(\S+)", str(caught.value))
+    assert told == [("model.autoencoder.scale", "0.25")]
+    config = sd15_sized(unet, tmp_path, **changes, model__autoencoder__scale=0.25)
+    assert "autoencoder" in AnimatorTask(config).pretrained()
