@@ -17,12 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import dataset, face_landmarks, network_inputs, records, transforms
+from data_pipelines import background, dataset, face_landmarks, network_inputs, records
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -48,7 +47,10 @@ def default_data() -> dict[str, Any]:
         "second_expression": False,
         "workers": 0,  # processes; 0 reads with threads of this one
         "cache_megabytes": 256,  # of read clips, a process
-        "motion_filter": {"max_difference": 0.03, "candidates": 8},
+        # Mode "video" wants calm backgrounds. Of windows drawn one after the other, half from the sample's own clip
+        # and half from those that follow, the first is taken whose background changes by at most `max_difference`
+        # (brightness in [0, 1], mean over pixels and pairs of neighbouring frames), or else the calmest.
+        "calm": {"max_difference": 0.03, "candidates": 8},
         "augment": augmentation.default_augment(),
     }
 
@@ -178,6 +180,10 @@ class Examples:
         config = _plain(config)
         if config["mode"] not in _MODES:
             raise UserError(f"data.mode is '{config['mode']}'; it must be 'pairs' or 'video'")
+        if config["calm"]["candidates"] < 1 or not 0 <= config["calm"]["max_difference"] <= 1:
+            raise UserError(
+                f"data.calm is {config['calm']}; candidates must be 1 or more, max_difference from 0 to 1"
+            )
         self.config = config
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -278,15 +284,11 @@ class Examples:
         return source, rng.choice(far, count, replace=len(far) < count)
 
     def _choose_window(self, number: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """Clip, source frame and consecutive targets whose background hardly moves.
-
-        Candidates come one after the other from `rng`, the second half of them from the following
-        clips; the first one below the threshold wins, or else the calmest.
-        """
-        knobs = self.config["motion_filter"]
+        """Clip, source frame and consecutive targets whose background hardly moves: `data.calm`."""
+        knobs = self.config["calm"]
         position = int(np.searchsorted(self.usable, number))
         best = None
-        for candidate in range(max(1, knobs["candidates"])):
+        for candidate in range(knobs["candidates"]):
             further = max(0, candidate - knobs["candidates"] // 2 + 1)
             clip = int(self.usable[(position + further) % len(self)])
             frames = int(self.clips.frames[clip])
@@ -294,12 +296,21 @@ class Examples:
             targets = start + self.config["frame_stride"] * np.arange(self.config["frames"])
             outside = [f for f in range(frames) if f < start or f >= start + self.span]
             source = int(rng.choice(outside)) if outside else int(rng.integers(frames))
-            motion = background_motion(self.clips[clip], targets)
+            motion = self.window_motion(clip, start)
             if best is None or motion < best[0]:
                 best = motion, clip, source, targets
             if motion <= knobs["max_difference"]:
                 break
         return best[1:]
+
+    def window_motion(self, number: int, start: int) -> float:
+        """How much the background of a clip's window moves; see `background.window_motion`."""
+        of_frames = self.clips.background_motion(number)
+        if of_frames is not None:
+            return background.window_motion(of_frames[start : start + self.span])
+        return background.window_motion(
+            background.motion(self.clips[number], start, start + self.span)
+        )
 
     def _evaluation(self, number: int, passes: int) -> dict[str, np.ndarray]:
         clip = self.clips[number]
@@ -368,29 +379,6 @@ class Examples:
         apart = np.abs(other.timestamps - clip.timestamps[index])
         nearest = int(apart.argmin())
         return (other, nearest) if apart[nearest] <= 0.5 / max(clip.fps, 1.0) else None
-
-
-def background_motion(clip: records.Clip, indices: np.ndarray, side: int = 48) -> float:
-    """Mean absolute difference in [0, 1] of consecutive frames outside head and shoulders.
-
-    0 where the head fills the picture and no background is left to judge (method.md 5).
-    """
-    thumbnails = []
-    for index in indices:
-        gray = cv2.cvtColor(transforms.decode_frame(clip, int(index)), cv2.COLOR_RGB2GRAY)
-        small = cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA)
-        thumbnails.append(small.astype(np.float32) / 255)
-    boxes = clip.face_boxes[indices]
-    x0, y0 = boxes[:, :2].min(0)
-    x1, y1 = boxes[:, 2:].max(0)
-    grid = (np.arange(side) + 0.5) * 2 / side - 1
-    width, height = x1 - x0, y1 - y0
-    beside = (grid < x0 - 0.3 * width) | (grid > x1 + 0.3 * width)
-    above, beneath = grid < y0 - 0.5 * height, grid > y1
-    background = (beside[None, :] | above[:, None]) & ~beneath[:, None]
-    if background.mean() < 0.03 or len(indices) < 2:
-        return 0.0
-    return float(np.abs(np.diff(thumbnails, axis=0))[:, background].mean())
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def _render(parser):
     _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
 
 
+def _measure(parser):
+    _flag(parser, "data", "a dataset prepared by an older version", required=True)
+
+
 def _inspect(parser):
     parser.add_argument("path", help="a dataset, run, export, video or config")
     _flag(parser, "out", "where to write a contact sheet (PNG), for datasets", default=None)
@@ -332,6 +336,12 @@ JOBS = {
         "dexportrait render --out=data/heads --identities=200 --frames=24 --size=64",
         _render,
         "data_pipelines.synthetic.dataset:run_render",
+    ),
+    "measure": Job(
+        "stores how much backgrounds move beside an older dataset, for the video stage",
+        "dexportrait measure --data=data/faces",
+        _measure,
+        "data_pipelines.measure:run_measure",
     ),
     "inspect": Job(
         "a dataset, run, export, video or config, said in words and pictures",

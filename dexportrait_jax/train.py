@@ -85,6 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         found = survey(config.data, config.evaluate.split if evaluates else "")
         for warning in found.warnings:
             say(warning, file=sys.stderr)
+        for note in found.notes:
+            say(note)
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
