@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import background, dataset, face_landmarks, network_inputs, records
+from data_pipelines import background, dataset, face_landmarks, latents, network_inputs, records
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -32,6 +32,9 @@ def default_data() -> dict[str, Any]:
     """`config.data` as a plain nested dict."""
     return {
         "path": "",  # a dataset, or rendered heads: "synthetic:identities=2000,frames=8,size=64"
+        # Latents of these data (`dexportrait encode`) in place of the pictures that the animator's step would encode;
+        # "": it encodes. Needs augment's similarity and colour off, and flip too unless it was cached (--flips).
+        "latents": "",
         "split": "train",
         "mode": "pairs",
         "batch_size": 28,  # sources, over all hosts
@@ -78,10 +81,13 @@ def make_loader(
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
         (S, N, H, W), all uint8; source_head_pose (S, 3, 4), target_head_pose (S, N, 3, 4),
         target_blendshapes (S, N, 52), target_expression_landmarks (S, N, 68, 2) float32; and with
-        `second_expression` target_second_expression_image, uint8.
+        `second_expression` target_second_expression_image, uint8. With `latents` there is no target_image, but
+        source_latents (S, 2, h, w, c) and target_latents (S, N, 2, h, w, c), float16 or float32: mean and
+        log-variance of the pictures, unscaled.
 
     Raises:
-        UserError: no such dataset or split, its clips are too short, or an impossible setting.
+        UserError: no such dataset or split, its clips are too short, latents that are not of it, or an
+            impossible setting.
     """
     import grain  # imports jax where it is installed, and this package must stay free of it
 
@@ -131,6 +137,10 @@ def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
     }
     if config["second_expression"]:
         target["second_expression_image"] = frame["expression_image"]
+    if config["latents"]:
+        made = latents.read_description(config["latents"])
+        target["latents"] = frame["latents"] = made.record_shape, made.dtype
+        del target["image"]
     sources = (config["batch_size"],)
     targets = (*sources, config["frames" if config["mode"] == "video" else "targets"])
     return {
@@ -193,6 +203,9 @@ class Examples:
         self.clips = dataset.open_clips(
             config["path"], split or config["split"], cache_bytes=config["cache_megabytes"] << 20
         )
+        self.latents = None
+        if config["latents"] and split is None:  # whoever evaluates compares with pictures
+            self.latents = latents.Latents(config, self.clips)
         self.span = (config["frames"] - 1) * config["frame_stride"] + 1 if self.video else 2
         self.usable = np.flatnonzero(self.clips.frames >= self.span)
         if len(self.usable) == 0:
@@ -341,6 +354,7 @@ class Examples:
                     draw,
                     self.augment,
                     self.sizes,
+                    with_image=self.latents is None,
                     expression_from=self._same_instant(clip, int(target), other, draw),
                     second=second,
                 )
@@ -351,6 +365,12 @@ class Examples:
         }
         for name in many[0]:
             example[f"target_{name}"] = np.stack([part[name] for part in many])
+        if self.latents is not None:
+            flip = source_draw.sample.flip  # the whole sample's
+            example["source_latents"] = self.latents(number, source, flip)
+            example["target_latents"] = np.stack(
+                [self.latents(number, int(target), flip) for target in targets]
+            )
         return example
 
     def _second_draws(self, draws, rng) -> list[augmentation.Draw | None]:
