@@ -3,6 +3,8 @@
     dexportrait train --config=configs/animator_video.py:full --workdir=runs/video --config.data.path=data/faces \
         --config.init.image=exports/image
 
+Windows with calm backgrounds are chosen by `data.calm`; how many pass is said at the start.
+
 tiny: clips of 8 frames at 64 px, 2 cores, about a minute.
 small: clips of 16 frames at 256 px on one GPU. full: batch 8 clips of 24 frames at 512 px, lr 1e-5, 80k steps.
 """

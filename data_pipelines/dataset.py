@@ -1,14 +1,14 @@
 """A dataset directory as random-access clips, read without TFDS or TensorFlow.
 
 Records are read by number from the ArrayRecord shards. What must be known about all clips at once
-(length, identity,
-camera, session, time) comes from a small index file, so opening a dataset costs the same however
-big it is.
+(length, identity, camera, session, time, how much the background moves) comes from two small index files, so
+opening a dataset costs the same however big it is.
 """
 
 from __future__ import annotations
 
 import collections
+import io
 import json
 import re
 import threading
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_data_source
 
-from data_pipelines import records
+from data_pipelines import background, files, records
 from dexportrait_jax.errors import UserError
 
 _SHARD = re.compile(r".+-(?P<split>[A-Za-z0-9_]+)\.array_record(-\d+-of-\d+)?")
@@ -26,6 +26,10 @@ _SHARD = re.compile(r".+-(?P<split>[A-Za-z0-9_]+)\.array_record(-\d+-of-\d+)?")
 
 def index_name(split: str) -> str:
     return f"clip_index-{split}.json"
+
+
+def background_name(split: str) -> str:
+    return f"background_motion-{split}.npy"
 
 
 def shards(directory: str | Path) -> dict[str, list[Path]]:
@@ -51,18 +55,38 @@ def available_splits(path: str | Path) -> list[str]:
     return split_names(path)
 
 
-def build_index(directory: str | Path, split: str) -> dict[str, list]:
-    """Reads every record of a split and returns its index: one list per key, in record order."""
+def build_index(
+    directory: str | Path, split: str, *, measure: bool = True
+) -> tuple[dict[str, list], np.ndarray]:
+    """Reads every record of a split and returns what is to be known of all clips at once.
+
+    Args:
+        measure: with the motion of backgrounds; of records that lack it, it is measured.
+
+    Returns:
+        the index, one list per key in record order; and the clips' `background_motion` (frames,) float32, one
+        clip after the other, or nothing without `measure`.
+    """
     source = array_record_data_source.ArrayRecordDataSource(shards(directory)[split])
     columns = ("clip_id", "identity", "session", "camera", "frames", "fps", "start", "size")
     index: dict[str, list] = {name: [] for name in columns}
+    motions = [np.zeros(0, np.float32)]
     for number in range(len(source)):
         clip = records.decode(source[number])
         values = (clip.clip_id, clip.identity, clip.session, clip.camera, len(clip), clip.fps)
         values += (float(clip.timestamps[0]), clip.size)
         for name, value in zip(columns, values, strict=True):
             index[name].append(value)
-    return index
+        if measure:
+            motions.append(background.measured(clip).background_motion)
+    return index, np.concatenate(motions)
+
+
+def write_background_motion(directory: str | Path, split: str, motion: np.ndarray) -> None:
+    """Stores what `build_index` found beside the shards of a split."""
+    stream = io.BytesIO()
+    np.save(stream, motion)
+    files.write_bytes(Path(directory) / background_name(split), stream.getvalue())
 
 
 def open_clips(path: str | Path, split: str, *, cache_bytes: int = 256 << 20):
@@ -111,15 +135,19 @@ class ClipDataset:
         self.frames = np.asarray(self.index["frames"], np.int64)
         if len(self.frames) == 0:
             raise UserError(f"split '{split}' of {self.directory} is empty; prepare more videos")
+        self._starts = np.concatenate([[0], np.cumsum(self.frames)])
+        path = self.directory / background_name(split)
+        self._motion_path = path if path.exists() else None
         self._cache_bytes = cache_bytes
         self._forget()
+        self._background()
 
     def _read_index(self) -> dict[str, list]:
         path = self.directory / index_name(self.split)
         try:
             if path.exists():
                 return json.loads(path.read_text())
-            return build_index(self.directory, self.split)
+            return build_index(self.directory, self.split, measure=False)[0]
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(
                 f"the dataset {self.directory} cannot be read ({error}); "
@@ -132,11 +160,12 @@ class ClipDataset:
             collections.OrderedDict()
         )
         self._cached = 0
+        self._motion: np.ndarray | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_source", "_cache", "_cached", "_lock"):
+        for name in ("_source", "_cache", "_cached", "_motion", "_lock"):
             del state[name]
         return state
 
@@ -179,6 +208,24 @@ class ClipDataset:
         while self._cached > self._cache_bytes and len(self._cache) > 1:
             self._cached -= self._cache.popitem(last=False)[1][1]
         return clip
+
+    def background_motion(self, number: int) -> np.ndarray | None:
+        """`records.Clip.background_motion` of a clip, without reading it; None where it is not stored."""
+        motion = self._background()
+        return None if motion is None else motion[self._starts[number] : self._starts[number + 1]]
+
+    def _background(self) -> np.ndarray | None:
+        if self._motion is None and self._motion_path is not None:
+            try:
+                self._motion = np.load(self._motion_path, mmap_mode="r")
+            except (OSError, ValueError, EOFError):
+                self._motion = np.zeros(0)
+            if self._motion.shape != (self._starts[-1],):
+                raise UserError(
+                    f"{self._motion_path} is damaged or of another dataset; remove it, and make it anew with "
+                    f"`dexportrait measure --data={self.directory}`"
+                )
+        return self._motion
 
     def views(self) -> dict[int, list[int]]:
         """clip number -> clips of the same session and person from other cameras."""

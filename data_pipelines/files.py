@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,39 @@ def replace_directory(temporary: Path, final: Path) -> None:
             aside.rename(final)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """The hidden folder beside `out` of what is done, for this process alone: two would spoil each other's work.
+
+    What a killed job left of `out` itself is cleared up.
+
+    Raises:
+        UserError: it cannot be written, or another process is at it.
+    """
+    work = out.with_name(f".{out.name}.work")
+    lock = out.with_name(f".{out.name}.lock")
+    with ExitStack() as stack:
+        with writing_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(lock.open("w"))
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another job is making {out} right now; wait for it") from None
+            stack.callback(lock.unlink, missing_ok=True)
+            _clear_up(out)
+            work.mkdir(exist_ok=True)
+        yield work
+
+
+def _clear_up(out: Path) -> None:
+    """Removes what a killed job left; what it had moved aside and not replaced is put back."""
+    for aside in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
+        if out.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(out)
+    for unfinished in out.parent.glob(f".{glob.escape(out.name)}.incomplete-*"):
+        shutil.rmtree(unfinished)

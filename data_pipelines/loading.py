@@ -17,12 +17,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import dataset, face_landmarks, network_inputs, records, transforms
+from data_pipelines import background, dataset, face_landmarks, latents, network_inputs, records
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -33,6 +32,9 @@ def default_data() -> dict[str, Any]:
     """`config.data` as a plain nested dict."""
     return {
         "path": "",  # a dataset, or rendered heads: "synthetic:identities=2000,frames=8,size=64"
+        # Latents of these data (`dexportrait encode`) in place of the pictures that the animator's step would encode;
+        # "": it encodes. Needs augment's similarity and colour off, and flip too unless it was cached (--flips).
+        "latents": "",
         "split": "train",
         "mode": "pairs",
         "batch_size": 28,  # sources, over all hosts
@@ -48,7 +50,10 @@ def default_data() -> dict[str, Any]:
         "second_expression": False,
         "workers": 0,  # processes; 0 reads with threads of this one
         "cache_megabytes": 256,  # of read clips, a process
-        "motion_filter": {"max_difference": 0.03, "candidates": 8},
+        # Mode "video" wants calm backgrounds. Of windows drawn one after the other, half from the sample's own clip
+        # and half from those that follow, the first is taken whose background changes by at most `max_difference`
+        # (brightness in [0, 1], mean over pixels and pairs of neighbouring frames), or else the calmest.
+        "calm": {"max_difference": 0.03, "candidates": 8},
         "augment": augmentation.default_augment(),
     }
 
@@ -76,10 +81,13 @@ def make_loader(
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
         (S, N, H, W), all uint8; source_head_pose (S, 3, 4), target_head_pose (S, N, 3, 4),
         target_blendshapes (S, N, 52), target_expression_landmarks (S, N, 68, 2) float32; and with
-        `second_expression` target_second_expression_image, uint8.
+        `second_expression` target_second_expression_image, uint8. With `latents` there is no target_image, but
+        source_latents (S, 2, h, w, c) and target_latents (S, N, 2, h, w, c), float16 or float32: mean and
+        log-variance of the pictures, unscaled.
 
     Raises:
-        UserError: no such dataset or split, its clips are too short, or an impossible setting.
+        UserError: no such dataset or split, its clips are too short, latents that are not of it, or an
+            impossible setting.
     """
     import grain  # imports jax where it is installed, and this package must stay free of it
 
@@ -129,6 +137,10 @@ def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
     }
     if config["second_expression"]:
         target["second_expression_image"] = frame["expression_image"]
+    if config["latents"]:
+        made = latents.read_description(config["latents"])
+        target["latents"] = frame["latents"] = made.record_shape, made.dtype
+        del target["image"]
     sources = (config["batch_size"],)
     targets = (*sources, config["frames" if config["mode"] == "video" else "targets"])
     return {
@@ -178,6 +190,10 @@ class Examples:
         config = _plain(config)
         if config["mode"] not in _MODES:
             raise UserError(f"data.mode is '{config['mode']}'; it must be 'pairs' or 'video'")
+        if config["calm"]["candidates"] < 1 or not 0 <= config["calm"]["max_difference"] <= 1:
+            raise UserError(
+                f"data.calm is {config['calm']}; candidates must be 1 or more, max_difference from 0 to 1"
+            )
         self.config = config
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -187,6 +203,9 @@ class Examples:
         self.clips = dataset.open_clips(
             config["path"], split or config["split"], cache_bytes=config["cache_megabytes"] << 20
         )
+        self.latents = None
+        if config["latents"] and split is None:  # whoever evaluates compares with pictures
+            self.latents = latents.Latents(config, self.clips)
         self.span = (config["frames"] - 1) * config["frame_stride"] + 1 if self.video else 2
         self.usable = np.flatnonzero(self.clips.frames >= self.span)
         if len(self.usable) == 0:
@@ -278,15 +297,11 @@ class Examples:
         return source, rng.choice(far, count, replace=len(far) < count)
 
     def _choose_window(self, number: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """Clip, source frame and consecutive targets whose background hardly moves.
-
-        Candidates come one after the other from `rng`, the second half of them from the following
-        clips; the first one below the threshold wins, or else the calmest.
-        """
-        knobs = self.config["motion_filter"]
+        """Clip, source frame and consecutive targets whose background hardly moves: `data.calm`."""
+        knobs = self.config["calm"]
         position = int(np.searchsorted(self.usable, number))
         best = None
-        for candidate in range(max(1, knobs["candidates"])):
+        for candidate in range(knobs["candidates"]):
             further = max(0, candidate - knobs["candidates"] // 2 + 1)
             clip = int(self.usable[(position + further) % len(self)])
             frames = int(self.clips.frames[clip])
@@ -294,12 +309,21 @@ class Examples:
             targets = start + self.config["frame_stride"] * np.arange(self.config["frames"])
             outside = [f for f in range(frames) if f < start or f >= start + self.span]
             source = int(rng.choice(outside)) if outside else int(rng.integers(frames))
-            motion = background_motion(self.clips[clip], targets)
+            motion = self.window_motion(clip, start)
             if best is None or motion < best[0]:
                 best = motion, clip, source, targets
             if motion <= knobs["max_difference"]:
                 break
         return best[1:]
+
+    def window_motion(self, number: int, start: int) -> float:
+        """How much the background of a clip's window moves; see `background.window_motion`."""
+        of_frames = self.clips.background_motion(number)
+        if of_frames is not None:
+            return background.window_motion(of_frames[start : start + self.span])
+        return background.window_motion(
+            background.motion(self.clips[number], start, start + self.span)
+        )
 
     def _evaluation(self, number: int, passes: int) -> dict[str, np.ndarray]:
         clip = self.clips[number]
@@ -330,6 +354,7 @@ class Examples:
                     draw,
                     self.augment,
                     self.sizes,
+                    with_image=self.latents is None,
                     expression_from=self._same_instant(clip, int(target), other, draw),
                     second=second,
                 )
@@ -340,6 +365,12 @@ class Examples:
         }
         for name in many[0]:
             example[f"target_{name}"] = np.stack([part[name] for part in many])
+        if self.latents is not None:
+            flip = source_draw.sample.flip  # the whole sample's
+            example["source_latents"] = self.latents(number, source, flip)
+            example["target_latents"] = np.stack(
+                [self.latents(number, int(target), flip) for target in targets]
+            )
         return example
 
     def _second_draws(self, draws, rng) -> list[augmentation.Draw | None]:
@@ -368,29 +399,6 @@ class Examples:
         apart = np.abs(other.timestamps - clip.timestamps[index])
         nearest = int(apart.argmin())
         return (other, nearest) if apart[nearest] <= 0.5 / max(clip.fps, 1.0) else None
-
-
-def background_motion(clip: records.Clip, indices: np.ndarray, side: int = 48) -> float:
-    """Mean absolute difference in [0, 1] of consecutive frames outside head and shoulders.
-
-    0 where the head fills the picture and no background is left to judge (method.md 5).
-    """
-    thumbnails = []
-    for index in indices:
-        gray = cv2.cvtColor(transforms.decode_frame(clip, int(index)), cv2.COLOR_RGB2GRAY)
-        small = cv2.resize(gray, (side, side), interpolation=cv2.INTER_AREA)
-        thumbnails.append(small.astype(np.float32) / 255)
-    boxes = clip.face_boxes[indices]
-    x0, y0 = boxes[:, :2].min(0)
-    x1, y1 = boxes[:, 2:].max(0)
-    grid = (np.arange(side) + 0.5) * 2 / side - 1
-    width, height = x1 - x0, y1 - y0
-    beside = (grid < x0 - 0.3 * width) | (grid > x1 + 0.3 * width)
-    above, beneath = grid < y0 - 0.5 * height, grid > y1
-    background = (beside[None, :] | above[:, None]) & ~beneath[:, None]
-    if background.mean() < 0.03 or len(indices) < 2:
-        return 0.0
-    return float(np.abs(np.diff(thumbnails, axis=0))[:, background].mean())
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

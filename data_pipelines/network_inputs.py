@@ -44,6 +44,7 @@ def frame_inputs(
     sizes: tuple[int, int, int],
     *,
     picture: np.ndarray | None = None,
+    with_image: bool = True,
     expression_from: tuple[records.Clip, int] | None = None,
     second: tuple[Draw, tuple[records.Clip, int] | None] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -52,6 +53,7 @@ def frame_inputs(
     Args:
         sizes: sides of the image, the pose image and the expression image.
         picture: the decoded frame, if it is at hand.
+        with_image: whether `image` is wanted.
         expression_from: another camera's clip and frame of the same instant (E2).
         second: draw and camera of another expression picture of this instant, where one is wanted.
 
@@ -64,10 +66,7 @@ def frame_inputs(
     polygons = {name: points[index] for name, points in clip.mask_polygons.items()}
     image_size, pose_size, expression_size = sizes
     border = augment["similarity"]["border"]
-    image = sample_picture(picture, draw.frame, image_size, border)
-    for_pose = image
-    if pose_size != image_size:
-        for_pose = sample_picture(picture, draw.frame, pose_size, border)
+    for_pose = sample_picture(picture, draw.frame, pose_size, border)
 
     def expression(drawn: Draw, elsewhere: tuple[records.Clip, int] | None) -> np.ndarray:
         other, at = elsewhere or (clip, index)
@@ -81,7 +80,6 @@ def frame_inputs(
     if np.linalg.det(draw.frame[:, :2]) < 0:
         blendshapes = blendshapes[_MIRRORED_BLENDSHAPES]
     inputs = {
-        "image": image,
         "pose_image": pose_picture(for_pose, polygons, draw, augment),
         "expression_image": expression(draw, expression_from),
         "component_mask": component_mask(polygons, draw, augment, image_size),
@@ -89,6 +87,10 @@ def frame_inputs(
         "blendshapes": np.ascontiguousarray(blendshapes, np.float32),
         "expression_landmarks": expression_landmarks(*(expression_from or (clip, index)), draw),
     }
+    if with_image and pose_size == image_size:
+        inputs["image"] = for_pose
+    elif with_image:
+        inputs["image"] = sample_picture(picture, draw.frame, image_size, border)
     if second is not None:
         inputs["second_expression_image"] = expression(*second)
     return inputs

@@ -56,6 +56,8 @@ _TENSORS: dict[str, tuple[int | None, ...]] = {
     "crop_box": (4,),
     "original_size": (2,),
 } | {f"mask_polygons/{name}": (None, points, 2) for name, points in POLYGONS.items()}
+# Tensors that records made by older versions lack.
+_LATER: dict[str, tuple[int | None, ...]] = {"background_motion": (None,)}
 _TEXTS = ("clip_id", "identity", "session", "camera", "source", "settings")
 
 
@@ -90,6 +92,8 @@ class Clip:
             it).
         original_size: (2,) float32, width and height of the original in pixels.
         settings: constants of the crop and of the preparation.
+        background_motion: (T,) float32 in [0, 1], how much the background moves from the frame before to
+            this one, 0 for the first; see `background.motion`. None in records of older versions.
     """
 
     clip_id: str
@@ -109,13 +113,18 @@ class Clip:
     crop_box: np.ndarray
     original_size: np.ndarray
     settings: dict[str, Any]
+    background_motion: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def part(self, first: int, last: int, clip_id: str | None = None) -> Clip:
-        """The frames first .. last-1 as a clip of their own (arrays are views)."""
+        """The frames first .. last-1 as a clip of their own (arrays are views where they can be)."""
         cut = slice(first, last)
+        motion = self.background_motion
+        if motion is not None:
+            motion = motion[cut].copy()
+            motion[:1] = 0.0  # there is no frame before it any more
         return dataclasses.replace(
             self,
             clip_id=clip_id or self.clip_id,
@@ -126,6 +135,7 @@ class Clip:
             face_boxes=self.face_boxes[cut],
             mask_polygons={name: points[cut] for name, points in self.mask_polygons.items()},
             timestamps=self.timestamps[cut],
+            background_motion=motion,
         )
 
 
@@ -134,7 +144,8 @@ def to_features(clip: Clip) -> dict[str, Any]:
     features: dict[str, Any] = {name: getattr(clip, name) for name in _TEXTS if name != "settings"}
     features["settings"] = json.dumps(clip.settings | {"size": clip.size}, sort_keys=True)
     features["frames"] = list(clip.frames)
-    for name, shape in _TENSORS.items():
+    later = {name: shape for name, shape in _LATER.items() if getattr(clip, name) is not None}
+    for name, shape in (_TENSORS | later).items():
         value = clip.mask_polygons[name.split("/")[1]] if "/" in name else getattr(clip, name)
         array = np.asarray(value, np.float32)
         expected = tuple(len(clip) if side is None else side for side in shape)
@@ -158,7 +169,8 @@ def from_features(features: Mapping[str, Any]) -> Clip:
         frames = list(features["frames"])
         _check_masks(features)
         arrays = {}
-        for name, shape in _TENSORS.items():
+        later = {name: shape for name, shape in _LATER.items() if name in features}
+        for name, shape in (_TENSORS | later).items():
             expected = tuple(len(frames) if side is None else side for side in shape)
             arrays[name] = np.asarray(features[name], np.float32).reshape(expected)
     except (KeyError, TypeError, ValueError) as error:

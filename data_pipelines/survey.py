@@ -9,11 +9,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines import dataset, records, transforms
+import numpy as np
+
+from data_pipelines import background, dataset, records, transforms
 from data_pipelines.loading import Examples
 from dexportrait_jax.errors import UserError
 
 _ATTEMPTS = 100  # damaged records in a row before a split counts as damaged; as in `loading`
+_MEASURED = 256  # frames that are measured of a dataset that does not say how much backgrounds move
+_FEW = 0.1  # calm windows that are worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +27,12 @@ class Survey:
     Attributes:
         warnings: one line each.
         evaluable: whether there is something held out to evaluate while training.
+        notes: what is worth knowing and nothing to worry about, one line each.
     """
 
     warnings: tuple[str, ...]
     evaluable: bool
+    notes: tuple[str, ...] = ()
 
 
 def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
@@ -44,7 +50,9 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
     """
     examples = Examples(config)
     _check_readable(examples)
-    warnings = _too_short(examples)
+    warnings, notes = _too_short(examples), []
+    if examples.video:
+        _judge_calm(examples, warnings, notes)
     alone = len(set(examples.clips.index["identity"])) == 1
     missing = bool(held_out) and held_out not in dataset.available_splits(config["path"])
     if alone:
@@ -57,12 +65,12 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
                 f"; there is no split '{held_out}', so nothing is evaluated while training "
                 "(prepare --holdout=time holds out the end of every clip)"
             )
-            return Survey(tuple(warnings), evaluable=False)
+            return Survey(tuple(warnings), evaluable=False, notes=tuple(notes))
     if held_out:
         evaluated = Examples(config, split=held_out)
         _check_readable(evaluated)
         warnings += _too_short(evaluated)
-    return Survey(tuple(warnings), evaluable=bool(held_out))
+    return Survey(tuple(warnings), evaluable=bool(held_out), notes=tuple(notes))
 
 
 def _check_readable(examples: Examples) -> None:
@@ -89,6 +97,52 @@ def _too_short(examples: Examples) -> list[str]:
         f"warning: {_place(examples)}: {short} of {clips} clips are left out, because they have fewer "
         f"than the {examples.span} frames in a row that are needed"
     ]
+
+
+def _judge_calm(examples: Examples, warnings: list[str], notes: list[str]) -> None:
+    """How many windows have a calm background, as a note, or as a warning where they are few.
+
+    Where it is not stored, a part of the clips is measured, as while training.
+    """
+    looked_at, frames, stored = [], 0, True
+    for place in np.random.default_rng(0).permutation(len(examples)):
+        number = int(examples.usable[place])
+        of_frames = examples.clips.background_motion(number)
+        if of_frames is None:
+            stored = False
+            if frames >= _MEASURED:
+                break
+            try:
+                clip = examples.clips[number]
+                of_frames = background.motion(clip, 0, len(clip))
+            except records.RecordError:
+                continue  # said when it is loaded
+            frames += len(of_frames)
+        looked_at.append(background.all_windows(of_frames, examples.span))
+    if not looked_at:
+        return
+    windows = np.concatenate(looked_at)
+    limit = examples.config["calm"]["max_difference"]
+    # Sums differ from the loader's in the last digit.
+    calm = int((windows <= limit + 1e-6).sum())
+    part = "" if len(looked_at) == len(examples) else f" in {len(looked_at)} clips looked at"
+    found = (
+        f"{_place(examples)}: {calm} of {len(windows)} windows of {examples.span} frames{part} have a calm "
+        f"background, at most data.calm.max_difference={limit:g}"
+    )
+    if calm < _FEW * len(windows):
+        warnings.append(
+            f"warning: {found}; else the calmest of {examples.config['calm']['candidates']} is taken: raise "
+            f"--config.data.calm.max_difference (half of them have {np.median(windows):.3f} or less), or give "
+            "calmer videos"
+        )
+    else:
+        notes.append(found)
+    if not stored and isinstance(examples.clips, dataset.ClipDataset):
+        notes.append(
+            f"{_place(examples)} does not say how much backgrounds move: windows are measured from their frames as "
+            f"they are drawn; `dexportrait measure --data={examples.clips.directory}` stores it once"
+        )
 
 
 def _place(examples: Examples) -> str:

@@ -65,13 +65,38 @@ def decode_frame(clip: records.Clip, index: int) -> np.ndarray:
     Raises:
         records.RecordError: it is not a whole JPEG of the right size.
     """
+    picture = _decode(clip, index, cv2.IMREAD_COLOR, clip.size)
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def decode_brightness(clip: records.Clip, index: int, side: int) -> np.ndarray:
+    """Frame `index` as (n, n) uint8 in gray, at the stored size or a half, a quarter or an eighth of it.
+
+    The smallest of these with n >= `side`: much quicker than the whole picture, because a JPEG holds them.
+
+    Raises:
+        records.RecordError: it is not a whole JPEG of the right size.
+    """
+    flag, factor = cv2.IMREAD_GRAYSCALE, 1
+    for reduced, by in (
+        (cv2.IMREAD_REDUCED_GRAYSCALE_2, 2),
+        (cv2.IMREAD_REDUCED_GRAYSCALE_4, 4),
+        (cv2.IMREAD_REDUCED_GRAYSCALE_8, 8),
+    ):
+        if clip.size >= side * by:
+            flag, factor = reduced, by
+    return _decode(clip, index, flag, -(-clip.size // factor))
+
+
+def _decode(clip: records.Clip, index: int, flag: int, side: int) -> np.ndarray:
+    """Frame `index` read with OpenCV's `flag`, `side` pixels wide and high then."""
     data = clip.frames[index]
     picture = None
     if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if picture is None or picture.shape[:2] != (clip.size, clip.size):
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    if picture is None or picture.shape[:2] != (side, side):
         raise records.RecordError(f"clip {clip.clip_id}: frame {index} is not a whole picture")
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    return picture
 
 
 def sample_picture(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import dataset, files
+from data_pipelines import dataset, files, latents
 from dexportrait_jax.errors import UserError
 
 Say = Callable[[str], None]
@@ -26,8 +26,8 @@ def run_inspect(path: str, out: str | None = None) -> None:
     """Job ``inspect``: print what ``path`` is and holds.
 
     Args:
-        path: a dataset, run, checkpoint, export, config (``file.py:variant``), safetensors file
-            or video.
+        path: a dataset, its latents, a run, checkpoint, export, config (``file.py:variant``),
+            safetensors file or video.
         out: where to write the contact sheet of a dataset (.png); must not be there yet.
 
     Raises UserError when it is none of these, or cannot be read.
@@ -50,7 +50,7 @@ def run_inspect(path: str, out: str | None = None) -> None:
     kind(*arguments, print)
 
 
-_KINDS = "a dataset, run, checkpoint, export, config.py[:variant], .safetensors file or video"
+_KINDS = "a dataset, its latents, run, checkpoint, export, config.py[:variant], .safetensors file or video"
 
 
 def _config_address(path: str) -> bool:
@@ -61,6 +61,8 @@ def _kind_of(place: Path) -> tuple[Callable[..., None], tuple[Any, ...]]:
     if place.is_dir():
         if (place / "model.json").is_file():
             return _inspect_export, (place,)
+        if (place / latents.DESCRIPTION).is_file():
+            return _inspect_latents, (place,)
         if (place / "config.json").is_file():
             return _inspect_run, (place, None)
         if place.name == "checkpoints" and (place.parent / "config.json").is_file():
@@ -161,6 +163,23 @@ def _inspect_video(file: Path, say: Say) -> None:
         say("it carries no provenance of this project")
         return
     say("synthetic, made by this project: " + _pairs(record))
+
+
+def _inspect_latents(directory: Path, say: Say) -> None:
+    made = latents.read_description(directory)
+    mirrored = ", mirrored ones too" if made.flips else ""
+    say(f"latents {directory}: {_size(directory)}")
+    say(
+        f"  of {made.data}, split {made.split}: {made.clips} clips, {made.frames} frames of "
+        f"{made.image_size} px{mirrored}"
+    )
+    say(
+        f"  mean and log-variance {made.shape}, {made.dtype}, {made.frame_bytes} bytes a frame, made with "
+        f"{made.weights}"
+    )
+    say(f"autoencoder: sha256 {made.autoencoder['sha256']}, " + _pairs(made.autoencoder["options"]))
+    if made.crop:
+        say("crop: " + _pairs(made.crop))
 
 
 def _inspect_dataset(directory: Path, say: Say, out: str | None) -> None:

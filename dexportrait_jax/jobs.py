@@ -137,8 +137,54 @@ def _render(parser):
     _flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
 
 
+def _measure(parser):
+    _flag(parser, "data", "a dataset prepared by an older version", required=True)
+
+
+def _encode(parser):
+    _flag(parser, "weights", "an export that holds the autoencoder", required=True)
+    _flag(parser, "data", "a prepared dataset", required=True)
+    _flag(parser, "out", "directory of the latents", required=True)
+    _flag(
+        parser,
+        "size",
+        "side of the pictures in pixels, data.image_size of the animator (default: %(default)s)",
+        type=int,
+        default=512,
+    )
+    _flag(parser, "split", "which part of the dataset (default: %(default)s)", default="train")
+    _flag(
+        parser,
+        "dtype",
+        "how latents are stored (default: %(default)s)",
+        choices=("float16", "float32"),
+        default="float16",
+    )
+    _flag(
+        parser,
+        "compute",
+        "what the autoencoder computes in; bfloat16 is what `full` trains in (default: %(default)s)",
+        choices=("float32", "bfloat16"),
+        default="float32",
+    )
+    _flag(
+        parser,
+        "flips",
+        "mirrored pictures too, so that training can flip; twice the work and space",
+        action="store_true",
+    )
+    _flag(
+        parser,
+        "batch_size",
+        "pictures that a device encodes at once (default: %(default)s)",
+        type=int,
+        default=8,
+    )
+    _flag(parser, "overwrite", "replace latents that are there", action="store_true")
+
+
 def _inspect(parser):
-    parser.add_argument("path", help="a dataset, run, export, video or config")
+    parser.add_argument("path", help="a dataset, its latents, a run, export, video or config")
     _flag(parser, "out", "where to write a contact sheet (PNG), for datasets", default=None)
 
 
@@ -332,6 +378,18 @@ JOBS = {
         "dexportrait render --out=data/heads --identities=200 --frames=24 --size=64",
         _render,
         "data_pipelines.synthetic.dataset:run_render",
+    ),
+    "measure": Job(
+        "stores how much backgrounds move beside an older dataset, for the video stage",
+        "dexportrait measure --data=data/faces",
+        _measure,
+        "data_pipelines.measure:run_measure",
+    ),
+    "encode": Job(
+        "a dataset's latents, so that the animator need not encode its pictures in every step",
+        "dexportrait encode --weights=exports/autoencoder --data=data/faces --out=data/faces-latents",
+        _encode,
+        "dexportrait_jax.encode:run_encode",
     ),
     "inspect": Job(
         "a dataset, run, export, video or config, said in words and pictures",

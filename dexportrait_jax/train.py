@@ -85,6 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         found = survey(config.data, config.evaluate.split if evaluates else "")
         for warning in found.warnings:
             say(warning, file=sys.stderr)
+        for note in found.notes:
+            say(note)
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
@@ -283,6 +285,11 @@ def _check(config: ml_collections.ConfigDict) -> None:
                 f"config.mesh.{axis}={config.mesh[axis]} is out of range; it is 1 or more, or -1 for "
                 "all devices that are left"
             )
+    if config.data.latents and not config.stage.startswith("animator"):
+        raise UserError(
+            f"stage {config.stage!r} learns from pictures: config.data.latents is for the animator's stages; "
+            "leave it out"
+        )
     for key in ("dtype", "frozen_dtype"):
         if config[key] not in COMPUTE_TYPES:
             raise UserError(

@@ -6,13 +6,14 @@ detector, no model.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from data_pipelines import dataset, records
+from data_pipelines import background, dataset, records
 from data_pipelines.prepare import builder, masks
 
 
@@ -116,7 +117,7 @@ def make_clip(
             polygons[name].append(shape[:, :2])
     landmarks = np.asarray(landmarks, np.float32)
     boxes = np.concatenate([landmarks[..., :2].min(1), landmarks[..., :2].max(1)], 1)
-    return records.Clip(
+    clip = records.Clip(
         clip_id=f"drawn{number}-camera{camera}-000000-{frames - 1:06d}",
         identity=f"drawn{number}",
         session=session or f"drawn{number}-{camera}",
@@ -135,6 +136,18 @@ def make_clip(
         original_size=np.array([size, size], np.float32),
         settings={"drawn": True},
     )
+    return background.measured(clip)
+
+
+def flickering(number: int, frames: int, size: int) -> records.Clip:
+    """A clip whose pictures are plain and change their brightness at random: no two windows move alike."""
+    clip = make_clip(number, frames, size)
+    pictures = [
+        np.full((size, size, 3), gray, np.uint8)
+        for gray in np.random.default_rng(number).integers(100, 150, frames)
+    ]
+    jpegs = [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures]
+    return background.measured(dataclasses.replace(clip, frames=jpegs, background_motion=None))
 
 
 def make_dataset(
@@ -168,21 +181,34 @@ def remove_masks(
     directory: Path, split: str = "train", *, empty: bool = False, keep: tuple[int, ...] = ()
 ) -> None:
     """Rewrites a split so that its records carry no mask polygons, or empty ones, but for those of `keep`."""
+    _rewrite(directory, split, b"mask_polygons/", empty=empty, keep=keep)
+
+
+def make_older(directory: Path, split: str = "train") -> None:
+    """Rewrites a split as it was before the motion of backgrounds was stored."""
+    _rewrite(directory, split, b"background_motion")
+    (directory / dataset.background_name(split)).unlink()
+
+
+def _rewrite(
+    directory: Path, split: str, prefix: bytes, *, empty: bool = False, keep: tuple[int, ...] = ()
+) -> None:
+    """Rewrites records without the features whose names begin with `prefix`, or with empty ones."""
     (shard,) = dataset.shards(directory)[split]
     source = array_record_data_source.ArrayRecordDataSource([shard])
     before = [source[number] for number in range(len(source))]
     writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")
     for number, data in enumerate(before):
-        writer.write(data if number in keep else _without_masks(data, empty))
+        writer.write(data if number in keep else _without(data, prefix, empty))
     writer.close()
 
 
-def _without_masks(record: bytes, empty: bool) -> bytes:
+def _without(record: bytes, prefix: bytes, empty: bool) -> bytes:
     entries = []
     for _, container in records._fields(memoryview(record)):
         for _, entry in records._fields(container):
             name = dict(records._fields(entry))[1]
-            if not bytes(name).startswith(b"mask_polygons/"):
+            if not bytes(name).startswith(prefix):
                 entries.append(bytes(entry))
             elif empty:
                 floats = records._field(2, records._field(1, b""))

@@ -2,9 +2,9 @@
 
 The directory is made beside its final place and renamed when whole. It holds what TFDS expects
 (`dataset_info.json`,
-`features.json`, the shards) and one small `clip_index-SPLIT.json` per split, read back from the
-shards, so that a
-training run knows every clip's length and keys without opening all records.
+`features.json`, the shards) and per split one small `clip_index-SPLIT.json` and
+`background_motion-SPLIT.npy`, read back from the shards, so that a training run knows every clip's
+length, keys and calm windows without opening all records.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import dataset, files, records
+from data_pipelines import background, dataset, files, records
 from dexportrait_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -50,6 +50,7 @@ def features() -> tfds.features.FeaturesDict:
                 for name, points in records.POLYGONS.items()
             },
             "timestamps": tensor(shape=(None,), dtype=np.float32),
+            "background_motion": tensor(shape=(None,), dtype=np.float32),
             "crop_box": tensor(shape=(4,), dtype=np.float32),
             "original_size": tensor(shape=(2,), dtype=np.float32),
         }
@@ -58,7 +59,7 @@ def features() -> tfds.features.FeaturesDict:
 
 def example(clip: records.Clip) -> dict[str, Any]:
     """A clip as the nested dict that `features` encodes."""
-    flat = records.to_features(clip)
+    flat = records.to_features(background.measured(clip))
     nested = {name: value for name, value in flat.items() if "/" not in name}
     nested["mask_polygons"] = {name: flat[f"mask_polygons/{name}"] for name in records.POLYGONS}
     return nested
@@ -124,8 +125,10 @@ def write_dataset(
             for name, content in (reports or {}).items():
                 files.write_bytes(directory / name, content.encode())
             for split in dataset.split_names(directory):
-                index = json.dumps(dataset.build_index(directory, split))
-                files.write_bytes(directory / dataset.index_name(split), index.encode())
+                index, motion = dataset.build_index(directory, split)
+                text = json.dumps(index)
+                files.write_bytes(directory / dataset.index_name(split), text.encode())
+                dataset.write_background_motion(directory, split, motion)
             files.replace_directory(directory, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import records, video
+from data_pipelines import background, records, video
 from data_pipelines.prepare import crop, detect, filters, head_pose, masks
 from dexportrait_jax.errors import UserError
 
@@ -51,7 +51,8 @@ def clips_from_video(
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
     verdict.damaged = "; ".join(damage)
     groups = [np.arange(first, last) for first, last in runs]
-    return cut_out(path, observations, groups, naming, picture, settings), verdict
+    clips = cut_out(path, observations, groups, naming, picture, settings)
+    return [background.measured(clip) for clip in clips], verdict
 
 
 def cut_out(

@@ -7,10 +7,8 @@ itself appears at once.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import difflib
-import fcntl
 import glob
 import hashlib
 import json
@@ -18,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +97,7 @@ def run_prepare(
         return
     model = _landmarker(landmarker_path)
     started = time.monotonic()
-    with _work_folder(out) as work:
+    with files.work_folder(out) as work:
         jobs = [
             processing.Job(os.fspath(path), naming, settings, max_frames, work)
             for path, naming in zip(paths, namings, strict=True)
@@ -267,36 +265,6 @@ def _landmarker(path: str | os.PathLike | None) -> Path:
     if not Path(path).is_file():
         raise UserError(f"no face landmarker at {path}; `dexportrait assets --fetch` gets it")
     return Path(path)
-
-
-@contextlib.contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """The folder of what is done, for this process alone: two would spoil each other's work."""
-    work = out.with_name(f".{out.name}.work")
-    lock = out.with_name(f".{out.name}.lock")
-    with contextlib.ExitStack() as stack:
-        with files.writing_to(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(lock.open("w"))
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another job is preparing {out} right now; wait for it") from None
-            stack.callback(lock.unlink, missing_ok=True)
-            _clear_up(out)
-            work.mkdir(exist_ok=True)
-        yield work
-
-
-def _clear_up(out: Path) -> None:
-    """Removes what a killed job left; what it had moved aside and not replaced is put back."""
-    for aside in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
-        if out.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(out)
-    for unfinished in out.parent.glob(f".{glob.escape(out.name)}.incomplete-*"):
-        shutil.rmtree(unfinished)
 
 
 def _cores() -> int:

@@ -16,7 +16,7 @@ from typing import TextIO
 
 import cv2
 
-from data_pipelines import records
+from data_pipelines import background, records
 from data_pipelines.synthetic import source
 from dexportrait_jax.errors import UserError
 
@@ -133,7 +133,7 @@ class _Renderers:
 
 
 def _encoded(plan: source.Plan, seed: int) -> list[bytes]:
-    return [records.encode(clip) for clip in plan.clips_of(seed)]
+    return [records.encode(background.measured(clip)) for clip in plan.clips_of(seed)]
 
 
 def _single_thread() -> None:

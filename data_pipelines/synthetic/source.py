@@ -268,6 +268,9 @@ class RenderedClips:
                         column.append(value)
         return columns
 
+    def background_motion(self, number: int) -> None:
+        """None: it would have to be drawn to be known."""
+
     def views(self) -> dict[int, list[int]]:
         """clip number -> the other cameras' clips of the same session."""
         cameras = self.plan.cameras

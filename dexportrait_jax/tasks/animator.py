@@ -8,7 +8,7 @@ modules alone (method.md 4).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -136,16 +136,31 @@ class AnimatorTask:
         return {}
 
     @jax.named_scope("autoencoder")
-    def encode(self, params: dict[str, Any], images: Float[Array, "b h w 3"], key=None):
-        """Scaled latents: the mean, or with a key a sample (method.md 4.1)."""
+    def encode(
+        self,
+        params: dict[str, Any],
+        batch: dict[str, Array],
+        which: Literal["source", "target"],
+        key: Array | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Scaled latents of a batch's frames: the mean, or with a key a sample (method.md 4.1).
+
+        Sources (S), or targets (S*N). Their posterior is read from the batch where it was cached.
+        """
         network = self.networks["autoencoder"].bind(params["autoencoder"])
-        mean, log_variance = network.encode(images)
+        if f"{which}_latents" in batch:
+            cached = batch[f"{which}_latents"].astype(jnp.float32)
+            cached = cached.reshape(-1, *cached.shape[-4:])
+            mean, log_variance = cached[:, 0], cached[:, 1]
+        else:
+            images = batch[f"{which}_image"]
+            images = images.reshape(-1, *images.shape[-3:])
+            mean, log_variance = network.encode(to_float(images))
         latents = mean if key is None else network.sample(mean, log_variance, key)
         return latents.astype(jnp.float32) * network.scale
 
     def conditions(self, params: dict[str, Any], batch: dict[str, Array]) -> Conditions:
         """Everything but the drops, from a batch: reference bank, poses, expression latents, context."""
-        source = to_float(batch["source_image"])
         pose_images = jnp.concatenate(
             [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
         )
@@ -155,14 +170,15 @@ class AnimatorTask:
         with jax.named_scope("expression"):
             expression = self.networks["expression"].bind(params["expression"])(crops)
         poses, expression = jax.lax.stop_gradient((poses.astype(jnp.float32), expression))
-        sources = source.shape[0]
+        sources = batch["source_image"].shape[0]
         context = None
         if "image_encoder" in self.networks:
             encoder = self.networks["image_encoder"].bind(params["image_encoder"])
+            source = to_float(batch["source_image"])
             resized = _resized(source, self.config.model.image_encoder.image_size)
             with jax.named_scope("image_encoder"):
                 context = encoder(resized)[:, None]
-        latents = jax.lax.stop_gradient(self.encode(params, source))
+        latents = jax.lax.stop_gradient(self.encode(params, batch, "source"))
         with jax.named_scope("reference"):
             bank = self.networks["reference"].bind(params["reference"])(
                 latents, context, poses[:sources]
@@ -180,13 +196,11 @@ class AnimatorTask:
         """Mean squared error of the denoiser's prediction, with condition dropout (method.md 4.7)."""
         del step, shared, events
         config = self.config
-        sources, targets = batch["target_image"].shape[:2]
+        sources, targets = batch["target_pose_image"].shape[:2]
         keys = jax.random.split(key, 5)
         # The mean where the autoencoder was trained without sampling: its variance then means nothing.
         latent_key = keys[0] if config.sample_latents else None
-        latents = jax.lax.stop_gradient(
-            self.encode(params, to_float(flatten_targets(batch["target_image"])), latent_key)
-        )
+        latents = jax.lax.stop_gradient(self.encode(params, batch, "target", latent_key))
         conditions = self.conditions(params, batch)
 
         # A clip has one noise level and one fate of its conditions; images each have their own.
@@ -225,7 +239,7 @@ class AnimatorTask:
     def _one_step_preview(self, params, batch, key):
         """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
         targets = batch["target_image"].shape[1]
-        latents = self.encode(params, to_float(flatten_targets(batch["target_image"])))
+        latents = self.encode(params, batch, "target")
         timesteps = jnp.full((latents.shape[0],), self.schedule.steps * 6 // 10)
         noise = jax.random.normal(key, latents.shape)
         noisy = self.schedule.add_noise(latents, noise, timesteps)

@@ -13,9 +13,11 @@ from typing import Any
 
 import ml_collections
 
+from data_pipelines import latents
 from data_pipelines.augment import neutral_knobs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import Network
+from dexportrait_jax.tasks import autoencoder
 from dexportrait_jax.weights import published, stable_diffusion
 from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.names import Params
@@ -69,6 +71,8 @@ def load_start(
             "their encoders learned from other pictures",
             _pictures(config.data, there["data"]),
         )
+    if config.data.latents and "autoencoder" in names:
+        _refuse_other_autoencoder(config, groups["autoencoder"], path)
     for name in set(names) & set(_MODEL):
         given, trained = config.model[name], there.get("model", {}).get(name, {})
         other = {
@@ -85,6 +89,20 @@ def refuse(path: str, why: str, other: Mapping[str, Any]) -> None:
     if other:
         overrides = " ".join(f"--config.{knob}={value}" for knob, value in other.items())
         raise UserError(f"{path} does not fit this config, {why}; give: {overrides}")
+
+
+def _refuse_other_autoencoder(
+    config: ml_collections.ConfigDict, params: Mapping[str, Any], path: str
+) -> None:
+    """UserError where cached latents were made by another autoencoder than the one of this run."""
+    made = latents.read_description(config.data.latents).autoencoder
+    ours = autoencoder.identity(config.model.autoencoder, params)
+    if made != ours:
+        raise UserError(
+            f"config.data.latents={config.data.latents} was made by another autoencoder than that of {path} (sha256 "
+            f"{made['sha256'][:12]}, here {ours['sha256'][:12]}, options {made['options']}, here {ours['options']}); "
+            f"encode again: dexportrait encode --weights={path} --data={config.data.path} --out=DIR"
+        )
 
 
 def _pictures(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from data_pipelines import loading
 from dexportrait_jax.errors import UserError
@@ -19,6 +24,7 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
+from dexportrait_jax.weights import names
 from dexportrait_jax.weights.lpips_names import load_perceptual
 
 KINDS = {"vae": VAE, "tiny": TinyAutoencoder}
@@ -32,6 +38,28 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
         raise UserError(f"config.model.autoencoder.kind={kind!r} is none of {', '.join(KINDS)}")
     dtype = jnp.dtype(config.dtype)
     return {"autoencoder": Network(lambda rngs: KINDS[kind](**settings, dtype=dtype, rngs=rngs))}
+
+
+def identity(options: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an autoencoder's encoder from others, as JSON values: sha256 of its weights, and its options.
+
+    Weights count as bfloat16: so they are in an image stage that holds them frozen, and in its export. The scale
+    does not count, because cached latents are unscaled.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in sorted(names.flatten(params)):
+        digest.update(f"{'/'.join(path)} {leaf.shape}".encode())
+        digest.update(np.asarray(leaf).astype(jnp.bfloat16).tobytes())
+    kind = options.get("kind", "vae")
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(KINDS[kind]).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    resolved = {**known, **options, "kind": kind}
+    for name in ("scale", "backend", "dtype"):
+        resolved.pop(name, None)
+    return {"sha256": digest.hexdigest(), "options": json.loads(json.dumps(resolved))}
 
 
 class AutoencoderTask:

@@ -7,7 +7,16 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines import augment, loading, network_inputs, records, transforms
+from data_pipelines import (
+    augment,
+    background,
+    dataset,
+    loading,
+    network_inputs,
+    records,
+    transforms,
+)
+from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
@@ -16,6 +25,13 @@ from tests import fixtures
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return fixtures.make_dataset(tmp_path_factory.mktemp("loading") / "data", 5, 24, 48)
+
+
+@pytest.fixture
+def restless(tmp_path):
+    """A dataset whose windows all move differently."""
+    clips = [fixtures.flickering(number, 24, 48) for number in range(4)]
+    return builder.write_dataset({"train": lambda: clips}, tmp_path / "restless")
 
 
 def _config(directory, **changes):
@@ -154,37 +170,49 @@ def test_video_is_consecutive_and_moves_as_one(directory):
         assert best < 1e-4
 
 
-def test_motion_filter_takes_the_first_calm_candidate(directory):
-    config = _config(directory, mode="video", frames=4)
-    config["motion_filter"] = {"max_difference": 0.0, "candidates": 6}
-    calmest = loading.Examples(config)
-    rows, choices = [], []
-    for seed in range(20):
-        _, clip, source, targets = (None, *calmest._choose_window(0, np.random.default_rng(seed)))
-        again = calmest._choose_window(0, np.random.default_rng(seed))
-        assert again[:2] == (clip, source) and (again[2] == targets).all()
+def _calm(limit, candidates):
+    return {"max_difference": limit, "candidates": candidates}
+
+
+def test_windows_are_chosen_by_what_is_stored(restless, monkeypatch):
+    """The first of the candidates that is calm, or the calmest, and not one picture is decoded for it."""
+    monkeypatch.setattr(background, "motion", None)
+    config = _config(restless, mode="video", frames=4)
+    calmest = loading.Examples(config | {"calm": _calm(0.0, 6)})
+    first = loading.Examples(config | {"calm": _calm(1.0, 6)})
+    clips = calmest.clips
+    every = np.concatenate([background.all_windows(clip.background_motion, 4) for clip in clips])
+    limit = float(np.quantile(every, 0.3))
+    below = loading.Examples(config | {"calm": _calm(limit, 6)})
+
+    def motion(examples, seed):
+        clip, source, targets = examples._choose_window(0, np.random.default_rng(seed))
         assert source not in range(targets[0], targets[-1] + 1)
-        rows.append(loading.background_motion(calmest.clips[clip], targets))
-    config["motion_filter"] = {"max_difference": 1.0, "candidates": 6}
-    first = loading.Examples(config)
+        again = examples._choose_window(0, np.random.default_rng(seed))
+        assert again[:2] == (clip, source) and (again[2] == targets).all()
+        return clip, clips[clip].background_motion[targets[1:]].mean()
+
     for seed in range(20):
-        clip, _, targets = first._choose_window(0, np.random.default_rng(seed))
-        assert clip == 0
-        choices.append(loading.background_motion(first.clips[clip], targets))
-    assert np.mean(rows) < np.mean(choices)
+        assert motion(first, seed)[0] == 0
+        assert motion(calmest, seed)[1] <= min(motion(first, seed)[1], motion(below, seed)[1])
+    assert np.mean([motion(first, seed)[1] <= limit for seed in range(40)]) < 0.6
+    assert np.mean([motion(below, seed)[1] <= limit for seed in range(40)]) > 0.8
 
 
-def test_background_motion_sees_the_background_alone():
-    clip = fixtures.make_clip(0, 6, 64)
-    assert loading.background_motion(clip, np.arange(6)) < 0.01
-    import cv2
-
-    shaken = []
-    for number in range(6):
-        picture = np.roll(transforms.decode_frame(clip, number), 8 * (number % 2), axis=0)
-        shaken.append(cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes())
-    moving = dataclasses.replace(clip, frames=shaken)
-    assert loading.background_motion(moving, np.arange(6)) > 0.03
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_older_dataset_gives_the_same_batches(restless, stride):
+    """Without the stored field the candidates' frames are measured, until `measure` has stored it."""
+    config = _config(restless, mode="video", frames=4, frame_stride=stride, calm=_calm(0.05, 4))
+    expected = _take(config, 3)
+    stored = (restless / dataset.background_name("train")).read_bytes()
+    fixtures.make_older(restless)
+    assert dataset.ClipDataset(restless, "train")[0].background_motion is None
+    for one, other in zip(_take(config, 3), expected, strict=True):
+        _assert_same(one, other)
+    run_measure(restless)
+    assert (restless / dataset.background_name("train")).read_bytes() == stored
+    for one, other in zip(_take(config | {"workers": stride - 1}, 3), expected, strict=True):
+        _assert_same(one, other)
 
 
 def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
@@ -294,6 +322,9 @@ def test_errors_at_the_start(directory, tmp_path):
         start(path=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="'pairs' or 'video'"):
         start(mode="images")
+    for calm in (_calm(0.03, 0), _calm(-0.1, 8), _calm(7, 8)):
+        with pytest.raises(UserError, match="data.calm is"):
+            start(calm=calm)
     with pytest.raises(UserError, match="3 host"):
         loading.make_loader(_config(directory), seed=0, process_count=3)
     still = builder.write_dataset(

@@ -88,10 +88,24 @@ def test_wrong_shapes_are_refused(clip):
 
 
 def test_part_cuts_every_array(clip):
+    clip = fixtures.flickering(3, 5, 32)
     part = clip.part(1, 4, "x")
     assert len(part) == 3 and part.clip_id == "x"
     _assert_same(records.decode(records.encode(part)), part)
     np.testing.assert_array_equal(part.head_pose, clip.head_pose[1:4])
+    assert clip.background_motion[1] > 0 and part.background_motion[0] == 0
+    np.testing.assert_array_equal(part.background_motion[1:], clip.background_motion[2:4])
+
+
+def test_records_of_older_versions_lack_the_motion_of_backgrounds(clip):
+    older = dataclasses.replace(clip, background_motion=None)
+    data = records.encode(older)
+    assert b"background_motion" not in data
+    _assert_same(records.decode(data), older)
+    assert older.part(1, 4).background_motion is None
+    np.testing.assert_array_equal(
+        builder.example(older)["background_motion"], clip.background_motion
+    )
 
 
 def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
@@ -107,6 +121,7 @@ def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
         assert source[number]["clip_id"].decode() == expected.clip_id
         np.testing.assert_array_equal(source[number]["head_pose"], expected.head_pose)
         assert list(source[number]["frames"]) == expected.frames
+        np.testing.assert_array_equal(ours.background_motion(number), expected.background_motion)
     assert [clip.clip_id for clip in ours] == ours.index["clip_id"]
 
 
@@ -115,6 +130,15 @@ def test_index_is_rebuilt_when_it_is_missing(tmp_path):
     index = dataset.ClipDataset(directory, "train").index
     (directory / dataset.index_name("train")).unlink()
     assert dataset.ClipDataset(directory, "train").index == index
+
+
+def test_motion_of_another_dataset_is_an_error(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32)
+    path = directory / dataset.background_name("train")
+    for damage in (path.read_bytes()[:-4], b"", path.read_bytes()[:20]):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match=f"{path} is damaged.*dexportrait measure"):
+            dataset.ClipDataset(directory, "train")
 
 
 def test_views_are_other_cameras_of_the_same_session(tmp_path):

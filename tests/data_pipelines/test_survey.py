@@ -51,6 +51,35 @@ def test_short_clips_are_counted_in_both_splits(tmp_path):
         examples(number, np.random.default_rng(number))
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_calm_windows_are_counted(tmp_path, older):
+    clips = [fixtures.flickering(number, 12, 32) for number in range(2)]
+    several = [*clips, fixtures.make_clip(2, 2, 32)]  # the last is too short
+    directory = builder.write_dataset({"train": lambda: several}, tmp_path / "data")
+    motion = np.stack([clip.background_motion for clip in clips])
+    windows = np.sort(
+        np.concatenate([(motion[:, n + 1] + motion[:, n + 2]) / 2 for n in range(10)])
+    )
+    if older:
+        fixtures.make_older(directory)
+    for calm in (0, 1, 2, 12):
+        limit = float((windows[calm - 1] + windows[calm]) / 2) if calm else 0.0
+        knobs = {"max_difference": limit, "candidates": 8}
+        found = survey(_data(directory, mode="video", frames=3, calm=knobs))
+        words = f"{calm} of 20 windows of 3 frames have a calm background"
+        said = [line for line in (*found.warnings, *found.notes) if words in line]
+        assert len(said) == 1 and f"={limit:g}" in said[0]
+        assert (said[0] in found.warnings) == (calm < 2)
+        assert any("dexportrait measure --data=" in line for line in found.notes) == older
+    assert (
+        f"half of them have {np.median(windows):.3f} or less"
+        in survey(
+            _data(directory, mode="video", frames=3, calm={"max_difference": 0.0, "candidates": 8})
+        ).warnings[-1]
+    )
+    assert survey(_data(directory)).notes == ()
+
+
 @pytest.mark.parametrize("held_out", ["", "validation"])
 def test_one_person_is_a_warning(tmp_path, held_out):
     """Without a held-out split there is nothing to evaluate; where there is one, it is evaluated."""

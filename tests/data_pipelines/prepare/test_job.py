@@ -175,7 +175,7 @@ def test_what_a_killed_job_left_is_cleared_up(videos, tmp_path):
     (tmp_path / ".out.incomplete-1").mkdir()
     (tmp_path / ".out.replaced-1").mkdir()
     (tmp_path / ".out.replaced-1" / "old").write_text("the dataset that was to be replaced")
-    with job._work_folder(tmp_path / "out"):
+    with files.work_folder(tmp_path / "out"):
         assert (tmp_path / "out" / "old").exists()
     (tmp_path / ".out.replaced-1").mkdir()
     _run(videos, tmp_path / "out", overwrite=True)
@@ -261,7 +261,7 @@ def test_videos_of_one_name_stay_apart(videos, tmp_path):
 
 
 def test_two_jobs_for_one_dataset(videos, tmp_path):
-    with job._work_folder(tmp_path / "out"), pytest.raises(UserError, match="another job"):
+    with files.work_folder(tmp_path / "out"), pytest.raises(UserError, match="another job"):
         _run(videos, tmp_path / "out")
 
 

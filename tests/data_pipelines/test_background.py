@@ -1,0 +1,73 @@
+"""How much a background moves: of pictures that move by a known amount, at every stored size."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+
+from data_pipelines import background, dataset, records, transforms
+from data_pipelines.measure import run_measure
+from dexportrait_jax import cli
+from tests import fixtures
+
+
+def _clip(pictures, box=(-0.3, -0.3, 0.3, 0.4)):
+    frames = [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures]
+    clip = fixtures.make_clip(0, len(frames), pictures[0].shape[0])
+    boxes = np.tile(np.float32(box), (len(frames), 1))
+    return dataclasses.replace(clip, frames=frames, face_boxes=boxes, background_motion=None)
+
+
+@pytest.mark.parametrize("size", [48, 64, 200, 512])
+def test_a_flicker_is_measured_in_brightness(size):
+    grays = [100, 151, 151, 49]
+    clip = _clip([np.full((size, size, 3), gray, np.uint8) for gray in grays])
+    np.testing.assert_allclose(background.motion(clip, 0, 4), [0, 0.2, 0, 0.4], atol=0.005)
+    part = background.motion(clip, 1, 4)
+    np.testing.assert_array_equal(part, [0, *background.motion(clip, 0, 4)[2:]])
+
+
+def test_the_head_does_not_count():
+    """A head of 0.6 that flickers in the middle: neither it nor what is beneath it, but what is beside it."""
+    pictures = [np.full((64, 64, 3), 100, np.uint8) for _ in range(3)]
+    pictures[1][22:46, 22:42] = 250  # inside [-0.3, 0.3] x [-0.3, 0.4]
+    pictures[1][46:, :] = 250
+    pictures[2][:, :8] = 202
+    quiet, loud = background.motion(_clip(pictures[:2]), 0, 2)[1], _clip(pictures)
+    assert quiet < 0.002
+    # The strip is all columns up to -0.75 of those up to -0.48 and from 0.48, and as wide above the head.
+    assert 0.05 < background.motion(dataclasses.replace(loud), 0, 3)[2] < 0.4
+    fills = _clip(pictures, box=(-0.9, -0.9, 0.9, 0.9))
+    np.testing.assert_array_equal(background.motion(fills, 0, 3), 0)
+
+
+def test_windows_are_means_over_their_own_pairs():
+    of_frames = np.float32([0.5, 0.1, 0.2, 0.6, 0.0])
+    np.testing.assert_allclose(background.all_windows(of_frames, 3), [0.15, 0.4, 0.3], atol=1e-7)
+    for start in range(3):
+        expected = background.all_windows(of_frames, 3)[start]
+        assert background.window_motion(of_frames[start : start + 3]) == pytest.approx(expected)
+    assert background.window_motion(of_frames[:1]) == 0
+    np.testing.assert_array_equal(background.all_windows(of_frames, 1), np.zeros(5))
+    assert len(background.all_windows(of_frames, 6)) == 0
+
+
+def test_a_frame_that_is_no_picture_is_a_record_error():
+    clip = _clip([np.zeros((64, 64, 3), np.uint8)] * 2)
+    broken = dataclasses.replace(clip, frames=[clip.frames[0], clip.frames[1][:50]])
+    with pytest.raises(records.RecordError, match="frame 1 is not a whole picture"):
+        background.motion(broken, 0, 2)
+    with pytest.raises(records.RecordError, match="frame 0"):
+        transforms.decode_brightness(dataclasses.replace(clip, size=100), 0, 48)
+
+
+def test_the_job_leaves_what_is_there_and_refuses_what_is_no_dataset(tmp_path, capfd):
+    directory = fixtures.make_dataset(tmp_path / "data", 2, 4, 48)
+    fixtures.make_older(directory)
+    run_measure(directory)
+    said = capfd.readouterr().out
+    assert "2 clips, 8 frames" in said and said.count("is there already") == 1  # validation
+    assert (directory / dataset.background_name("train")).stat().st_size < 1000
+    assert cli.run(["measure", f"--data={tmp_path}"]) == 1
+    assert "is no dataset; give the --out of `dexportrait prepare`" in capfd.readouterr().err
