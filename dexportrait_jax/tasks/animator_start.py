@@ -6,6 +6,7 @@ frozen encoders, another scale of the latents.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ _MODEL = {
         "kind",
         "latent_channels",
         "block_channels",
+        "layers_per_block",
         "groups",
         "scale",
         "middle_attention",
@@ -64,30 +66,34 @@ def load_start(
         for line in dict.fromkeys(said):
             print(line, file=sys.stderr)
         return groups
-    groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
-    if "expression" in names and "data" in there:
-        refuse(
-            path,
-            "their encoders learned from other pictures",
-            _pictures(config.data, there["data"]),
-        )
-    if config.data.latents and "autoencoder" in names:
-        _refuse_other_autoencoder(config, groups["autoencoder"], path)
-    for name in set(names) & set(_MODEL):
+    # Before shapes are compared: an option to give says more than a list of tensors.
+    for name in (name for name in names if name in _MODEL):
         given, trained = config.model[name], there.get("model", {}).get(name, {})
         other = {
             f"model.{name}.{knob}": trained[knob]
             for knob in _MODEL[name]
             if knob in trained and knob in given and not _same(given[knob], trained[knob])
         }
-        refuse(path, f"its {name} was trained otherwise", other)
+        refuse(path, f"its {name} is another one", other)
+    if "expression" in names and "data" in there:
+        other = _pictures(config.data, there["data"])
+        refuse(path, "its encoders learned from other pictures", other)
+    groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
+    if config.data.latents and "autoencoder" in names:
+        _refuse_other_autoencoder(config, groups["autoencoder"], path)
     return groups
 
 
 def refuse(path: str, why: str, other: Mapping[str, Any]) -> None:
-    """UserError that gives the overrides, unless there are none."""
+    """UserError that gives the overrides as a shell takes them, unless there are none."""
     if other:
-        overrides = " ".join(f"--config.{knob}={value}" for knob, value in other.items())
+        given = {
+            knob: str(tuple(value)).replace(" ", "") if isinstance(value, list | tuple) else value
+            for knob, value in other.items()
+        }
+        overrides = " ".join(
+            shlex.quote(f"--config.{knob}={value}") for knob, value in given.items()
+        )
         raise UserError(f"{path} does not fit this config, {why}; give: {overrides}")
 
 

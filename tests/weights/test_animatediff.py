@@ -104,7 +104,7 @@ def test_clips_longer_than_they_know_and_modules_in_the_middle(tmp_path):
     assert imported(as_adapter(adapter(middle=False, frames=24), tmp_path), tmp_path / "out") == 0
     for changes, word in (
         ({"model__temporal__middle": False}, "--config.model.temporal.max_frames=24"),
-        ({"model__temporal__max_frames": 24}, "mid_block.motion_modules.0"),
+        ({"model__temporal__max_frames": 24}, "--config.model.temporal.middle=False"),
     ):
         with pytest.raises(UserError) as caught:
             AnimatorTask(video_stage(tmp_path, tmp_path / "out", **changes)).pretrained()

@@ -1,6 +1,7 @@
 """TAESD and TAEF2: diffusers' numbers, the middle blocks against a plain statement, real faces with real weights."""
 
 import json
+import shlex
 
 import diffusers
 import jax
@@ -12,10 +13,13 @@ from safetensors.numpy import save_file
 from data_pipelines.prepare import crop, detect
 from data_pipelines.video import read_frames
 from dexportrait_jax import cli
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.tiny_autoencoder import TinyAutoencoder
 from dexportrait_jax.state import Network
+from dexportrait_jax.tasks.animator import AnimatorTask
 from dexportrait_jax.weights.importing import load_groups
 from tests.published import randomise, relative_error
+from tests.stages import micro
 
 SIZES = {"block_channels": (8, 8, 8), "layers_per_block": 2, "latent_channels": 5}
 
@@ -171,3 +175,19 @@ def test_real_weights_keep_real_faces(tmp_path, shared_data):
     found = np.clip(np.round((np.asarray(decoded) + 1) * 127.5), 0, 255)
     error = np.mean((found - faces.astype(np.float64)) ** 2, axis=(1, 2, 3))
     assert np.mean(10 * np.log10(255**2 / error)) >= 36
+
+
+def test_an_animator_is_told_what_to_give(tmp_path, published):
+    """The overrides of the error are those that make it start."""
+    imported(as_folder(published, tmp_path), tmp_path / "out")
+    changes = {"init__autoencoder": tmp_path / "out"}
+    with pytest.raises(UserError, match="give: ") as caught:
+        AnimatorTask(micro("animator_image", "data", tmp_path / "exports", **changes)).pretrained()
+    assert "\n" not in str(caught.value)
+    told = [
+        word.removeprefix("--config.") for word in shlex.split(str(caught.value).split("give: ")[1])
+    ]
+    assert "model.autoencoder.kind=tiny" in told
+    changes |= {key.replace(".", "__"): value for key, value in (word.split("=") for word in told)}
+    task = AnimatorTask(micro("animator_image", "data", tmp_path / "more", **changes))
+    assert task.pretrained()["autoencoder"]["decoder"]["layers"]["0"]["kernel"].shape[2] == 5
