@@ -18,7 +18,9 @@ from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.animator.vae import VAE
 from dexportrait_jax.state import Network, filled
+from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.tasks.animator import AnimatorTask
+from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
 from tests.published import randomise, relative_error
 from tests.stages import micro
@@ -335,8 +337,17 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
         "model__autoencoder__latent_channels": latent_channels,
         "init__unet": folder / "unet",
     }
-    exports = folder / f"exports{latent_channels}"
-    return micro("animator_image", folder / "data", exports, **(sizes | changes))
+    config = micro("animator_image", folder / "data", folder / "exports", **(sizes | changes))
+    if "init__autoencoder" not in changes:
+        networks = {"autoencoder": build_networks(config)["autoencoder"]}
+        groups = {
+            name: jax.tree.map(np.asarray, n.init(jax.random.key(3)))
+            for name, n in networks.items()
+        }
+        model = {"stage": "autoencoder", "config": {}, "step": 0, "ema": False, "crop": None}
+        with config.unlocked():
+            config.init.autoencoder = str(export_groups(folder / "latents", model, groups))
+    return config
 
 
 def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys):
