@@ -3,6 +3,8 @@
     dexportrait train --config=configs/animator_image.py:full --workdir=runs/image --config.data.path=data/faces \
         --config.init.motion=exports/motion --config.init.autoencoder=exports/autoencoder
 
+With `--config.data.latents=data/faces-latents`, made once by `dexportrait encode`, the step need not encode pictures.
+
 tiny: 64 px, latents 16x16x16, 2 cores, five minutes; hair, colours and head shape of the person, soft faces.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
 """

@@ -24,7 +24,6 @@ from data_pipelines.augment import default_augment
 from dexportrait_jax.errors import UserError
 
 DESCRIPTION, FORMAT = "latents.json", "dexportrait-latents-1"
-DTYPES = ("float16", "float32")
 _ENDS = 1 << 16  # bytes
 BORDER = default_augment()["similarity"]["border"]  # of the pictures that are encoded
 
@@ -41,7 +40,8 @@ class Description:
         crop: constants of the dataset's crop, to be read by people.
         image_size: side of the pictures in pixels.
         flips: whether mirrored pictures are there too.
-        dtype: "float16" or "float32".
+        dtype: what latents are stored in, "float16" or "float32".
+        compute: what the autoencoder computed in, "float32" or "bfloat16".
         shape: (h, w, c) of the latent of a picture.
         autoencoder: which one; see `tasks.autoencoder.identity`.
         weights: the export it came from; only told.
@@ -56,6 +56,7 @@ class Description:
     image_size: int
     flips: bool
     dtype: str
+    compute: str
     shape: tuple[int, int, int]
     autoencoder: dict[str, Any]
     weights: str

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
 
 from data_pipelines import dataset, latents, records
 from data_pipelines.prepare import latents as writing
 from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import Progress
+from dexportrait_jax.state import Params
 from dexportrait_jax.tasks import autoencoder
 from dexportrait_jax.tasks.pictures import to_float
 from dexportrait_jax.weights.importing import load_groups, read_description
@@ -68,7 +70,9 @@ def run_encode(
     _, groups = load_groups(weights, {"autoencoder": network.abstract})
     params = groups["autoencoder"]
 
-    def posterior(params, images):
+    def posterior(
+        params: Params, images: UInt8[Array, "b H W 3"]
+    ) -> Float[Array, "b mean_and_log_variance h w c"]:
         mean, log_variance = network.bind(params).encode(to_float(images))
         return jnp.stack([mean, log_variance], 1)
 
@@ -87,6 +91,7 @@ def run_encode(
         image_size=size,
         flips=flips,
         dtype=dtype,
+        compute=compute,
         shape=tuple(shape),
         autoencoder=autoencoder.identity(options, params),
         weights=os.fspath(weights),
@@ -107,7 +112,7 @@ def run_encode(
     params = jax.device_put(params, sharding.replicated(mesh))
     compiled = jax.jit(posterior, out_shardings=rows)
 
-    def encode(images: np.ndarray) -> jax.Array:
+    def encode(images: UInt8[np.ndarray, "b H W 3"]) -> Float[Array, "b 2 h w c"]:
         return compiled(params, jax.device_put(images, rows))
 
     progress = Progress("encode", total, unit="frame")

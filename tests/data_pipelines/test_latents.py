@@ -37,6 +37,7 @@ def make(directory, out, *, flips=True, dtype="float32", encoder=encode, clips=N
         image_size=SIZE,
         flips=flips,
         dtype=dtype,
+        compute="float32",
         shape=(8, 8, 3),
         autoencoder={},
         weights="",
