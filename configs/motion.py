@@ -131,16 +131,16 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     common.set_data(config, batch_size=8, targets=2, second_expression=True, cache_megabytes=1024)
     config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
     config.model.expression.update(
-        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=24
+        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=40
     )
     config.model.generator.update(expression_gain=2.0, expression_mixing=0.1)
-    config.loss.update(adversarial_start=5500, r1_every=16, invariance=8.0, landmark_maps=12)
+    config.loss.update(adversarial_start=6000, r1_every=16, invariance=8.0, landmark_maps=12)
     # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.
-    config.loss.update(l1=20.0, multiscale_l1=10.0, masked_l1=350.0, clpips=200.0)
+    config.loss.update(l1=20.0, multiscale_l1=10.0, masked_l1=500.0, clpips=200.0)
     labels = {"decay_steps": 3000}
     # Gradients of pictures that a young decoder paints would turn the poses; the labels hold them.
     config.loss.pose_label.update(initial=20.0, floor=10.0, **labels)
-    config.loss.blendshape_label.update(initial=30.0, floor=10.0, **labels)
+    config.loss.blendshape_label.update(initial=40.0, floor=20.0, **labels)
     config.loss.landmark_label.update(initial=10.0, floor=2.0, **labels)
     # In minutes of steps Muon gets through what takes Adam three times as many.
     muon = {"name": "muon", "matrix_rms": 1.0}
@@ -154,7 +154,7 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     )
     # Joint training pulls the encoders away from what they have learned: they follow slowly.
     config.optim.generator.update(
-        multipliers=(("generator/decoder", 3.0), ("pose", 0.3), ("expression", 0.003)), **muon
+        multipliers=(("generator/decoder", 3.0), ("pose", 0.3), ("expression", 0.02)), **muon
     )
     return config
 
