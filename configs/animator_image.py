@@ -6,6 +6,10 @@
 With `--config.data.latents=data/faces-latents`, made once by `dexportrait encode`, the step need not encode pictures.
 
 tiny: 64 px, latents 16x16x16, 2 cores, five minutes; hair, colours and head shape of the person, soft faces.
+minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:synthetic`; 2 cores, 40 minutes. Its latents are
+    made first by
+    dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
+    and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
 """
 
@@ -14,13 +18,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.common import VARIANTS
 
-__all__ = ["VARIANTS", "get_config"]
+VARIANTS = (*common.VARIANTS, "minutes")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The image stage at one of VARIANTS."""
+    if variant == "minutes":
+        return _minutes(get_config("tiny"))
     tiny = variant == "tiny"
     config = common.animator("animator_image", variant)
     config.num_steps = 900 if tiny else 120_000
@@ -49,4 +54,12 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     # Where minutes count, many small steps beat few large ones.
     common.set_data(config, batch_size=2 if tiny else 12, targets=4)
+    return config
+
+
+def _minutes(config: ConfigDict) -> ConfigDict:
+    common.animator_of_minutes(config)
+    config.num_steps = 4000
+    config.optim.denoise.learning_rate = 2e-3
+    common.set_data(config, batch_size=4)
     return config

@@ -6,6 +6,7 @@
 Windows with calm backgrounds are chosen by `data.calm`; how many pass is said at the start.
 
 tiny: clips of 8 frames at 64 px, 2 cores, about a minute.
+minutes: the same at 128 px, on an export of `configs/animator_image.py:minutes`.
 small: clips of 16 frames at 256 px on one GPU. full: batch 8 clips of 24 frames at 512 px, lr 1e-5, 80k steps.
 """
 
@@ -14,13 +15,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.common import VARIANTS
 
-__all__ = ["VARIANTS", "get_config"]
+VARIANTS = (*common.VARIANTS, "minutes")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The temporal stage at one of VARIANTS."""
+    if variant == "minutes":
+        return _minutes(get_config("tiny"))
     tiny = variant == "tiny"
     config = common.animator("animator_video", variant)
     config.num_steps = 40 if tiny else 80_000
@@ -40,4 +42,10 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     frames = {"tiny": 8, "small": 16, "full": 24}[variant]
     common.set_data(config, mode="video", batch_size=2 if tiny else 8, frames=frames)
+    return config
+
+
+def _minutes(config: ConfigDict) -> ConfigDict:
+    common.animator_of_minutes(config)
+    config.num_steps = 300
     return config

@@ -126,6 +126,26 @@ def encoders(variant: str) -> dict:
     }
 
 
+def minutes(config: ConfigDict) -> None:
+    """Encoders that learn poses and expressions on two cores, 64 px, and the pictures that they see."""
+    config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
+    config.model.expression.update(
+        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=40
+    )
+    # Identity and pose are kept out of the latent: grey upright crops, and two views of an instant that should
+    # agree. What is turned and bent beyond that hides, at 64 px, the few pixels that lips and lids move.
+    config.data.augment.expression_crop.update(
+        gray=True,
+        upright=True,
+        face_alone=True,
+        even_light=True,
+        margin_range=(1.0, 1.2),
+        centre_jitter=0.03,
+    )
+    config.data.augment.expression_rotation.degrees = 10.0
+    config.data.augment.expression_affine.displacement = 0.008
+
+
 def autoencoder(variant: str) -> ConfigDict:
     """SD's VAE, or a small one of factor 4 whose latents have unit variance by training."""
     if variant == "tiny":
@@ -241,4 +261,28 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "overlap": 2 if tiny else 4,
         }
     )
+    return config
+
+
+def animator_of_minutes(config: ConfigDict) -> ConfigDict:
+    """`tiny` grown to 128 px and to TAEF2's latents, on encoders of `minutes`."""
+    config.variant = "minutes"
+    minutes(config)
+    # Latents are read, not encoded, so the pictures stay as they are.
+    config.data.augment.similarity.probability = 0.0
+    set_data(config, image_size=128, cache_megabytes=1024)
+    config.model.autoencoder = ConfigDict(
+        {
+            "kind": "tiny",
+            "latent_channels": 32,
+            "block_channels": (64, 64, 64, 64),
+            "layers_per_block": 3,
+            "groups": 4,
+            "scale": 1.0,
+            "middle_attention": True,
+        }
+    )
+    config.model.unet.update(block_channels=(64, 128, 128), groups=16)
+    config.model.denoiser.expression_tokens = (4, 10)
+    config.ema_decay = 0.998
     return config

@@ -113,26 +113,10 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     config.num_steps = 8800
     config.ema_decay = 0.998
     config.pretraining.steps = 2500
-    augment = config.data.augment
-    augment.flip.probability = 0.5
-    augment.similarity.probability = 0.5
-    # Identity and pose are kept out of the latent: grey upright crops, and two views of an instant that should
-    # agree. What is turned and bent beyond that hides, at 64 px, the few pixels that lips and lids move.
-    augment.expression_crop.update(
-        gray=True,
-        upright=True,
-        face_alone=True,
-        even_light=True,
-        margin_range=(1.0, 1.2),
-        centre_jitter=0.03,
-    )
-    augment.expression_rotation.degrees = 10.0
-    augment.expression_affine.displacement = 0.008
+    config.data.augment.flip.probability = 0.5
+    config.data.augment.similarity.probability = 0.5
+    common.minutes(config)
     common.set_data(config, batch_size=8, targets=2, second_expression=True, cache_megabytes=1024)
-    config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
-    config.model.expression.update(
-        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=40
-    )
     config.model.generator.update(expression_gain=2.0, expression_mixing=0.1)
     config.loss.update(adversarial_start=6000, r1_every=16, invariance=8.0, landmark_maps=12)
     # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.

@@ -317,7 +317,7 @@ def _evaluate(parser):
         parser,
         "protocol",
         "what to measure",
-        choices=("self", "cross", "disentangled", "synthetic"),
+        choices=("self", "cross", "disentangled", "synthetic", "flicker"),
         required=True,
     )
     _flag(parser, "out", "directory for metrics.json and pictures", required=True)

@@ -7,6 +7,7 @@
 - disentangled: pose of A, expression of B, face of C. APD to A and AED to B should be small, to the
   other driver (the leak) large. Then expression alone and pose alone: what is not driven must stay.
 - synthetic: rendered heads, where the truth is known (`evaluation/synthetic.py`).
+- flicker: consecutive frames of self-reenactment (`evaluation/flicker.py`).
 
 self and cross also say how well eyes and mouth follow the driver (`evaluation/eyes_and_mouth.py`).
 APD is the mean absolute difference of pitch, yaw and roll in degrees, AED that of the blendshapes
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.dataset import ClipDataset, open_clips, split_names
-from data_pipelines.records import Clip, RecordError
+from data_pipelines.dataset import ClipDataset, open_clips
+from data_pipelines.records import RecordError
 from dexportrait_jax import provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics
@@ -34,9 +35,11 @@ from dexportrait_jax.evaluation.estimators import (
     pose_distance,
 )
 from dexportrait_jax.evaluation.eyes_and_mouth import Track, clip_masks, following
+from dexportrait_jax.evaluation.flicker import evaluate_flicker
 from dexportrait_jax.evaluation.grid import make_grid
 from dexportrait_jax.evaluation.results import Findings, check_replaceable, write_results
 from dexportrait_jax.evaluation.runner import (
+    FirstFrames,
     Frames,
     Picture,
     Runner,
@@ -49,7 +52,7 @@ from dexportrait_jax.evaluation.synthetic import evaluate_synthetic
 from dexportrait_jax.inference import Sampling, load_model
 from dexportrait_jax.metrics import Progress
 
-PROTOCOLS = ("self", "cross", "disentangled", "synthetic")
+PROTOCOLS = ("self", "cross", "disentangled", "synthetic", "flicker")
 
 
 def run_evaluate(
@@ -113,6 +116,8 @@ def _measure(
 ) -> Findings:
     if protocol == "synthetic":
         return evaluate_synthetic(runner, open_clips(data, "train"), clips)
+    if protocol == "flicker":
+        return evaluate_flicker(runner, clips)
     function = {
         "self": evaluate_self,
         "cross": evaluate_cross,
@@ -134,7 +139,7 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
     frame's expression in place of the driving frame's; expression_use_db: what the latter adds.
     Further keys: `following`.
     """
-    first = _FirstFrames(clips.directory)
+    first = FirstFrames(clips.directory)
     distance = metrics.LearnedDistance("alexnet")
     measures: dict[str, Callable] = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": distance}
     collected: dict[str, list[np.ndarray]] = {}
@@ -246,28 +251,6 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
         "grid_pose_only": make_grid(runner, people, expression=False, name="pose alone"),
     }
     return Findings(_means(items), items, rows, grids)
-
-
-class _FirstFrames:
-    """The first frame of the video of a clip, found over all splits of a dataset.
-
-    Where the end of every video was held out, the beginning of a held-out clip is a moment before
-    the frames to be measured, and repeating it would be hard to beat and prove nothing.
-    """
-
-    def __init__(self, directory: Path):
-        self._first: dict[tuple, tuple[float, ClipDataset, int]] = {}
-        for split in split_names(directory):
-            clips = ClipDataset(directory, split)
-            columns = [clips.index[name] for name in ("identity", "session", "camera", "start")]
-            for number, (*video, start) in enumerate(zip(*columns, strict=True)):
-                known = self._first.get(tuple(video))
-                if known is None or start < known[0]:
-                    self._first[tuple(video)] = start, clips, number
-
-    def __call__(self, clip: Clip) -> Clip:
-        _, clips, number = self._first[clip.identity, clip.session, clip.camera]
-        return clips[number].part(0, 1)
 
 
 class _Distances:

@@ -31,12 +31,14 @@ HEADLINES = {
     "cross": "Cross-reenactment: the face of one person, pose and expression of another.",
     "disentangled": "Pose of A, expression of B, face of C; then each of them alone.",
     "synthetic": "Rendered heads: pose of A, expression of B, person C, beside the right answer.",
+    "flicker": "Flicker: consecutive frames of a video from its first frame; what changes beyond what moves.",
 }
 ROWS = {
     "self": "Each row: the source, then driving frame and result in turn.",
     "cross": "Each row: the source, then driving frame and result in turn.",
     "disentangled": "Each row: the source, then driver of the pose, driver of the expression and result in turn.",
     "synthetic": "Each row: the source, then driver of the pose, driver of the expression, result and truth in turn.",
+    "flicker": "Each row: the source, then true frame and result in turn.",
 }
 GRIDS = {
     "grid": ("Every face by every driver", "pose and expression"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from data_pipelines.dataset import ClipDataset
+from data_pipelines.dataset import ClipDataset, split_names
 from data_pipelines.records import Clip
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import encode_clip, model_inputs
@@ -106,6 +107,28 @@ class Runner:
         self.frames += count
         first = self.pictures(source, [0])[0]
         return np.concatenate(list(self.model.animate(first, drive, self.sampling)))
+
+
+class FirstFrames:
+    """The first frame of the video of a clip, found over all splits of a dataset.
+
+    Where the end of every video was held out, the beginning of a held-out clip is a moment before
+    the frames to be measured, and repeating it would be hard to beat and prove nothing.
+    """
+
+    def __init__(self, directory: Path):
+        self._first: dict[tuple, tuple[float, ClipDataset, int]] = {}
+        for split in split_names(directory):
+            clips = ClipDataset(directory, split)
+            columns = [clips.index[name] for name in ("identity", "session", "camera", "start")]
+            for number, (*video, start) in enumerate(zip(*columns, strict=True)):
+                known = self._first.get(tuple(video))
+                if known is None or start < known[0]:
+                    self._first[tuple(video)] = start, clips, number
+
+    def __call__(self, clip: Clip) -> Clip:
+        _, clips, number = self._first[clip.identity, clip.session, clip.camera]
+        return clips[number].part(0, 1)
 
 
 def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str) -> list[Clip]:

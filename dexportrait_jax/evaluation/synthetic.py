@@ -2,7 +2,8 @@
 
 The encoders are measured by gauge and probes (`disentanglement.py`); the pictures against what the renderer makes
 of the same three. Baselines of the last: repeating the source, moving the source as a flat card by the true
-relative pose, and the mean picture of the training people.
+relative pose, and the mean picture of the training people. Then pose and expression are driven alone, see
+`separate_control.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dexportrait_jax.evaluation.runner import (
     one_clip_each,
     row,
 )
+from dexportrait_jax.evaluation.separate_control import Shares
 from dexportrait_jax.face_clips import encode_clip
 from dexportrait_jax.metrics import Progress
 
@@ -75,7 +77,9 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     Keys beside those of `encoder_figures`: expression_r2/NAME of every parameter; self_psnr, cross_psnr,
     disentangled_psnr and *_copy (repeating the source); disentangled_rigid, disentangled_mean,
     disentangled_gain_db over the best of the three baselines; expression_use_db, PSNR round eyes and
-    mouth with B's latent over the same with the source's.
+    mouth with B's latent over the same with the source's. pose_only_follows_pose and
+    expression_only_follows_expression, which should be 1, and pose_only_follows_expression and
+    expression_only_follows_pose, which should be 0: of the whole picture and round eyes and mouth.
     """
     people = one_clip_each(runner, clips, 3, "synthetic")
     truths = [truth_of(clip) for clip in people]
@@ -85,7 +89,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
         encode(runner, clips, TRAINING_FRAMES),
         truths[0].names,
     )
-    items, rows = [], []
+    items, rows, shares = [], [], Shares()
     progress = Progress("evaluate synthetic", len(people), unit="person")
     for number, source in enumerate(people):
         a, b = ((number + step) % len(people) for step in (1, 2))
@@ -98,6 +102,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
             truths[a],
             truths[b],
             mean_picture,
+            shares,
         )
         items.append(item)
         rows.append(row(runner.pictures(source, [0])[0], shown))
@@ -108,7 +113,9 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     means["disentangled_gain_db"] = means["disentangled_psnr"] - best
     means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
     figures |= {f"expression_r2/{name}": value for name, value in parameters.items()}
-    return Findings(means | figures, items, rows, {"grid": make_grid(runner, people)})
+    return Findings(
+        means | shares.values() | figures, items, rows, {"grid": make_grid(runner, people)}
+    )
 
 
 def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:
@@ -140,8 +147,9 @@ def _item(
     a: Truth,
     b: Truth,
     mean_picture: Picture,
+    shares: Shares,
 ) -> tuple[dict[str, Any], list[tuple[Picture, ...]]]:
-    """The source driven by itself, by A alone, and by pose of A with expression of B."""
+    """The source driven by itself, by A alone, by pose of A with expression of B, and by either alone."""
     first = runner.pictures(source, [0])[0]
     psnr: dict[str, list[np.ndarray]] = {}
     shown: list[tuple[Picture, ...]] = []
@@ -154,14 +162,21 @@ def _item(
         measure("self_psnr", runner.make(source, (source, indices), (source, indices)), wanted)
         measure("self_copy", np.repeat(first[None], len(wanted), 0), wanted)
     for indices in runner.parts(min(len(clip_a), len(clip_b))):
-        wanted, _ = _rendered(runner, source, truth, a.expression[indices], a.pose[indices])
-        measure("cross_psnr", runner.make(source, (clip_a, indices), (clip_a, indices)), wanted)
-        measure("cross_copy", np.repeat(first[None], len(wanted), 0), wanted)
+        still = np.repeat(first[None], len(indices), 0)
+        own_pose = np.repeat(truth.pose[:1], len(indices), 0)
+        own_expression = np.repeat(truth.expression[:1], len(indices), 0)
 
-        wanted, parts = _rendered(runner, source, truth, b.expression[indices], a.pose[indices])
+        def drawn(expressions, poses) -> tuple[Frames, Frames]:
+            return _rendered(runner, source, truth, expressions, poses)
+
+        like_a, parts_like_a = drawn(a.expression[indices], a.pose[indices])
+        measure("cross_psnr", runner.make(source, (clip_a, indices), (clip_a, indices)), like_a)
+        measure("cross_copy", still, like_a)
+
+        wanted, parts = drawn(b.expression[indices], a.pose[indices])
         made = runner.make(source, (clip_a, indices), (clip_b, indices))
         measure("disentangled_psnr", made, wanted)
-        measure("disentangled_copy", np.repeat(first[None], len(wanted), 0), wanted)
+        measure("disentangled_copy", still, wanted)
         moved = np.stack([move_rigidly(first, truth.pose[0], a.pose[index]) for index in indices])
         measure("disentangled_rigid", moved, wanted)
         measure("disentangled_mean", np.repeat(mean_picture[None], len(wanted), 0), wanted)
@@ -170,6 +185,21 @@ def _item(
         psnr.setdefault("parts_psnr_own_expression", []).append(
             metrics.masked_psnr(own, wanted, parts)
         )
+        only_pose, own_parts = drawn(own_expression, a.pose[indices])
+        shares.add("pose_only_follows_pose", own, still, only_pose)
+        shares.add("pose_only_follows_expression", own, only_pose, like_a, own_parts | parts_like_a)
+        made_expression = runner.make(source, None, (clip_b, indices))
+        only_expression, parts = drawn(b.expression[indices], own_pose)
+        _, still_parts = drawn(own_expression[:1], own_pose[:1])
+        shares.add(
+            "expression_only_follows_expression",
+            made_expression,
+            still,
+            only_expression,
+            parts | still_parts,
+        )
+        like_b, _ = drawn(b.expression[indices], b.pose[indices])
+        shares.add("expression_only_follows_pose", made_expression, only_expression, like_b)
         drivers = (runner.pictures(clip, indices) for clip in (clip_a, clip_b))
         shown += zip(*drivers, made, wanted, strict=True)
     names = {"source": source.clip_id, "pose": clip_a.clip_id, "expression": clip_b.clip_id}

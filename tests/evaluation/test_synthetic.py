@@ -73,6 +73,11 @@ def test_the_truth_gets_the_best_figures(monkeypatch, tmp_path):
     assert result["disentangled_gain_db"] == pytest.approx(
         result["disentangled_psnr"] - max(baselines)
     )
+    # Each driven alone: what is driven is followed, what is not stays.
+    assert result["pose_only_follows_pose"] == pytest.approx(1, abs=1e-3)
+    assert result["pose_only_follows_expression"] == pytest.approx(0, abs=1e-3)
+    assert result["expression_only_follows_expression"] == pytest.approx(1, abs=1e-3)
+    assert result["expression_only_follows_pose"] == pytest.approx(0, abs=1e-3)
     for name in ("pose_leak_r2", "placement_leak_r2", "identity_leak", "expression_in_pose_r2"):
         assert name in result
     assert (tmp_path / "out" / "samples.png").stat().st_size > 10_000
@@ -84,6 +89,8 @@ def test_a_model_deaf_to_expressions_is_found_out(monkeypatch, tmp_path):
     result = _run(monkeypatch, tmp_path, TruthfulModel())
     assert result["expression_use_db"] == 0
     assert result["disentangled_psnr"] < 35
+    assert abs(result["expression_only_follows_expression"]) < 0.05
+    assert result["pose_only_follows_pose"] == pytest.approx(1, abs=1e-3)
 
 
 def test_repeating_the_source_gains_nothing(monkeypatch, tmp_path):
@@ -92,6 +99,7 @@ def test_repeating_the_source_gains_nothing(monkeypatch, tmp_path):
         assert result[f"{name}_psnr"] == pytest.approx(result[f"{name}_copy"])
     assert result["disentangled_gain_db"] <= 0 and result["expression_use_db"] == 0
     assert result["pose_error_degrees"] > 10 and result["expression_r2"] < 0.3
+    assert result["pose_only_follows_pose"] == result["expression_only_follows_expression"] == 0
 
 
 def test_other_videos_are_refused(monkeypatch, tmp_path):

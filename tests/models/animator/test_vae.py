@@ -44,8 +44,10 @@ def assert_equals_diffusers(sizes, rows, size):
         return mean, logvar, vae.decode(mean)
 
     mean, logvar, decoded = jax.jit(run)(params, images)
+    # In double: PyTorch's GroupNorm in single precision is itself off by 4 % on the decoder's 512 x 512 pixels.
+    published.double()
     with torch.no_grad():
-        expected = published.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist
+        expected = published.encode(torch.tensor(images).double().permute(0, 3, 1, 2)).latent_dist
         expected_images = published.decode(expected.mean).sample
     side = size // 2 ** (levels - 1)
     assert mean.shape == (rows, side, side, 4)

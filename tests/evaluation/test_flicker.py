@@ -1,0 +1,79 @@
+"""The protocol `flicker` and its warping error, on pictures that move by known amounts."""
+
+import cv2
+import numpy as np
+import pytest
+
+from data_pipelines.dataset import ClipDataset
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import flicker
+from tests import fixtures
+from tests.evaluation.test_protocols import dataset, model, run
+
+__all__ = ["dataset", "model"]  # fixtures
+
+
+def moving(frames: int = 5, step: float = 2.0, size: int = 128) -> np.ndarray:
+    """A soft pattern that moves to the right by ``step`` pixels a frame."""
+    noise = np.random.default_rng(0).uniform(0, 255, (size, 2 * size, 3)).astype(np.float32)
+    wide = cv2.GaussianBlur(noise, (0, 0), 4)
+    wide = (wide - wide.min()) / (wide.max() - wide.min()) * 255
+    pictures = []
+    for number in range(frames):
+        move = np.array([[1, 0, step * number - size / 2], [0, 1, 0]], np.float32)
+        pictures.append(cv2.warpAffine(wide, move, (size, size), flags=cv2.INTER_LINEAR))
+    return np.rint(pictures).astype(np.uint8)
+
+
+def flows_of(frames: np.ndarray) -> list:
+    return [
+        flicker._flow(later, earlier) for earlier, later in zip(frames, frames[1:], strict=False)
+    ]
+
+
+def test_flow_of_a_known_move():
+    for flow, known in flows_of(moving()):
+        # Where a pixel of the later frame was: two to its left.
+        assert known.mean() > 0.9
+        np.testing.assert_allclose(np.median(flow[known], 0), [-2, 0], atol=0.1)
+
+
+def test_what_moves_is_no_flicker():
+    frames = moving()
+    flows = flows_of(frames)
+    assert flicker.warped_error(frames, flows) < 0.005
+    # Standing still where everything should move is as bad as what the pattern changes over two pixels.
+    still = np.repeat(frames[:1], len(frames), 0)
+    expected = np.abs(frames[0, :, 2:].astype(float) - frames[0, :, :-2]).mean() / 255
+    assert flicker.warped_error(still, flows) == pytest.approx(expected, rel=0.1)
+
+
+def test_brightness_that_jumps_is_flicker_by_hand():
+    frames = moving().astype(np.float64) * 0.5 + 50
+    jumping = frames + 20 * (np.arange(len(frames)) % 2)[:, None, None, None]
+    error = flicker.warped_error(np.rint(jumping).astype(np.uint8), flows_of(moving()))
+    assert error == pytest.approx(20 / 255, rel=0.02)
+
+
+def test_what_comes_into_view_does_not_count():
+    frames = moving()
+    _, known = flows_of(frames)[0]
+    assert not known[:, :2].any()
+
+
+def test_the_protocol(dataset, model, tmp_path):
+    result = run(dataset, tmp_path / "out", "flicker", max_frames=4)
+    assert result["warped_error"] > 0 and result["warped_error_truth"] > 0
+    assert len(result["items"]) == 3 and result["frames"] == 12
+    # Consecutive at the stride of training, which is 2 here.
+    clip = ClipDataset(dataset, "validation")[0]
+    runner = flicker.Runner(model, None, 4)
+    truth = runner.pictures(clip, [1, 3, 5, 7])
+    assert result["items"][0]["warped_error_truth"] == flicker.warped_error(truth, flows_of(truth))
+
+
+def test_clips_too_short(model, tmp_path):
+    short = fixtures.make_dataset(tmp_path / "short", clips=1, frames=2, validation_clips=1)
+    with pytest.raises(UserError, match="no clip .* has two frames beyond its first"):
+        run(short, tmp_path / "out", "flicker")
+    assert not (tmp_path / "out").exists()
