@@ -10,12 +10,9 @@ for the README: mean over the seeds, and the deviation of a single one.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
+from tests.benchmarks import _variants
 
 _POSE = ("pose_mask.applied=False", "pose_colour.probability=0.0")
 _EXPRESSION = (
@@ -42,7 +39,7 @@ VARIANTS = {
     "without expression augmentation": (*_augment(_EXPRESSION), *_ALONE),
     "neither": (*_augment(_POSE + _EXPRESSION), *_ALONE),
 }
-# Column title -> (key of metrics.json, digits). Every leak stands beside what the latent is for.
+# Every leak stands beside what the latent is for.
 COLUMNS = {
     "pose error, degrees": ("pose_error_degrees", 1),
     "expression R2": ("expression_r2", 2),
@@ -58,71 +55,21 @@ COLUMNS = {
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="tests.benchmarks ablation")
-    parser.add_argument("--data", required=True, help="a dataset of `dexportrait render`")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    _variants.options(parser, VARIANTS, "full,neither")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pretraining", type=int, default=1500, help="of the steps")
-    parser.add_argument("--variants", default="full,neither", help=", ".join(VARIANTS))
-    options = parser.parse_args(arguments)
-    chosen = options.variants.split(",")
-    unknown = set(chosen) - set(VARIANTS)
-    if unknown:
-        parser.error(
-            f"there is no variant {', '.join(sorted(unknown))}, only {', '.join(VARIANTS)}"
-        )
-    found: dict[str, list[dict]] = {name: [] for name in chosen}
-    # Seed by seed, so that a benchmark that is broken off has compared whole seeds.
-    for seed in range(options.seeds):
-        for name in chosen:
-            found[name].append(_measured(options, name, seed))
-            print(table(found), flush=True)
+    given = parser.parse_args(arguments)
 
-
-def _measured(options: argparse.Namespace, name: str, seed: int) -> dict:
-    """metrics.json of one run, made where it is not there yet."""
-    place = Path(options.out) / f"{name.replace(' ', '_')}-{seed}"
-    written = place / "metrics" / "metrics.json"
-    if not written.exists():
+    def measured(name: str, seed: int, place: Path) -> dict:
         overrides = (
             *VARIANTS[name],
-            f"data.path={options.data}",
+            f"data.path={given.data}",
             f"seed={seed}",
-            f"num_steps={options.steps}",
-            f"pretraining.steps={options.pretraining}",
+            f"num_steps={given.steps}",
+            f"pretraining.steps={given.pretraining}",
             "evaluate.at_end=False",
         )
-        run, export = f"--workdir={place / 'run'}", place / "export"
-        config = [f"--config.{override}" for override in overrides]
-        _job("train", "--config=configs/motion.py:synthetic", run, *config)
-        _job("export", run, f"--out={export}", "--overwrite")
-        _job(
-            "evaluate",
-            f"--weights={export}",
-            f"--data={options.data}",
-            "--protocol=synthetic",
-            f"--out={written.parent}",
-        )
-    return json.loads(written.read_text())
+        export = _variants.train("configs/motion.py:synthetic", place, overrides)
+        return _variants.evaluate(export, given.data, "synthetic")
 
-
-def _job(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dexportrait_jax", *arguments], check=True)
-
-
-def table(found: dict[str, list[dict]]) -> str:
-    """Markdown, one row a variant."""
-    lines = [
-        f"| {' | '.join(['', *COLUMNS])} |",
-        f"|{'---|' * (len(COLUMNS) + 1)}",
-    ]
-    for name, results in found.items():
-        if not results:
-            continue
-        cells = []
-        for key, digits in COLUMNS.values():
-            values = np.array([result[key] for result in results])
-            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{spread}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    _variants.compare(parser, given, VARIANTS, COLUMNS, measured)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import diffusers
 import jax
@@ -418,3 +420,29 @@ def test_another_scale_of_the_latents_is_refused(tmp_path, unet, vae):
     assert told == [("model.autoencoder.scale", "0.25")]
     config = sd15_sized(unet, tmp_path, **changes, model__autoencoder__scale=0.25)
     assert "autoencoder" in AnimatorTask(config).pretrained()
+
+
+# The job alone in a process, which says how much memory it held at most, in KiB.
+_MEASURED_IMPORT = """
+import resource, sys
+from dexportrait_jax import cli
+code = cli.run(sys.argv[1:])
+print("held", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_import_of_the_real_size_holds_little_memory(tmp_path):
+    """SD1.5's 859.52 M parameters, 3.4 GB: tensor by tensor, everything of the process counted."""
+    with torch.device("meta"):
+        shapes = diffusers.UNet2DConditionModel(cross_attention_dim=768).state_dict()
+    file = tmp_path / "unet.safetensors"
+    save_file({name: np.zeros(tensor.shape, np.float32) for name, tensor in shapes.items()}, file)
+    job = ("import", "--kind=unet", f"--source={file}", f"--out={tmp_path / 'unet'}")
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED_IMPORT, *job], capture_output=True, text=True, check=True
+    )
+    held = int(re.search(r"held (\d+)", done.stdout)[1]) * 1024
+    assert "859.52 M parameters" in done.stdout
+    assert held < 1.3 * file.stat().st_size
