@@ -1,0 +1,96 @@
+"""Does progressive hybrid guidance keep the person where the source is in profile (method.md 7.2, the paper's Fig. 5)?
+
+    python -m tests.benchmarks profile_identity --weights=exports/image --data=data/heads [--people=24] [--yaw=35]
+
+Rendered heads, people held out: a source turned by `--yaw` degrees or more, driven by another person's frontal frames,
+with S of the config and with S = 0. Identity is the cosine of a face recogniser (`../shared/data/models`) between the
+result and the renderer's picture of that person with that pose and expression, both aligned by the true landmarks;
+beside it what other people's true pictures have, and the PSNR.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.dataset import open_clips
+from dexportrait_jax.evaluation import metrics, synthetic
+from dexportrait_jax.evaluation.disentanglement import pose_angles
+from dexportrait_jax.evaluation.runner import Runner, in_batches
+from dexportrait_jax.inference import Sampling, load_model
+from tests import mobileface
+
+FRONTAL, FRAMES = 15.0, 4  # degrees of yaw, and frames a driver gives
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tests.benchmarks profile_identity")
+    parser.add_argument("--weights", required=True, help="an export of an animator")
+    parser.add_argument("--data", required=True, help="a dataset of `dexportrait render`")
+    parser.add_argument("--recogniser", default="../shared/data/models")
+    parser.add_argument("--people", type=int, default=24)
+    parser.add_argument("--yaw", type=float, default=35.0)
+    given = parser.parse_args(arguments)
+    print(json.dumps(measure(given), indent=2))
+
+
+def measure(given: argparse.Namespace) -> dict[str, float]:
+    """Mean identity and PSNR for both S, and the identity of other people."""
+    model, clips = load_model(given.weights), open_clips(given.data, "validation")
+    recognise = mobileface.load(Path(given.recogniser))
+    chosen = model.config.sampling.hybrid_steps
+    runners = {
+        f"S = {steps}": Runner(model, dataclasses.replace(Sampling(), hybrid_steps=steps), FRAMES)
+        for steps in (0, chosen)
+    }
+    sources, drivers = _turned(clips, given.yaw), _turned(clips, -FRONTAL)
+    people = [person for person in sources if person in drivers][: given.people]
+    found: dict[str, list[np.ndarray]] = {}
+    truths = []
+    for place, person in enumerate(people):
+        number, frames = sources[person]
+        portrait = clips[number].part(frames[0], frames[0] + 1)
+        number, frames = drivers[people[(place + 1) % len(people)]]
+        driver, frames = clips[number], frames[:FRAMES]
+        known, wanted = synthetic.truth_of(portrait), synthetic.truth_of(driver)
+        drawn = [
+            known.render(wanted.expression[frame], wanted.pose[frame], model.image_size)
+            for frame in frames
+        ]
+        true = np.stack([one.image for one in drawn])
+
+        def vectors(pictures, drawn=drawn):
+            points = [(one.landmarks[:, :2] + 1) / 2 * model.image_size for one in drawn]
+            pairs = zip(pictures, points, strict=True)
+            return recognise(np.stack([mobileface.aligned(*pair) for pair in pairs]))
+
+        truths.append(vectors(true))
+        for name, runner in runners.items():
+            made = runner.make(portrait, (driver, frames), (driver, frames))
+            cosine = (vectors(made) * truths[-1]).sum(-1)
+            found.setdefault(f"identity, {name}", []).append(cosine)
+            found.setdefault(f"PSNR, {name}", []).append(in_batches(metrics.psnr, made, true))
+    others = [
+        (one[: len(other)] * other[: len(one)]).sum(-1)
+        for one, other in zip(truths, truths[1:], strict=False)
+    ]
+    values = {name: float(np.mean(np.concatenate(parts))) for name, parts in found.items()}
+    return {
+        "people": len(people),
+        **{name: round(value, 3) for name, value in values.items()},
+        "identity of another person": round(float(np.mean(np.concatenate(others))), 3),
+    }
+
+
+def _turned(clips, yaw: float) -> dict[str, tuple[int, np.ndarray]]:
+    """Person -> (clip, its frames) with at least ``yaw`` degrees, or at most -``yaw`` where that is negative."""
+    chosen: dict[str, tuple[int, np.ndarray]] = {}
+    for number, person in enumerate(clips.index["identity"]):
+        if person not in chosen:
+            angles = np.abs(pose_angles(synthetic.truth_of(clips[number]).pose)[:, 1])
+            frames = np.flatnonzero(angles >= yaw if yaw > 0 else angles <= -yaw)
+            if len(frames):
+                chosen[person] = number, frames
+    return chosen
