@@ -82,6 +82,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             "landmark_maps": 68,  # the first of the heat maps; any others are free
             # Mean squared difference of latents of two pictures of one instant; wants data.second_expression.
             "invariance": 0.0,
+            # What the latents know of the person and of the head's direction, measured in the batch (see losses.py).
+            "person_leak": 0.0,
+            "pose_leak": 0.0,
         }
     )
     # Steps at the start that train the encoders alone, on the labels above. Included in num_steps.

@@ -104,6 +104,49 @@ def landmark_label(
     return jnp.mean(jnp.abs(seen - wanted) * inside)
 
 
+def person_leak(latents: Float[Array, "sources targets n"]) -> Float[Array, ""]:
+    """Share of the latents' variance that tells people apart, mean over the latent's numbers.
+
+    Targets of one source show one person with other expressions, targets of two sources two people. How much more
+    alike the former are is the variance between people, whatever the size of the batch: 0 in the mean where the
+    latent does not know the person, 1 where it knows nothing else. Ours.
+    """
+    sources, targets, _ = latents.shape
+    sums = jnp.sum(latents, 1)
+    squares = jnp.sum(jnp.square(latents), (0, 1))
+    of_one = jnp.sum(jnp.square(sums), 0) - squares
+    of_two = jnp.square(jnp.sum(sums, 0)) - jnp.sum(jnp.square(sums), 0)
+    alike = of_one / (sources * targets * (targets - 1))
+    other = of_two / (sources * (sources - 1) * targets**2)
+    variance = squares / (sources * targets) - other
+    return jnp.mean((alike - other) / jnp.maximum(variance, 1e-6))
+
+
+def pose_leak(latents: Float[Array, "b n"], poses: Float[Array, "b 3 4"]) -> Float[Array, ""]:
+    """Squared correlation of the latent's numbers with where the head looks and how it leans, mean over all pairs.
+
+    The product of the correlations in the two halves of the batch, which is 0 in the mean where latent and pose have
+    nothing in common; the square in one small batch never is. Only a linear relation counts. Ours.
+    """
+    rotation = poses[:, :, :3]
+    seen = jnp.stack([rotation[:, 0, 2], rotation[:, 1, 2], rotation[:, 1, 0]], -1)
+
+    def standard(values):
+        values = values.astype(jnp.float32)
+        centred = values - jnp.mean(values, 0)
+        return centred / jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(centred), 0), 1e-6))
+
+    half = latents.shape[0] // 2
+    latents, seen = standard(latents), standard(seen)
+
+    def correlation(part):
+        own, angles = latents[part], seen[part]
+        own, angles = own - jnp.mean(own, 0), angles - jnp.mean(angles, 0)
+        return jnp.einsum("bn,ba->na", own, angles) / (own.shape[0] - 1)
+
+    return jnp.mean(correlation(slice(half)) * correlation(slice(half, None)))
+
+
 def decaying_weight(
     step: Float[Array, ""] | int, initial: float, floor: float, decay_steps: int
 ) -> Float[Array, ""]:

@@ -39,6 +39,12 @@ class MotionTask:
     frames = False
 
     def __init__(self, config: ml_collections.ConfigDict):
+        data = config.data
+        if config.loss.person_leak and (data.batch_size < 2 or data.targets < 2):
+            raise UserError(
+                "config.loss.person_leak compares targets of one source with those of others: it needs "
+                "config.data.batch_size and config.data.targets of 2 or more"
+            )
         self.config = config
         self.networks = build_networks(config)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
@@ -184,10 +190,21 @@ class MotionTask:
             # One instant has one expression, whichever camera sees it.
             error = (values["blendshape_label"] + label_error(second)) / 2
             values["blendshape_label"] = error
-        return {
-            name: (losses.decaying_weight(step, **weights[name]), value)
-            for name, value in values.items()
-        } | invariance
+        targets = batch["target_image"].shape[1]
+        of_people = expression.astype(jnp.float32).reshape(-1, targets, expression.shape[-1])
+        poses_of_targets = flatten_targets(batch["target_head_pose"])
+        leaks = {
+            "person_leak": lambda: losses.person_leak(of_people),
+            "pose_leak": lambda: losses.pose_leak(expression, poses_of_targets),
+        }
+        return (
+            {
+                name: (losses.decaying_weight(step, **weights[name]), value)
+                for name, value in values.items()
+            }
+            | {name: (weights[name], leak()) for name, leak in leaks.items() if weights[name]}
+            | invariance
+        )
 
     def label_loss(self, params, batch, key, step, shared, events):
         """The encoders alone, from labels: a network that sees nothing yet is no use to a decoder."""

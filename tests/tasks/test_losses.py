@@ -66,6 +66,50 @@ def test_pose_label():
     assert losses.pose_label(pose(0.0, 1.0, (0.3, 0.4)), here) == pytest.approx(0.25, rel=1e-4)
 
 
+def test_person_leak_by_hand():
+    # Two people, two targets, one number. Alike: (1*3 + 5*7) / 2 = 19; people apart: (1+3)(5+7) / 4 = 12;
+    # squares (1 + 9 + 25 + 49) / 4 = 21, so the variance is 9 and what tells people apart 7 of it.
+    latents = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
+    np.testing.assert_allclose(losses.person_leak(latents), 7 / 9, rtol=1e-6)
+    # Every number of the latent counts the same, whatever its unit.
+    wider = jnp.concatenate([latents, 100 * latents], -1)
+    np.testing.assert_allclose(losses.person_leak(wider), 7 / 9, rtol=1e-6)
+
+
+def test_person_leak_of_latents_that_know_all_or_nothing():
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(8, 1, 5)) + 3  # not centred
+    assert losses.person_leak(jnp.asarray(np.repeat(people, 2, 1))) == pytest.approx(1, abs=1e-5)
+    drawn = [losses.person_leak(jnp.asarray(rng.normal(size=(4, 2, 5)))) for _ in range(400)]
+    assert abs(np.mean(drawn)) < 0.02  # unbiased for small batches
+    drawn = []
+    for _ in range(200):
+        half = rng.normal(size=(8, 1, 5)) + rng.normal(size=(8, 2, 5))
+        drawn.append(losses.person_leak(jnp.asarray(half)))
+    assert np.mean(drawn) == pytest.approx(0.5, abs=0.05)
+
+
+def test_pose_leak():
+    rng = np.random.default_rng(0)
+
+    def poses(angles):
+        turned = geometry.euler_to_rotation(*jnp.asarray(angles).T)
+        return jnp.concatenate([1.3 * turned, jnp.zeros((len(angles), 3, 1))], -1)
+
+    drawn = {"nothing": [], "yaw": []}
+    for _ in range(300):
+        angles = rng.uniform(-30, 30, (16, 3)).astype(np.float32)
+        drawn["nothing"].append(
+            losses.pose_leak(jnp.asarray(rng.normal(size=(16, 4))), poses(angles))
+        )
+        # One of four numbers is the yaw, which is one of three angles: nearly 1 / 12 of all pairs.
+        latents = rng.normal(size=(16, 4))
+        latents[:, 2] = -angles[:, 1]
+        drawn["yaw"].append(losses.pose_leak(jnp.asarray(latents), poses(angles)))
+    assert abs(np.mean(drawn["nothing"])) < 0.01
+    assert np.mean(drawn["yaw"]) == pytest.approx(1 / 12, abs=0.01)
+
+
 @pytest.mark.parametrize(("step", "weight"), [(0, 1.0), (50, 0.55), (100, 0.1), (1000, 0.1)])
 def test_decaying_weight(step, weight):
     assert losses.decaying_weight(step, 1.0, 0.1, 100) == pytest.approx(weight)
