@@ -108,8 +108,8 @@ def person_leak(latents: Float[Array, "sources targets n"]) -> Float[Array, ""]:
     """Share of the latents' variance that tells people apart, mean over the latent's numbers.
 
     Targets of one source show one person with other expressions, targets of two sources two people. How much more
-    alike the former are is the variance between people, whatever the size of the batch: 0 in the mean where the
-    latent does not know the person, 1 where it knows nothing else. Ours.
+    alike the former are is the variance between people, without what chance makes of it in a small batch: about 0 in
+    the mean where the latent does not know the person, 1 where it knows nothing else. Ours.
     """
     sources, targets, _ = latents.shape
     sums = jnp.sum(latents, 1)
