@@ -105,46 +105,40 @@ def landmark_label(
 
 
 def person_leak(latents: Float[Array, "sources targets n"]) -> Float[Array, ""]:
-    """Share of the latents' variance that tells people apart, mean over the latent's numbers.
+    """Variance of the latents from person to person, mean over the latent's numbers.
 
     Targets of one source show one person with other expressions, targets of two sources two people. How much more
-    alike the former are is the variance between people, without what chance makes of it in a small batch: about 0 in
-    the mean where the latent does not know the person, 1 where it knows nothing else. Ours.
+    alike the former are is the variance between people, without what chance makes of it in a small batch: 0 in the
+    mean where the latent does not know the person. In the latent's units, as the invariance of two views is; a share
+    of the whole variance could be lowered by adding anything else, such as the pose. Ours.
     """
     sources, targets, _ = latents.shape
     sums = jnp.sum(latents, 1)
-    squares = jnp.sum(jnp.square(latents), (0, 1))
-    of_one = jnp.sum(jnp.square(sums), 0) - squares
+    of_one = jnp.sum(jnp.square(sums), 0) - jnp.sum(jnp.square(latents), (0, 1))
     of_two = jnp.square(jnp.sum(sums, 0)) - jnp.sum(jnp.square(sums), 0)
     alike = of_one / (sources * targets * (targets - 1))
     other = of_two / (sources * (sources - 1) * targets**2)
-    variance = squares / (sources * targets) - other
-    return jnp.mean((alike - other) / jnp.maximum(variance, 1e-6))
+    return jnp.mean(alike - other)
 
 
 def pose_leak(latents: Float[Array, "b n"], poses: Float[Array, "b 3 4"]) -> Float[Array, ""]:
-    """Squared correlation of the latent's numbers with where the head looks and how it leans, mean over all pairs.
+    """Variance of the latents that goes with where the head looks and how it leans, mean over the latent's numbers.
 
-    The product of the correlations in the two halves of the batch, which is 0 in the mean where latent and pose have
+    Sum over the three angles of the squared covariance with the angle in units of its deviation. The square is the
+    product of the covariances in the two halves of the batch, which is 0 in the mean where latent and pose have
     nothing in common; the square in one small batch never is. Only a linear relation counts. Ours.
     """
     rotation = poses[:, :, :3]
-    seen = jnp.stack([rotation[:, 0, 2], rotation[:, 1, 2], rotation[:, 1, 0]], -1)
+    angles = jnp.stack([rotation[:, 0, 2], rotation[:, 1, 2], rotation[:, 1, 0]], -1)
+    angles /= jnp.sqrt(jnp.maximum(jnp.var(angles, 0), 1e-6))
 
-    def standard(values):
-        values = values.astype(jnp.float32)
-        centred = values - jnp.mean(values, 0)
-        return centred / jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(centred), 0), 1e-6))
+    def covariance(part):
+        own, seen = latents[part].astype(jnp.float32), angles[part]
+        own, seen = own - jnp.mean(own, 0), seen - jnp.mean(seen, 0)
+        return jnp.einsum("bn,ba->na", own, seen) / (own.shape[0] - 1)
 
     half = latents.shape[0] // 2
-    latents, seen = standard(latents), standard(seen)
-
-    def correlation(part):
-        own, angles = latents[part], seen[part]
-        own, angles = own - jnp.mean(own, 0), angles - jnp.mean(angles, 0)
-        return jnp.einsum("bn,ba->na", own, angles) / (own.shape[0] - 1)
-
-    return jnp.mean(correlation(slice(half)) * correlation(slice(half, None)))
+    return jnp.mean(jnp.sum(covariance(slice(half)) * covariance(slice(half, None)), -1))
 
 
 def decaying_weight(
