@@ -74,9 +74,12 @@ def stages(*quick):
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(stage, {}) for stage in ("autoencoder", "animator_image")]
-    + [("autoencoder", {"optim__autoencoder__name": "muon"})]
-    + [pytest.param(stage, {}, marks=pytest.mark.slow) for stage in ("motion", "animator_video")],
+    [("autoencoder", {}), ("autoencoder", {"optim__autoencoder__name": "muon"})]
+    + [
+        pytest.param(stage, {}, marks=pytest.mark.slow)
+        for stage in STAGES
+        if stage != "autoencoder"
+    ],
 )
 def test_interrupted_equals_uninterrupted_bit_for_bit(
     stage, changes, places, tmp_path, monkeypatch, one_device
@@ -327,8 +330,8 @@ def test_one_export_may_be_named_twice(places, monkeypatch):
     asked = []
     monkeypatch.setattr(
         animator,
-        "load_groups",
-        lambda path, wanted: (asked.append((path, list(wanted))), ({}, {}))[1],
+        "load_start",
+        lambda config, networks, key, names: asked.append((config.init[key], list(names))) or {},
     )
     config = micro("animator_image", *places)
     with config.unlocked():

@@ -24,7 +24,7 @@ from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.tasks.animator import AnimatorTask
 from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
-from tests.published import randomise, relative_error
+from tests.published import random_like, randomise, relative_error
 from tests.stages import micro
 
 CHANNELS, LAYERS, CONTEXT = (16, 32, 32), 2, 24
@@ -394,7 +394,7 @@ def test_other_latents_have_convolutions_of_their_own(tmp_path, unet, capsys):
     said = capsys.readouterr().err
     assert "latents of 4 channels, here they have 6" in said and said.count("start fresh") == 1
     assert not {"conv_in", "conv_out"} & set(start["denoiser"])
-    whole = filled(start["denoiser"], task.networks["denoiser"].init(jax.random.key(0)))
+    whole = filled(start["denoiser"], random_like(task.networks["denoiser"].abstract))
     assert whole["conv_in"]["kernel"].shape[2] == 6 + 6  # latents, and two ray maps of 3
 
 
