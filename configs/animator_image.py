@@ -6,8 +6,8 @@
 With `--config.data.latents=data/faces-latents`, made once by `dexportrait encode`, the step need not encode pictures.
 
 tiny: 64 px, latents 16x16x16, 2 cores, five minutes; hair, colours and head shape of the person, soft faces.
-minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:synthetic`; 2 cores, 40 minutes. Its latents are
-    made first by
+minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:synthetic`; sized by its FLOPs for 40 minutes on 2
+    cores, which has not been run yet. Its latents are made first by
     dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
     and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
@@ -59,7 +59,6 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 def _minutes(config: ConfigDict) -> ConfigDict:
     common.animator_of_minutes(config)
-    config.num_steps = 4000
+    config.num_steps = 2000
     config.optim.denoise.learning_rate = 2e-3
-    common.set_data(config, batch_size=4)
     return config
