@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 
@@ -164,3 +165,21 @@ def denoising_error(
     """Mean squared error, each sample times its weight (min-SNR, say); method.md 4.7."""
     each = jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), (1, 2, 3))
     return jnp.mean(each if weights is None else each * weights)
+
+
+def gradient_norms(terms, image: Float[Array, "b h w 3"]) -> dict[str, Array]:
+    """gradient_norm/NAME of every term of ``terms(image)``, times its weight, with respect to the picture.
+
+    What each loss asks of the picture is what weights have to balance; the parameters' own gradients
+    would need a backward pass through all networks for every term.
+    """
+    image = jax.lax.stop_gradient(image)
+
+    def weighted(image, name):
+        weight, value = terms(image)[name]
+        return weight * value
+
+    return {
+        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(image, name))
+        for name in jax.eval_shape(terms, image)
+    }

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from data_pipelines import loading
 from dexportrait_jax.errors import UserError
@@ -222,7 +221,7 @@ class MotionTask:
         terms = image_terms(image)
         metrics = {}
         if "gradient_norms" in events:
-            metrics = gradient_norms(image_terms, image)
+            metrics = losses.gradient_norms(image_terms, image)
         joint_step = step - self.config.pretraining.steps
         terms |= self._label_terms(params, batch, poses, expression, heat_maps, joint_step)
         judged = image[: self.judged(image.shape[0])]
@@ -287,24 +286,6 @@ class MotionTask:
                 batch["target_image"],
                 image,
             )
-
-
-def gradient_norms(terms, image: Float[Array, "b h w 3"]) -> dict[str, Array]:
-    """gradient_norm/NAME of every term of ``terms(image)``, times its weight, with respect to the picture.
-
-    What each loss asks of the picture is what weights have to balance; the parameters' own gradients
-    would need a backward pass through all networks for every term.
-    """
-    image = jax.lax.stop_gradient(image)
-
-    def weighted(image, name):
-        weight, value = terms(image)[name]
-        return weight * value
-
-    return {
-        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(image, name))
-        for name in jax.eval_shape(terms, image)
-    }
 
 
 def _total(terms: dict[str, tuple[Any, Array]]) -> Array:

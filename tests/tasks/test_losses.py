@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dexportrait_jax import geometry
-from dexportrait_jax.tasks import losses, motion
+from dexportrait_jax.tasks import losses
 
 
 def picture(values):
@@ -132,7 +132,7 @@ def test_gradient_norms_of_each_term_at_the_picture():
     def terms(image):
         return {"square": (3.0, jnp.mean(image**2)), "sum": (2.0, jnp.sum(image))}
 
-    norms = motion.gradient_norms(terms, jnp.array([1.0, 2.0]))
+    norms = losses.gradient_norms(terms, jnp.array([1.0, 2.0]))
     assert set(norms) == {"gradient_norm/square", "gradient_norm/sum"}
     assert float(norms["gradient_norm/square"]) == pytest.approx(3 * 5**0.5)
     assert float(norms["gradient_norm/sum"]) == pytest.approx(2 * 2**0.5)
