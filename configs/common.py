@@ -130,7 +130,7 @@ def minutes(config: ConfigDict) -> None:
     """Encoders that learn poses and expressions on two cores, 64 px, and the pictures that they see."""
     config.model.pose.update(depths=(1, 1, 3, 1), dims=(48, 96, 128, 192), rotation_head="6d")
     config.model.expression.update(
-        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=40
+        stem=24, widths=(24, 48, 64), heat_maps=40, pictures=8, latent=32
     )
     # Identity and pose are kept out of the latent: grey upright crops, and two views of an instant that should
     # agree. What is turned and bent beyond that hides, at 64 px, the few pixels that lips and lids move.
@@ -283,6 +283,6 @@ def animator_of_minutes(config: ConfigDict) -> ConfigDict:
         }
     )
     config.model.unet.update(block_channels=(64, 128, 128), groups=16)
-    config.model.denoiser.expression_tokens = (4, 10)
+    config.model.denoiser.expression_tokens = (4, 8)
     config.ema_decay = 0.998
     return config

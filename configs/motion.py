@@ -123,7 +123,7 @@ def _synthetic(config: ConfigDict) -> ConfigDict:
     config.model.generator.update(expression_gain=2.0, expression_mixing=0.1)
     config.loss.update(adversarial_start=6000, r1_every=16, invariance=8.0, landmark_maps=12)
     # Eyes and mouth are few pixels: without weight of their own the latent is not worth looking at.
-    config.loss.update(l1=20.0, multiscale_l1=10.0, masked_l1=500.0, clpips=200.0)
+    config.loss.update(l1=20.0, multiscale_l1=10.0, masked_l1=600.0, clpips=200.0)
     labels = {"decay_steps": 3000}
     # Gradients of pictures that a young decoder paints would turn the poses; the labels hold them.
     config.loss.pose_label.update(initial=20.0, floor=10.0, **labels)
