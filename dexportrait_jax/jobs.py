@@ -202,6 +202,23 @@ def _train(parser):
     )
 
 
+def _plan(parser):
+    _flag(parser, "config", "configs/FILE.py:VARIANT", required=True)
+    _flag(
+        parser, "topology", "kind and grid of the chips, as v5e:16x16 or v5p:4x4x4", required=True
+    )
+    _flag(parser, "slices", "of that grid (default: %(default)s)", type=int, default=1)
+    _flag(
+        parser,
+        "effort",
+        "of the compiler: quick is four times as fast and some per cent off (default: %(default)s)",
+        choices=("quick", "exact"),
+        default="quick",
+    )
+    parser.add_argument("--json", dest="json_file", help="file to write the whole plan to")
+    _flag(parser, "again", "compile once more what was planned before", action="store_true")
+
+
 def _animate(parser):
     _flag(parser, "weights", "an exported model", required=True)
     _flag(
@@ -402,6 +419,13 @@ JOBS = {
         "dexportrait train --config=configs/motion.py:tiny --workdir=runs/motion --config.num_steps=500",
         _train,
         "dexportrait_jax.train:run_train",
+        True,
+    ),
+    "plan": Job(
+        "does a config fit on TPUs that are not here, what bounds it, how fast can it be; compiled, not run",
+        "dexportrait plan --config=configs/animator_image.py:full --topology=v5e:4x4 --config.mesh.fsdp=16",
+        _plan,
+        "dexportrait_jax.plan:run_plan",
         True,
     ),
     "animate": Job(

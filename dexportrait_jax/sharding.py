@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dexportrait_jax.errors import UserError
@@ -68,9 +69,19 @@ def make_mesh(
             f"config.mesh ({wanted}) does not fit {len(devices)} devices; the product must be equal"
         )
     # Automatic axes: the compiler places what we do not name. (The default is explicit since jax 0.9.)
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-    )
+    automatic = (AxisType.Auto,) * 4
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic, devices=devices)
+    # The network between slices is slow: gradients alone cross it.
+    if sizes["data"] % slices:
+        raise UserError(
+            f"config.mesh.data={sizes['data']} cannot be shared by {slices} slices, and no other axis may cross them; "
+            f"choose a multiple of {slices}"
+        )
+    inside = (sizes["data"] // slices, *(sizes[axis] for axis in AXES[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=automatic)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

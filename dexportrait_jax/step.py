@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dexportrait_jax.platforms import target_platform
+
 Tree = Any
 
 
@@ -187,5 +189,5 @@ def _accumulated(differentiate, trained, batch, key, shared, parts):
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # A loop on the device keeps the memory of one piece. On CPUs, convolutions inside loops run many times slower,
     # so there the pieces are written out one after the other.
-    total, made = jax.lax.scan(body, zeros, pieces, unroll=jax.default_backend() == "cpu")
+    total, made = jax.lax.scan(body, zeros, pieces, unroll=target_platform() == "cpu")
     return jax.tree.map(lambda leaf: leaf / parts, total), made

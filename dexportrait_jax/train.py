@@ -57,7 +57,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
     started = time.monotonic()
-    _check(config)
+    check(config)
     with run_directory.claimed(workdir), _sigterm() as stop_asked:
         run_directory.check_same_run(workdir, config)
         say = print if distributed.is_main() else lambda *_, **__: None
@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         # Mesh, task, the shape of everything, and the step.
         mesh = _mesh(config, say)
         task = make_task(config)
-        _check_shares(config, mesh, task)
+        check_shares(config, mesh, task)
         abstract, shardings, step_function = build(task, config, mesh)
 
         # Restore what there is.
@@ -267,8 +267,8 @@ def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -
     }
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
-    """Values that no stage can work with."""
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values that no stage can work with."""
     numbers = {
         "num_steps": (config.num_steps, 1),
         "accumulate": (config.accumulate, 1),
@@ -311,8 +311,8 @@ def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.
     return mesh
 
 
-def _check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
-    """Batch and clips must be cut into equal parts."""
+def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
+    """Raises UserError where batch or clips cannot be cut into equal parts."""
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % (replicas * config.accumulate):
         raise UserError(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from dexportrait_jax.platforms import target_platform
+
 Backend = Literal["auto", "plain", "chunked", "blocked", "cudnn"]
 
 CHUNKED_FROM_QUERIES = 4096  # below, the plain logits fit and are faster
@@ -52,13 +54,13 @@ def attention(
 
 
 def choose_backend(query: Array, key: Array) -> Backend:
-    """By the platform JAX runs on: a program compiled for another one names its backend itself.
+    """By the platform that the program is made for.
 
     CPU: blocks of one head once the logits leave the cache. GPU in half precision: cuDNN. Otherwise
     chunks of queries for long sequences and plain attention for short ones.
     """
     batch, queries, heads, features = query.shape
-    platform = jax.default_backend()
+    platform = target_platform()
     if platform == "cpu" and batch * heads * queries * key.shape[1] >= BLOCKED_FROM_LOGITS:
         return "blocked"
     half = query.dtype in (jnp.bfloat16, jnp.float16)

@@ -2,8 +2,7 @@
 
 XLA has one good convolution on every accelerator. On CPUs it is good at plain 2D convolutions but
 slow at 3D, depthwise and strided ones and at their gradients, so there the same sums are written as
-matrix products. The rule is in ``convolve``; ``convolution_backend`` overrides it, for instance to
-compile a TPU program on a CPU host.
+matrix products. The rule is in ``convolve``; ``convolution_backend`` overrides it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from dexportrait_jax.platforms import target_platform
+
 Pads = tuple[tuple[int, int], ...]
 
 _BACKENDS = ("auto", "xla", "matmul")
@@ -33,7 +34,7 @@ def convolution_backend(backend: str) -> Iterator[None]:
     """Choose how convolutions traced inside the ``with`` block are written.
 
     "xla": one convolution instruction, always. "matmul": the CPU rule, on any platform. "auto" (the
-    default outside any block): the CPU rule where the default backend is a CPU, else "xla".
+    default outside any block): the CPU rule where the program is made for a CPU, else "xla".
     A jitted function called under another choice is traced and compiled again.
     """
     if backend not in _BACKENDS:
@@ -63,7 +64,7 @@ def convolve(
     """
     strides, window = tuple(strides), kernel.shape[:-2]
     backend = _backend.value
-    if backend == "xla" or (backend == "auto" and jax.default_backend() != "cpu"):
+    if backend == "xla" or (backend == "auto" and target_platform() != "cpu"):
         return _plain(inputs, kernel, strides, pads, groups)
     positions = _output_shape(inputs.shape[1:-1], window, strides, pads)
     if groups == 1:

@@ -1,0 +1,97 @@
+"""TPUs that need not be there: what a chip can do at best, and the devices of a topology that libtpu compiles for.
+
+Figures are Google's, per chip, from https://docs.cloud.google.com/tpu/docs/, the page of each kind (v4, v5e, v5p, v6e,
+tpu7x), read on 2026-11-24. The memory that programs may use is what libtpu 0.0.42.1 says when they ask for more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+from dexportrait_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of chip, as JAX sees it: figures are of one device.
+
+    Attributes:
+      flops: multiply-adds times two, a second, in bfloat16.
+      hbm_gib: memory that a program may use.
+      hbm_bytes: a second, to and from that memory.
+      ici_bytes: a second that one device can receive from others of its slice, over all its links; half of what the
+        pages call bidirectional.
+      dcn_bytes: a second that one device's share of its host's network cards receives from other slices; None where
+        the pages do not say.
+      dimensions: of the topology's grid.
+      options: what libtpu has to be told beside the grid.
+    """
+
+    flops: float
+    hbm_gib: float
+    hbm_bytes: float
+    ici_bytes: float
+    dcn_bytes: float | None
+    dimensions: int
+    options: tuple[tuple[str, str], ...] = ()
+
+
+CHIPS = {
+    "v4": Chip(275e12, 30.75, 1.2e12, 300e9, None, 3, (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 15.75, 819e9, 200e9, 25e9 / 8, 2),
+    "v5p": Chip(459e12, 95.74, 2765e9, 600e9, 50e9 / 8, 3),
+    "v6e": Chip(918e12, 31.25, 1638e9, 400e9, 100e9 / 8, 2),
+    # Two devices a chip, each with half of it.
+    "tpu7x": Chip(2307e12 / 2, 94.75, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 3),
+}
+
+
+def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
+    """The kind of chip that "v5e:4x4" names, and its devices, those of the first slice first.
+
+    They can be compiled for and nothing else: they hold no arrays.
+
+    Raises:
+      UserError: no such chip or grid, or libtpu is not installed.
+    """
+    kind, _, grid = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(
+            f"--topology={name}: the kinds of chips are {', '.join(CHIPS)}; write it as v5e:4x4, the kind and the grid"
+        )
+    chip = CHIPS[kind]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * chip.dimensions), grid):
+        example = "4x4" if chip.dimensions == 2 else "2x2x4"
+        raise UserError(
+            f"--topology={name}: a {kind} slice is a grid of {chip.dimensions} sides, as in {kind}:{example}"
+        )
+    if slices < 1:
+        raise UserError(f"--slices={slices} is out of range; it is 1 or more")
+    if slices > 1 and chip.dcn_bytes is None:
+        raise UserError(
+            f"--slices={slices}: how fast {kind} slices reach each other is not published; plan one slice"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning compiles for TPUs, which needs libtpu; install it with pip install -e '.[tpu]' -c constraints.txt"
+        )
+    # Asking a cloud machine for its own TPUs would wait for an answer that does not come; other plans may be running.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
+    if grid in ("1x1", "1x1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # jaxlib's errors are of many types here
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology={name}: libtpu does not know this grid ({reason})") from error
+    return chip, list(found.devices)

@@ -1,0 +1,293 @@
+"""What a program compiled for TPUs does: products, memory traffic and collectives, read from its text.
+
+XLA's `cost_analysis` takes the body of a loop once. Here a loop counts as often as it runs, which stands in the
+program: its counter starts at a constant, goes up by a constant and ends at one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+
+from dexportrait_jax.hlo import (
+    Computation,
+    Instruction,
+    branches,
+    called,
+    dimensions,
+    loop_length,
+    parse,
+    size,
+)
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What moves nothing through memory of its own: names of values, and the ends of what a start has been charged for.
+_FREE = {
+    *(
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+    ),
+    *("while", "conditional", "call", "iota", "replica-id", "opt-barrier", "add-dependency"),
+}
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "SliceId", "AsyncCollectiveDone")
+
+
+@dataclasses.dataclass
+class Collective:
+    """All collectives of one kind: how many a step, and the bytes that one device receives by them."""
+
+    count: int = 0
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass
+class Program:
+    """What one device does in one run of a compiled program.
+
+    Attributes:
+      flops: two for each multiply-add of products and convolutions, counted as `flops.py` does; with what is
+        recomputed and what several devices do alike. Kernels of Pallas are not looked into.
+      hbm_bytes: read and written by the scheduled instructions; what stays in a core's own memory does not count.
+      collectives: within a slice, by kind.
+      between_slices: bytes that one device receives from other slices.
+      unknown_loops: names of loops whose length could not be read; their bodies are counted once.
+      kernels: names of Pallas kernels, and how often each runs.
+    """
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    between_slices: float = 0.0
+    unknown_loops: list[str] = dataclasses.field(default_factory=list)
+    kernels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+def read_program(text: str) -> Program:
+    """The program in `compiled.as_text()`; ValueError where that is no text of XLA's."""
+    computations, entry = parse(text)
+    program = Program()
+    _walk(entry, 1, computations, program)
+    return program
+
+
+def _walk(name: str, times: int, computations: dict[str, Computation], program: Program):
+    """Adds what a scheduled computation does, `times` over."""
+    body = computations[name]
+    for instruction in body.values():
+        kind = instruction.kind
+        if kind == "while":
+            length = loop_length(instruction, body, computations)
+            if length is None:
+                program.unknown_loops.append(instruction.name)
+                length = 1
+            _walk(called(instruction, "body"), times * length, computations, program)
+        elif kind == "call":
+            _walk(called(instruction, "to_apply"), times, computations, program)
+        elif kind == "conditional":
+            # Whichever branch is taken: the dearest is charged.
+            taken = []
+            for branch in branches(instruction):
+                taken.append(Program())
+                _walk(branch, times, computations, taken[-1])
+            _add(program, max(taken, key=lambda one: (one.flops, one.hbm_bytes)))
+        else:
+            inner = computations.get(called(instruction, "calls") or "", {})
+            program.flops += times * _flops(instruction, body)
+            program.flops += times * sum(_flops_within(inner, computations))
+            program.hbm_bytes += times * _traffic(instruction, body, inner)
+            for one, around in ((instruction, body), *((one, inner) for one in inner.values())):
+                _communication(one, around, times, program)
+            if 'custom_call_target="tpu_custom_call"' in instruction.rest:
+                program.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+
+
+def _add(program: Program, other: Program) -> None:
+    program.flops += other.flops
+    program.hbm_bytes += other.hbm_bytes
+    program.between_slices += other.between_slices
+    program.unknown_loops += other.unknown_loops
+    program.kernels += other.kernels
+    for kind, found in other.collectives.items():
+        mine = program.collectives.setdefault(kind, Collective())
+        mine.count, mine.bytes = mine.count + found.count, mine.bytes + found.bytes
+
+
+# --- products -----------------------------------------------------------------------------
+
+
+def _flops_within(computation: Computation, computations):
+    """Of everything in a fusion, and in the fusions within it."""
+    for instruction in computation.values():
+        yield _flops(instruction, computation)
+        if instruction.kind == "fusion":
+            yield from _flops_within(computations[called(instruction, "calls")], computations)
+
+
+def _flops(instruction: Instruction, around: Computation) -> float:
+    if instruction.kind == "dot":
+        left = dimensions(around[instruction.operands[0]].shape)
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)[1]
+        depth = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return 2.0 * math.prod(dimensions(instruction.shape)) * depth
+    if instruction.kind != "convolution":
+        return 0.0
+    left, kernel = (dimensions(around[name].shape) for name in instruction.operands)
+    output = dimensions(instruction.shape)
+    of_left, of_kernel, of_output = re.search(
+        r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest
+    ).groups()
+    windows = _windows(instruction.rest, len(of_output) - 2)
+    macs = (
+        output[of_output.index("b")] * output[of_output.index("f")] * kernel[of_kernel.index("i")]
+    )
+    for axis, window in enumerate(windows):
+        label = str(axis)
+        macs *= _positions(
+            left[of_left.index(label)],
+            kernel[of_kernel.index(label)],
+            output[of_output.index(label)],
+            *window,
+        )
+    return 2.0 * macs
+
+
+def _windows(rest: str, axes: int) -> list[tuple[int, int, int, int]]:
+    """(stride, low padding, dilation of the input, dilation of the window) along every axis."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+
+    def values(key: str, default: int) -> list[int]:
+        text = fields.get(key)
+        return [int(part.split("_")[0]) for part in text.split("x")] if text else [default] * axes
+
+    keys = (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+    return list(zip(*(values(*key) for key in keys), strict=True)) if axes else []
+
+
+def _positions(size, window, outputs, stride, pad, dilation, window_dilation) -> int:
+    """Pairs of a window's and an output's position along one axis that are a multiplication.
+
+    As in `flops.py`, padding counts; the zeros between the inputs of a transposed convolution do not, and neither do
+    those by which XLA writes a batch of products as one convolution.
+    """
+    if dilation == 1:
+        fewest, second, _ = sorted((size, window, outputs))
+        return fewest * second
+    pairs = 0
+    for tap in range(window):
+        offset = tap * window_dilation - pad
+        for position in range(outputs):
+            place, between = divmod(position * stride + offset, dilation)
+            pairs += not between and 0 <= place < size
+    return pairs
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+def _traffic(instruction: Instruction, around: Computation, inner: Computation) -> float:
+    """Bytes that go to and from HBM."""
+    kind = instruction.kind
+    if (
+        kind in _FREE
+        or kind.endswith("-done")
+        or any(f'"{x}"' in instruction.rest for x in _FREE_CALLS)
+    ):
+        return 0.0
+    if kind.endswith("-start"):
+        return _moved(instruction)
+    operands = [around[name].shape for name in instruction.operands if name in around]
+    result = size(instruction.shape, hbm_only=True)
+    if kind == "dynamic-update-slice":
+        return 2 * size(operands[1], hbm_only=True)
+    if kind in ("dynamic-slice", "slice", "gather"):
+        return 2 * result
+    if kind != "fusion":
+        return result + sum(size(shape, hbm_only=True) for shape in operands)
+    return result + _fusion_reads(operands, inner) - _written_in_place(inner)
+
+
+def _moved(instruction: Instruction) -> float:
+    """By a copy that runs beside other work: source and destination stand in its shape, with counters behind them."""
+    arrays = [found[0] for found in re.finditer(r"\w+\[[\d,]+\](?:\{[^{}]*\})?", instruction.shape)]
+    least = min((size(array) for array in arrays), default=0.0)
+    return least * sum("S(" not in array for array in arrays)
+
+
+def _fusion_reads(operands: list[str], inner: Computation) -> float:
+    """What a fusion reads of its operands: of those that it only cuts from, the pieces."""
+    total = 0.0
+    for parameter in (one for one in inner.values() if one.kind == "parameter"):
+        shape = operands[int(parameter.rest)]
+        if "S(" in shape:
+            continue
+        users = [one for one in inner.values() if parameter.name in one.operands]
+        first = [one for one in users if one.operands[0] == parameter.name]
+        cuts = [one for one in first if one.kind in ("dynamic-slice", "slice", "gather")]
+        updated = [one for one in first if one.kind == "dynamic-update-slice"]
+        if users and len(cuts) + len(updated) == len(users):
+            total += sum(size(one.shape) for one in cuts)
+        else:
+            total += size(shape)
+    return total
+
+
+def _written_in_place(inner: Computation) -> float:
+    """The part of a fusion's result that is there already and not written."""
+    return sum(
+        size(one.shape, hbm_only=True) - size(inner[one.operands[1]].shape)
+        for one in inner.values()
+        if one.root and one.kind == "dynamic-update-slice"
+    )
+
+
+# --- network ------------------------------------------------------------------------------
+
+
+def _communication(
+    instruction: Instruction, around: Computation, times: int, program: Program
+) -> None:
+    if instruction.kind == "send" and "megascale" in instruction.rest:
+        # The runtime between the slices reduces: what comes back is as large as what is sent.
+        program.between_slices += times * size(around[instruction.operands[0]].shape)
+        return
+    kind = instruction.kind.removesuffix("-start")
+    if kind not in COLLECTIVES or _goes_on(instruction, around):
+        return
+    found = program.collectives.setdefault(kind, Collective())
+    found.count += times
+    found.bytes += times * _received(kind, instruction, around)
+
+
+def _goes_on(instruction: Instruction, around: Computation) -> bool:
+    """A collective that runs beside products appears in several fusions; all but the first go on with it."""
+    flag = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', instruction.rest)
+    ends = any("AsyncCollectiveDone" in one.rest for one in around.values())
+    return ends or (flag is not None and int(flag[1]) >= 0)
+
+
+def _received(kind: str, instruction: Instruction, around: Computation) -> float:
+    """Bytes that one device receives at least, in a ring."""
+    sent = sum(size(around[name].shape) for name in instruction.operands if name in around)
+    if kind == "collective-permute":
+        return sent
+    group = _group_size(instruction.rest)
+    if kind == "all-gather":
+        return sent * (group - 1)
+    share = sent * (group - 1) / group
+    return 2 * share if kind == "all-reduce" else share
+
+
+def _group_size(rest: str) -> int:
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    if listed:
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+    return int(counted[2]) if counted else 1

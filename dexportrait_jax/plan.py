@@ -1,0 +1,249 @@
+"""Does a config fit on a pod, what bounds it, and how fast can it be at best? Asked before the pod is paid for.
+
+    dexportrait plan --config=configs/animator_video.py:full --topology=v5e:16x16 --json=plan.json
+
+Compiles the step that `train` would run, for devices that are not there. Memory is what the compiler says, and so is
+whether it fits. Compute, memory and network are bounds: what the program moves and multiplies at the chips' best rates.
+Nothing is run.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from dexportrait_jax import chips, sharding
+from dexportrait_jax import config as configs
+from dexportrait_jax.compiled_program import Program, read_program
+from dexportrait_jax.plan_report import in_words, summary
+from dexportrait_jax.platforms import planned_for
+from dexportrait_jax.state import parameter_count
+from dexportrait_jax.tasks import make_task
+from dexportrait_jax.train import build, check, check_shares
+from dexportrait_jax.workload import abstract_batch, step_work
+
+# XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time.
+EFFORTS = {"quick": "O0", "exact": None}
+
+
+def run_plan(
+    config: str,
+    topology: str,
+    overrides: list[str],
+    slices: int = 1,
+    effort: str = "quick",
+    json_file: str | None = None,
+    again: bool = False,
+) -> None:
+    """The job `plan`; prints the plan and, with `json_file`, writes it."""
+    jax.config.update("jax_platforms", "cpu")
+    settings = configs.load_config(config, overrides)
+    name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
+    kept = _cache_file(settings, topology, slices, effort)
+    if kept.exists() and not again:
+        found = json.loads(kept.read_text())
+        print(f"{name}: planned before, from {kept} (--again compiles once more)")
+    else:
+        found = plan(settings, topology, slices, effort, name)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+        temporary.replace(kept)
+    print(in_words(found))
+    if json_file:
+        Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def plan(
+    config: ml_collections.ConfigDict, topology: str, slices: int, effort: str, name: str
+) -> dict[str, Any]:
+    """What a training step of `config` needs on a topology, as `--json` writes it.
+
+    Raises:
+      UserError: no such topology, or a mesh or batch that does not fit its number of devices.
+    """
+    check(config)
+    chip, devices = chips.topology(topology, slices)
+    # A pod's hosts each bring their part of the batch: as in training on it, no device may stay idle.
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with planned_for("tpu"):
+        task = make_task(config)
+        check_shares(config, mesh, task)
+        programs = _event_sets(task, config)
+        found = []
+        for events, share in programs.items():
+            label = f"{name}: {', '.join(sorted(events)) or 'step'}"
+            found.append(_compiled(task, config, mesh, events, effort, label) | {"share": share})
+    return {
+        "topology": topology,
+        "slices": slices,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "params": {
+            group: parameter_count(network.abstract) for group, network in task.networks.items()
+        },
+        "hbm_limit_gib": chip.hbm_gib,
+        "effort": effort,
+        **summary(found, chip, mesh.size),
+        "programs": found,
+        "versions": {
+            package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")
+        },
+        "compiled_not_run": True,
+    }
+
+
+def _event_sets(task, config) -> dict[frozenset[str], float]:
+    """The different programs of a run, and the share of its steps that each is."""
+    counted = collections.Counter(task.events(step) for step in range(config.num_steps))
+    return {events: times / config.num_steps for events, times in counted.most_common()}
+
+
+def _compiled(
+    task, config, mesh, events: frozenset[str], effort: str, label: str
+) -> dict[str, Any]:
+    """One program: what it needs where it fits, and what it lacks where it does not."""
+    abstract, _, step = build(task, config, mesh)
+    placed = sharding.batch_shardings(batch := abstract_batch(config.data), mesh, task.frames)
+    batch = _placed(batch, placed)
+    constants = task.abstract_constants()
+    constants = _placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
+    started = time.monotonic()
+    work = step_work(config, events)
+    result: dict[str, Any] = {
+        "events": sorted(events),
+        "model_tflops": (work.macs - work.recomputed) * 2 / 1e12,
+    }
+    with _told(label), _effort(effort), jax.set_mesh(mesh):
+        try:
+            compiled = step.lower(abstract, batch, constants, events).compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed_gib(str(error))
+            if needed is None:
+                raise
+            return result | {
+                "fits": False,
+                "hbm_gib_per_device": needed,
+                "compile_seconds": round(time.monotonic() - started, 1),
+            }
+    memory = compiled.memory_analysis()
+    used = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    program = read_program(compiled.as_text())
+    return result | {
+        "fits": True,
+        "hbm_gib_per_device": round(used / chips.GIB, 3),
+        "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
+        "compile_seconds": round(time.monotonic() - started, 1),
+        **_figures(program),
+    }
+
+
+def _figures(program: Program) -> dict[str, Any]:
+    return {
+        "executed_tflops_per_device": program.flops / 1e12,
+        "hbm_bytes_per_device": program.hbm_bytes,
+        "between_slices_bytes_per_device": program.between_slices,
+        "collectives": {
+            kind: {"count": found.count, "bytes": round(found.bytes)}
+            for kind, found in sorted(program.collectives.items())
+        },
+        "loops_counted_once": program.unknown_loops,
+        "kernels": dict(program.kernels),
+    }
+
+
+def _needed_gib(message: str) -> float | None:
+    """What XLA says that a program needs, where it says that memory ran out."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(
+        r"total memory required .*?\(([\d.]+)([KMGT])\)", message
+    )
+    return (
+        float(found[1]) * 2.0 ** {"K": -20, "M": -10, "G": 0, "T": 10}[found[2]] if found else None
+    )
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        places,
+    )
+
+
+class _effort:
+    """XLA's effort inside, as it was afterwards."""
+
+    _NAMES = ("jax_optimization_level", "jax_memory_fitting_level")
+
+    def __init__(self, effort: str):
+        self.level = EFFORTS[effort]
+
+    def __enter__(self):
+        self.before = {name: getattr(jax.config, name) for name in self._NAMES}
+        if self.level:
+            for name in self._NAMES:
+                jax.config.update(name, self.level)
+
+    def __exit__(self, *_):
+        for name, value in self.before.items():
+            jax.config.update(name, value)
+
+
+class _told:
+    """A line every half minute while the compiler, which says nothing, is at work."""
+
+    def __init__(self, label: str, every: float = 30.0):
+        self.label, self.every = label, every
+        self.done = threading.Event()
+
+    def __enter__(self):
+        self.started = time.monotonic()
+        self.thread = threading.Thread(target=self._tell, daemon=True)
+        print(f"{self.label}: compiling", flush=True)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def _tell(self):
+        while not self.done.wait(self.every):
+            print(f"{self.label}: compiling, {time.monotonic() - self.started:.0f} s", flush=True)
+
+
+def _cache_file(config, topology: str, slices: int, effort: str) -> Path:
+    """Named by everything that the plan depends on: config, topology, code and versions."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = [_version(package) for package in ("jax", "jaxlib", "libtpu", "flax", "optax")]
+    asked = [config.to_json(), topology, slices, effort, code.hexdigest(), versions]
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "dexportrait" / "plans" / f"{name}.json"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

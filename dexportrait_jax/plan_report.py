@@ -1,0 +1,90 @@
+"""A plan's figures put together, and said in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dexportrait_jax.chips import Chip
+
+
+def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[str, Any]:
+    """Of all programs together: memory of the largest, the rest a mean over the steps."""
+    fits = all(program["fits"] for program in programs)
+    model = sum(program["share"] * program["model_tflops"] for program in programs)
+    found = {
+        "hbm_gib_per_device": max(program["hbm_gib_per_device"] for program in programs),
+        "fits": fits,
+        "model_tflops_per_step": round(model, 3),
+        "compile_seconds": round(sum(program["compile_seconds"] for program in programs), 1),
+    }
+    if not fits:
+        return found
+    bound = {"compute": 0.0, "memory": 0.0, "network": 0.0}
+    step_seconds = executed = 0.0
+    for program in programs:
+        inside = sum(found["bytes"] for found in program["collectives"].values())
+        seconds = {
+            "compute": program["executed_tflops_per_device"] * 1e12 / chip.flops,
+            "memory": program["hbm_bytes_per_device"] / chip.hbm_bytes,
+            # Links within a slice and cards between slices work at the same time.
+            "network": max(
+                inside / chip.ici_bytes,
+                program["between_slices_bytes_per_device"] / (chip.dcn_bytes or float("inf")),
+            ),
+        }
+        bound = {name: bound[name] + program["share"] * seconds[name] for name in bound}
+        step_seconds += program["share"] * max(seconds.values())
+        executed += program["share"] * program["executed_tflops_per_device"] * devices
+    return found | {
+        # Of the program that most steps run.
+        "collectives": programs[0]["collectives"],
+        "bound_seconds": bound,
+        "bound_step_seconds": step_seconds,
+        "bound_mfu": model * 1e12 / (step_seconds * devices * chip.flops),
+        "recompute_overhead": round(executed / model, 4),
+    }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """The plan for people; everything in it stands in the JSON too."""
+    used, limit = found["hbm_gib_per_device"], found["hbm_limit_gib"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    lines = [
+        f"  devices    {found['devices']} (mesh {mesh})",
+        f"  weights    {sum(found['params'].values()) / 1e6:,.1f} M parameters",
+        f"  model      {found['model_tflops_per_step']:,.1f} TFLOP a step",
+    ]
+    if not found["fits"]:
+        lines.append(
+            f"  memory     does not fit: needs {used:.2f} of {limit:.2f} GiB; {_advice(found)}"
+        )
+        return "\n".join(lines)
+    seconds = found["bound_seconds"]
+    slowest = max(seconds, key=seconds.get)
+    lines += [
+        f"  memory     {used:.2f} of {limit:.2f} GiB a device: fits",
+        "  at best    "
+        + ", ".join(f"{name} {value * 1e3:,.1f} ms" for name, value in seconds.items())
+        + f": {slowest} bounds it",
+        f"             {found['bound_step_seconds'] * 1e3:,.1f} ms a step, {found['bound_mfu']:.0%} of the chips' peak",
+        f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs are executed",
+    ]
+    for kind, each in found["collectives"].items():
+        lines.append(
+            f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.1f} MiB to each device"
+        )
+    loops = sorted(
+        {name for program in found["programs"] for name in program["loops_counted_once"]}
+    )
+    if loops:
+        lines.append(f"  loops of unknown length, counted once: {', '.join(loops)}")
+    lines.append(f"  compiled, not run: {found['compile_seconds']:.0f} s, effort {found['effort']}")
+    return "\n".join(lines)
+
+
+def _advice(found: dict[str, Any]) -> str:
+    mesh = found["mesh"]
+    wider = mesh["fsdp"] * 2
+    return (
+        f"try --config.mesh.fsdp={wider}, rematerialisation (model.remat), or --config.accumulate"
+    )

@@ -1,0 +1,97 @@
+"""Chips' figures beside JAX's own table, and the topologies that libtpu knows."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from jax.experimental.pallas import tpu as pallas_tpu
+
+from dexportrait_jax import chips
+from dexportrait_jax.errors import UserError
+
+VERSIONS = pallas_tpu.ChipVersion
+# JAX's name, and how many cores JAX sees as one device.
+SAME = {
+    "v4": (VERSIONS.TPU_V4, 2),
+    "v5e": (VERSIONS.TPU_V5E, 1),
+    "v5p": (VERSIONS.TPU_V5P, 2),
+    "v6e": (VERSIONS.TPU_V6E, 1),
+    "tpu7x": (VERSIONS.TPU_7X, 1),
+}
+
+
+@pytest.mark.parametrize("kind", chips.CHIPS)
+def test_figures_are_those_of_jax(kind):
+    """Two tables of the same maker: within 15 %, which is what they differ by in the bandwidth of v5p."""
+    version, cores = SAME[kind]
+    chip, listed = chips.CHIPS[kind], pallas_tpu.get_tpu_info_for_chip(version, cores)
+    assert chip.flops == pytest.approx(cores * listed.bf16_ops_per_second, rel=0.02)
+    assert chip.hbm_bytes == pytest.approx(cores * listed.mem_bw_bytes_per_second, rel=0.15)
+    assert chip.hbm_gib * chips.GIB <= cores * listed.hbm_capacity_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v9:4x4", "v4, v5e, v5p, v6e, tpu7x"),
+        ("v5e", "grid of 2 sides, as in v5e:4x4"),
+        ("v5e:4x4x4", "grid of 2 sides"),
+        ("v5p:4x4", "grid of 3 sides, as in v5p:2x2x4"),
+        ("v5e:0x4", "grid of 2 sides"),
+    ],
+)
+def test_no_such_topology(name, said):
+    with pytest.raises(UserError) as caught:
+        chips.topology(name)
+    assert said in str(caught.value) and name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_slices_that_cannot_be():
+    with pytest.raises(UserError, match="--slices=0"):
+        chips.topology("v5e:4x4", 0)
+    with pytest.raises(UserError, match="not published"):
+        chips.topology("v4:2x2x2", 2)
+
+
+PROGRAM = """
+import json
+from dexportrait_jax import chips
+from dexportrait_jax.errors import UserError
+found = {}
+for name, slices in [("v4:2x2x2", 1), ("v5e:1x1", 1), ("v5e:16x16", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 2),
+                     ("tpu7x:2x2x1", 1)]:
+    chip, devices = chips.topology(name, slices)
+    found[name] = [len(devices), [getattr(device, "slice_index", 0) or 0 for device in devices]]
+try:
+    chips.topology("v5e:3x5")
+except UserError as error:
+    found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_devices_of_libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install -e '.[tpu]' -c constraints.txt")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "libtpu does not know this grid" in found.pop("error")
+    assert {name: count for name, (count, _) in found.items()} == {
+        "v4:2x2x2": 8,
+        "v5e:1x1": 1,
+        "v5e:16x16": 256,
+        "v5p:4x4x4": 64,
+        "v6e:4x4": 32,
+        "tpu7x:2x2x1": 8,  # two devices a chip
+    }
+    assert found["v6e:4x4"][1] == [0] * 16 + [1] * 16

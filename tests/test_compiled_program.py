@@ -1,0 +1,181 @@
+"""What a compiled program does: from texts short enough to be counted by hand, and against the count of the jaxpr."""
+
+import pytest
+
+from dexportrait_jax.compiled_program import read_program
+
+LOOP = """
+HloModule jit_f, is_scheduled=true
+
+%piece (p.0: f32[8,128,256], p.1: s32[]) -> f32[128,256] {
+  %p.0 = f32[8,128,256]{2,1,0:T(8,128)} parameter(0)
+  %p.1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %cut = f32[1,128,256]{2,1,0:T(8,128)} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,128,256}
+  ROOT %flat = f32[128,256]{1,0:T(8,128)} bitcast(%cut)
+}
+
+%product (p.2: f32[64,128], p.3: f32[128,256]) -> f32[64,256] {
+  %p.2 = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %p.3 = f32[128,256]{1,0:T(8,128)} parameter(1)
+  ROOT %convolution.1 = f32[64,256]{1,0:T(8,128)} convolution(%p.2, %p.3), dim_labels=bf_io->bf
+}
+
+%body (p.4: (s32[], f32[64,128], f32[8,128,256])) -> (s32[], f32[64,128], f32[8,128,256]) {
+  %p.4 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[8,128,256]{2,1,0:T(8,128)}) parameter(0)
+  %two = s32[]{:T(128)} constant(2)
+  %i = s32[]{:T(128)} get-tuple-element(%p.4), index=0
+  %x = f32[64,128]{1,0:T(8,128)} get-tuple-element(%p.4), index=1
+  %w = f32[8,128,256]{2,1,0:T(8,128)} get-tuple-element(%p.4), index=2
+  %weights = f32[128,256]{1,0:T(8,128)} fusion(%w, %i), kind=kLoop, calls=%piece
+  %y = f32[64,256]{1,0:T(8,128)S(1)} fusion(%x, %weights), kind=kOutput, calls=%product
+  %next = s32[]{:T(128)} add(%i, %two)
+  ROOT %result = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[8,128,256]{2,1,0:T(8,128)}) tuple(%next, %x, %w)
+}
+
+%condition (p.5: (s32[], f32[64,128], f32[8,128,256])) -> pred[] {
+  %p.5 = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[8,128,256]{2,1,0:T(8,128)}) parameter(0)
+  %end = s32[]{:T(128)} constant(8)
+  %j = s32[]{:T(128)} get-tuple-element(%p.5), index=0
+  ROOT %less = pred[]{:T(512)} compare(%j, %end), direction=LT
+}
+
+ENTRY %main (a: f32[64,128], b: f32[8,128,256]) -> f32[64,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[8,128,256]{2,1,0:T(8,128)} parameter(1)
+  %one = s32[]{:T(128)} constant(1)
+  %first = s32[]{:T(128)} copy(%one)
+  %start = (s32[]{:T(128)}, f32[64,128]{1,0:T(8,128)}, f32[8,128,256]{2,1,0:T(8,128)}) tuple(%first, %a, %b)
+  %loop = (s32[], f32[64,128]{1,0}, f32[8,128,256]{2,1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[64,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    program = read_program(LOOP)
+    # 1, 3, 5, 7: four times.
+    assert program.flops == 4 * 2 * 64 * 128 * 256
+    assert program.unknown_loops == []
+    weights, inputs = 128 * 256 * 4, 64 * 128 * 4
+    # A piece of the stack is read, and written as weights; the product reads it again, and keeps its result on chip.
+    counters = 3 * 4 * 4 + 2 * 4  # next reads two and writes one, four times; first is a copy
+    index = 4 * 4  # the place of the piece
+    assert program.hbm_bytes == 4 * (2 * weights + weights + inputs) + counters + index
+
+
+def test_a_loop_of_unknown_length_is_named_and_counted_once():
+    program = read_program(LOOP.replace("direction=LT", "direction=NE"))
+    assert program.unknown_loops == ["loop"]
+    assert program.flops == 2 * 64 * 128 * 256
+
+
+def entry(*lines):
+    return "ENTRY %main () -> f32[] {\n" + "\n".join(f"  {line}" for line in lines) + "\n}\n"
+
+
+OPERANDS = (
+    "%x = bf16[16,1024]{1,0:T(8,128)(2,1)} parameter(0)",
+    "%k = bf16[4,4,8,16]{3,2,1,0} parameter(1)",
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "received"),
+    [
+        # 32 KiB here and as much from each of three others.
+        ("all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", "all-gather", 3),
+        ("reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%a", "reduce-scatter", 3 / 4),
+        ("all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%a", "all-reduce", 2 * 3 / 4),
+        ("all-to-all(%x), replica_groups={{0,1}}, dimensions={0}", "all-to-all", 1 / 2),
+        ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 1),
+    ],
+)
+def test_collectives(line, kind, received):
+    program = read_program(entry(*OPERANDS, f"%y = bf16[16,1024]{{1,0}} {line}"))
+    found = program.collectives[kind]
+    assert (found.count, found.bytes) == (1, received * 16 * 1024 * 2)
+    assert program.between_slices == 0
+
+
+def test_a_collective_beside_products_is_counted_at_its_start():
+    """The text of libtpu: start, middle and end are three fusions, each with the collective in it."""
+    parts = []
+    for name, flags, tail in (
+        ("start", ("-1", "-1"), 'custom-call(%g), custom_call_target="AsyncCollectiveStart"'),
+        ("middle", ("2", "8"), "tuple(%g)"),
+        ("end", ("2", "8"), 'custom-call(%g), custom_call_target="AsyncCollectiveDone"'),
+    ):
+        config = f'{{"async_collective_fusion_config":{{"flag_start":"{flags[0]}","flag_end":"{flags[1]}"}}}}'
+        parts.append(
+            f"%{name} (p: bf16[16,1024]) -> bf16[32,1024] {{\n"
+            "  %p = bf16[16,1024]{1,0} parameter(0)\n"
+            f"  %g = bf16[32,1024]{{1,0}} all-gather(%p), replica_groups={{{{0,1}}}}, backend_config={config}\n"
+            f"  ROOT %r = bf16[32,1024]{{1,0}} {tail}\n}}\n"
+        )
+    fusions = [
+        f"%f.{name} = bf16[32,1024]{{1,0}} fusion(%x), kind=kCustom, calls=%{name}"
+        for name in ("start", "middle", "end")
+    ]
+    program = read_program("\n".join(parts) + entry(*OPERANDS, *fusions))
+    found = program.collectives["all-gather"]
+    assert (found.count, found.bytes) == (1, 16 * 1024 * 2)
+
+
+def test_what_crosses_slices():
+    program = read_program(
+        entry(
+            *OPERANDS,
+            "%t = token[] after-all()",
+            "%s = (bf16[16,1024]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
+            'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+            '_xla_megascale_transfer_type="ALL_REDUCE"}',
+        )
+    )
+    assert program.between_slices == 16 * 1024 * 2 and program.collectives == {}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "macs"),
+    [
+        # 3 x 3 with padding, 32 to 64 channels, on 2 x 20 x 20.
+        (
+            ("2,20,20,32", "3,3,32,64", "2,20,20,64"),
+            "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+            2 * 400 * 9 * 32 * 64,
+        ),
+        # Its gradient to the kernel: the 20 x 20 positions are the window.
+        (
+            ("32,20,20,2", "20,20,2,64", "3,3,32,64"),
+            "window={size=20x20 pad=1_1x1_1}, dim_labels=b01f_01io->01bf",
+            2 * 400 * 9 * 32 * 64,
+        ),
+        # Its gradient with stride 2: every input meets every tap, the zeros between them do not count.
+        (
+            ("2,10,10,64", "3,3,64,32", "2,20,20,32"),
+            "window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2}, dim_labels=b01f_01io->b01f",
+            2 * 29 * 29 * 64 * 32,
+        ),
+        # Eight products of 16 x 40 and 40 x 16 as one convolution along the batch.
+        (
+            ("8,16,40", "8,40,16", "8,16,16"),
+            "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+            8 * 16 * 40 * 16,
+        ),
+    ],
+)
+def test_convolutions(shapes, attributes, macs):
+    left, kernel, output = (f"f32[{shape}]" for shape in shapes)
+    program = read_program(
+        entry(
+            f"%l = {left}{{0}} parameter(0)",
+            f"%k = {kernel}{{0}} parameter(1)",
+            f"%o = {output}{{0}} convolution(%l, %k), {attributes}",
+        )
+    )
+    assert program.flops == 2 * macs
+
+
+def test_something_else_is_refused():
+    with pytest.raises(ValueError, match="ENTRY"):
+        read_program("module @jit_f { }")
