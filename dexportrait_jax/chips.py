@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
 from typing import Any
 
@@ -81,9 +80,6 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
         raise UserError(
             "planning compiles for TPUs, which needs libtpu; install it with pip install -e '.[tpu]' -c constraints.txt"
         )
-    # Asking a cloud machine for its own TPUs would wait for an answer that does not come; other plans may be running.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})

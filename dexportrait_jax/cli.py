@@ -78,6 +78,7 @@ def run(arguments: list[str]) -> int:
         return int(stop.code or 0)
     try:
         _silence_native_logs()
+        os.environ.update(job.environment)
         module, _, function = job.function.partition(":")
         getattr(importlib.import_module(module), function)(**flags)
         return 0

@@ -14,13 +14,14 @@ from dexportrait_jax.weights.kinds import KINDS
 
 
 class Job(NamedTuple):
-    """One job: what it is for, an example, its flags, and where its function lives."""
+    """One job: what it is for, an example, its flags, where its function lives, and what it sets in the environment."""
 
     summary: str
     example: str
     flags: Callable[[argparse.ArgumentParser], None]
     function: str  # "module:function"; imported only when the job runs
     takes_config: bool = False
+    environment: tuple[tuple[str, str], ...] = ()  # before anything heavy is imported
 
 
 # What flags of `animate` may be, in a file of jobs too.
@@ -427,6 +428,15 @@ JOBS = {
         _plan,
         "dexportrait_jax.plan:run_plan",
         True,
+        # The host compiles and its own devices, if any, are left alone. libtpu looks for a TPU host around it, which
+        # takes a while on others, and says on standard error that there is none, unless it is told of one.
+        (
+            ("JAX_PLATFORMS", "cpu"),
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+            ("TPU_ACCELERATOR_TYPE", "v5litepod-1"),
+        ),
     ),
     "animate": Job(
         "a portrait and drivers -> video",

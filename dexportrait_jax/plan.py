@@ -47,7 +47,6 @@ def run_plan(
     again: bool = False,
 ) -> None:
     """The job `plan`; prints the plan and, with `json_file`, writes it."""
-    jax.config.update("jax_platforms", "cpu")
     settings = configs.load_config(config, overrides)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
     kept = _cache_file(settings, topology, slices, effort)

@@ -52,7 +52,7 @@ def in_words(found: dict[str, Any]) -> str:
     lines = [
         f"  devices    {found['devices']} (mesh {mesh})",
         f"  weights    {sum(found['params'].values()) / 1e6:,.1f} M parameters",
-        f"  model      {found['model_tflops_per_step']:,.1f} TFLOP a step",
+        f"  model      {found['model_tflops_per_step']:,.4g} TFLOP a step",
     ]
     if not found["fits"]:
         lines.append(
@@ -64,14 +64,14 @@ def in_words(found: dict[str, Any]) -> str:
     lines += [
         f"  memory     {used:.2f} of {limit:.2f} GiB a device: fits",
         "  at best    "
-        + ", ".join(f"{name} {value * 1e3:,.1f} ms" for name, value in seconds.items())
+        + ", ".join(f"{name} {value * 1e3:,.3g} ms" for name, value in seconds.items())
         + f": {slowest} bounds it",
-        f"             {found['bound_step_seconds'] * 1e3:,.1f} ms a step, {found['bound_mfu']:.0%} of the chips' peak",
+        f"             {found['bound_step_seconds'] * 1e3:,.3g} ms a step, {found['bound_mfu']:.1%} of the chips' peak",
         f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs are executed",
     ]
     for kind, each in found["collectives"].items():
         lines.append(
-            f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.1f} MiB to each device"
+            f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.3g} MiB to each device"
         )
     loops = sorted(
         {name for program in found["programs"] for name in program["loops_counted_once"]}
@@ -84,7 +84,4 @@ def in_words(found: dict[str, Any]) -> str:
 
 def _advice(found: dict[str, Any]) -> str:
     mesh = found["mesh"]
-    wider = mesh["fsdp"] * 2
-    return (
-        f"try --config.mesh.fsdp={wider}, rematerialisation (model.remat), or --config.accumulate"
-    )
+    return f"try --config.mesh.fsdp={2 * mesh['fsdp']} or --config.accumulate=2"

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pallas_tpu
 
 from dexportrait_jax import chips
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.jobs import JOBS
 
 VERSIONS = pallas_tpu.ChipVersion
 # JAX's name, and how many cores JAX sees as one device.
@@ -79,7 +80,7 @@ def test_devices_of_libtpu():
         pytest.skip("needs libtpu: pip install -e '.[tpu]' -c constraints.txt")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | dict(JOBS["plan"].environment),
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,180 @@
+"""The plan: figures put together by hand, what is not compiled twice, and one real program for chips not here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from dexportrait_jax import cli, plan
+from dexportrait_jax.chips import CHIPS
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.attention import choose_backend
+from dexportrait_jax.plan_report import in_words, summary
+from dexportrait_jax.platforms import planned_for, target_platform
+
+KEYS = [
+    "topology",
+    "devices",
+    "mesh",
+    "params",
+    "hbm_gib_per_device",
+    "hbm_limit_gib",
+    "fits",
+    "model_tflops_per_step",
+    "collectives",
+    "bound_seconds",
+    "bound_step_seconds",
+    "bound_mfu",
+    "recompute_overhead",
+    "compile_seconds",
+]
+
+
+def program(**changes):
+    return {
+        "share": 1.0,
+        "events": [],
+        "fits": True,
+        "model_tflops": 197.0 * 4 * 0.5,
+        "executed_tflops_per_device": 98.5 * 1.2,
+        "hbm_bytes_per_device": 819e9 * 0.3,
+        "between_slices_bytes_per_device": 0.0,
+        "collectives": {"all-reduce": {"count": 3, "bytes": 200e9 * 0.1}},
+        "loops_counted_once": [],
+        "hbm_gib_per_device": 10.0,
+        "compile_seconds": 5.0,
+    } | changes
+
+
+def test_bounds_by_hand():
+    """Four chips that multiply for half a second and a fifth more for what they recompute."""
+    found = summary([program()], CHIPS["v5e"], 4)
+    assert found["bound_seconds"] == pytest.approx({"compute": 0.6, "memory": 0.3, "network": 0.1})
+    assert found["bound_step_seconds"] == pytest.approx(0.6)
+    assert found["bound_mfu"] == pytest.approx(0.5 / 0.6)
+    assert found["recompute_overhead"] == pytest.approx(1.2)
+
+
+def test_programs_count_by_their_share():
+    rare = program(
+        share=0.25,
+        model_tflops=197.0 * 4,
+        executed_tflops_per_device=197.0,
+        hbm_gib_per_device=15.0,
+        between_slices_bytes_per_device=25e9 / 8 * 2,
+    )
+    found = summary([program(share=0.75), rare], CHIPS["v5e"], 4)
+    assert found["hbm_gib_per_device"] == 15.0 and found["compile_seconds"] == 10.0
+    assert found["model_tflops_per_step"] == pytest.approx(197.0 * 4 * (0.75 * 0.5 + 0.25))
+    assert found["bound_seconds"]["network"] == pytest.approx(0.75 * 0.1 + 0.25 * 2)
+    # The rare one waits for the network between slices.
+    assert found["bound_step_seconds"] == pytest.approx(0.75 * 0.6 + 0.25 * 2)
+
+
+def test_what_does_not_fit_is_an_answer():
+    lacking = {"share": 1.0, "fits": False, "hbm_gib_per_device": 19.4, "compile_seconds": 5.0}
+    found = summary([lacking | {"model_tflops": 1.0}], CHIPS["v5e"], 4)
+    assert found["fits"] is False and "bound_seconds" not in found
+    mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+    said = in_words(
+        found | {"devices": 4, "mesh": mesh, "params": {"a": 10**6}, "hbm_limit_gib": 15.75}
+    )
+    assert "does not fit: needs 19.40 of 15.75 GiB; try --config.mesh.fsdp=8" in said
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.02T) "
+            "exceeds available HBM (15.75G).",
+            1.02 * 1024,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.40G "
+            "of 15.75G hbm. Exceeded hbm capacity by 3.65G.",
+            19.4,
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_memory_that_ran_out(message, gib):
+    assert plan._needed_gib(message) == (None if gib is None else pytest.approx(gib))
+
+
+def test_networks_are_written_for_the_chip():
+    long = jax.ShapeDtypeStruct((1, 4096, 8, 40), "bfloat16")
+    here = target_platform()
+    assert here == "cpu" and choose_backend(long, long) == "blocked"
+    with planned_for("tpu"):
+        assert target_platform() == "tpu" and choose_backend(long, long) == "chunked"
+    assert target_platform() == "cpu"
+
+
+def test_mesh_and_batch_that_do_not_fit(monkeypatch):
+    """Found before anything is compiled."""
+    monkeypatch.setattr(plan.chips, "topology", lambda *_: (CHIPS["v5e"], jax.devices()))
+    config = plan.configs.load_config("configs/autoencoder.py:tiny", [])
+    with pytest.raises(UserError, match="batch_size=2 cannot be shared"):
+        plan.plan(config, "v5e:2x4", 1, "quick", "name")
+    config.mesh.update(data=3)
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        plan.plan(config, "v5e:2x4", 1, "quick", "name")
+
+
+def test_planned_before(tmp_path, monkeypatch, capsys):
+    """Kept by config, topology and effort; written to --json each time."""
+    asked = []
+    mesh = {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}
+
+    def planned(config, topology, slices, effort, name):
+        asked.append((config.num_steps, topology, effort))
+        rest = {"devices": 4, "mesh": mesh, "params": {"a": 1}, "hbm_limit_gib": 15.75}
+        return summary([program()], CHIPS["v5e"], 4) | rest | {"programs": [], "effort": effort}
+
+    monkeypatch.setattr(plan, "plan", planned)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "plan.json"
+    job = ("plan", "--config=configs/autoencoder.py:tiny", "--topology=v5e:2x2", f"--json={out}")
+    for flags in (
+        (),
+        (),
+        ("--config.num_steps=7",),
+        ("--effort=exact",),
+        ("--effort=exact", "--again"),
+    ):
+        out.unlink(missing_ok=True)
+        assert cli.run([*job, *flags]) == 0
+        assert json.loads(out.read_text())["fits"] is True
+    assert len(asked) == 4 and len(set(asked)) == 3
+    said = capsys.readouterr().out
+    assert said.count("planned before") == 1 and said.count("compute bounds it") == 5
+
+
+@pytest.mark.slow
+def test_a_program_for_chips_that_are_not_here(tmp_path, monkeypatch):
+    """Compiled, not run: the autoencoder's step on four chips, and what stands in its plan."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    out = tmp_path / "plan.json"
+    job = (
+        "--config=configs/autoencoder.py:tiny",
+        "--config.data.batch_size=4",
+        "--topology=v5e:2x2",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "dexportrait_jax", "plan", *job, f"--json={out}"],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "fits" in done.stdout and done.stderr == ""
+    found = json.loads(out.read_text())
+    assert set(KEYS) <= set(found)
+    assert found["devices"] == 4 and found["mesh"]["data"] == 4 and found["compiled_not_run"]
+    assert found["collectives"]["all-reduce"]["count"] >= 1
+    assert 1.0 <= found["recompute_overhead"] < 1.2
+    assert found["programs"][0]["loops_counted_once"] == []
