@@ -26,7 +26,7 @@ from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, pad
 from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.state import Network
-from dexportrait_jax.tasks.animator import denoiser_network
+from dexportrait_jax.tasks.animator_networks import denoiser_network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
 # Warped features of windows that are kept on the device between denoising steps. At the paper's sizes 24

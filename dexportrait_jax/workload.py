@@ -10,6 +10,7 @@ import ml_collections
 
 from data_pipelines import loading
 from dexportrait_jax import flops
+from dexportrait_jax.models.attention import attention_backend
 from dexportrait_jax.models.convolution import convolution_backend
 from dexportrait_jax.step import make_step
 from dexportrait_jax.tasks import Task, make_task
@@ -61,8 +62,9 @@ def abstract_batch(data: Any) -> Shapes:
 
 
 def _count(task: Task, function, *arguments: Shapes) -> flops.Work:
-    # Convolutions as the networks define them: a CPU's way of writing them would be counted with its detours.
-    with convolution_backend("xla"):
+    # As the networks define them: a CPU's way of writing them would be counted with its detours, and a kernel's
+    # products cannot be seen.
+    with convolution_backend("xla"), attention_backend("plain"):
         return flops.count(
             function, *arguments, scopes=(*task.networks, *task.abstract_constants())
         )

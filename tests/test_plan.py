@@ -110,7 +110,7 @@ def test_networks_are_written_for_the_chip():
     here = target_platform()
     assert here == "cpu" and choose_backend(long, long) == "blocked"
     with planned_for("tpu"):
-        assert target_platform() == "tpu" and choose_backend(long, long) == "chunked"
+        assert target_platform() == "tpu" and choose_backend(long, long) == "splash"
     assert target_platform() == "cpu"
 
 

@@ -6,22 +6,36 @@ which is the reference in the tests. Softmax runs in float32 whatever the comput
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from dexportrait_jax.models.rematerialisation import ATTENTION
 from dexportrait_jax.platforms import target_platform
 
-Backend = Literal["auto", "plain", "chunked", "blocked", "cudnn"]
+Backend = Literal["auto", "plain", "chunked", "blocked", "cudnn", "splash"]
 
-CHUNKED_FROM_QUERIES = 4096  # below, the plain logits fit and are faster
+LONG_FROM_QUERIES = 4096  # below, the plain logits fit and are faster
 CHUNK_QUERIES = 512
 BLOCKED_FROM_LOGITS = 2**20  # below, a CPU keeps the logits in its cache anyway
 BLOCK_LOGITS = 2**20  # the part of a head's logits that is held at a time
 MASKED = -1e30  # added to the logits of keys that take no part
+
+# Part of the key under which JAX keeps what it traced: another choice traces again.
+_chosen = jax.make_user_context("auto")
+
+
+@contextlib.contextmanager
+def attention_backend(backend: Backend) -> Iterator[None]:
+    """What "auto" means for attention traced inside the ``with`` block; "auto" is the rule of ``choose_backend``."""
+    with _chosen(backend):
+        yield
 
 
 def attention(
@@ -38,7 +52,13 @@ def attention(
         ValueError: an unknown backend.
     """
     if backend == "auto":
+        backend = _chosen.value
+    if backend == "auto":
         backend = choose_backend(query, key)
+    return checkpoint_name(_attend(query, key, value, keep, backend), ATTENTION)
+
+
+def _attend(query: Array, key: Array, value: Array, keep: Array | None, backend: Backend) -> Array:
     if backend == "plain":
         return _plain(query, key, value, keep)
     if backend == "chunked":
@@ -48,16 +68,19 @@ def attention(
     if backend == "cudnn":
         mask = None if keep is None else keep[:, None, None, :]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    raise ValueError(
-        f"attention backend {backend!r} is none of auto, plain, chunked, blocked, cudnn"
-    )
+    if backend == "splash":
+        # Imported here: it brings Pallas, which no other platform needs.
+        from dexportrait_jax.models.splash import splash
+
+        return splash(query, key, value, keep)
+    raise ValueError(f"attention backend {backend!r} is none of {', '.join(get_args(Backend))}")
 
 
 def choose_backend(query: Array, key: Array) -> Backend:
     """By the platform that the program is made for.
 
-    CPU: blocks of one head once the logits leave the cache. GPU in half precision: cuDNN. Otherwise
-    chunks of queries for long sequences and plain attention for short ones.
+    CPU: blocks of one head once the logits leave the cache. GPU in half precision: cuDNN. TPU: splash for long
+    sequences. Otherwise chunks of queries for long sequences, and plain attention for short ones everywhere.
     """
     batch, queries, heads, features = query.shape
     platform = target_platform()
@@ -66,7 +89,9 @@ def choose_backend(query: Array, key: Array) -> Backend:
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     if platform == "gpu" and half and features % 8 == 0 and features <= 128:
         return "cudnn"
-    return "chunked" if queries >= CHUNKED_FROM_QUERIES else "plain"
+    if queries < LONG_FROM_QUERIES:
+        return "plain"
+    return "splash" if platform == "tpu" else "chunked"
 
 
 def _plain(query: Array, key: Array, value: Array, keep: Array | None) -> Array:

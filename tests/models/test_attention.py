@@ -4,9 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from dexportrait_jax import sharding
 from dexportrait_jax.models import attention as module
-from dexportrait_jax.models.attention import Attention, attention, choose_backend, repeat_rows
+from dexportrait_jax.models.attention import (
+    Attention,
+    attention,
+    attention_backend,
+    choose_backend,
+    repeat_rows,
+)
 from dexportrait_jax.state import Network
 from tests.published import random_like
 
@@ -54,6 +62,37 @@ def test_backends(backend, masked, queries, monkeypatch):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_splash_in_its_interpreter(masked):
+    """Lengths and widths that are no whole blocks; the kernel itself, interpreted on the CPU."""
+    arrays, keep = inputs(2, 130, 200, 2, 40)
+    keep = keep if masked else None
+
+    def run(backend, *arrays):
+        return attention(*arrays, keep, backend=backend)
+
+    expected = written_out(*arrays, keep)
+    np.testing.assert_allclose(run("splash", *arrays), expected, rtol=2e-5, atol=2e-5)
+
+    def gradients(backend):
+        loss = lambda *arrays: jnp.sum(jnp.sin(run(backend, *arrays)))  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    for ours, plain in zip(gradients("splash"), gradients("plain"), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=2e-5)
+
+
+def test_splash_on_a_mesh_is_splash_on_one_device():
+    """Samples over data and context, heads over tensor; a batch that only data divides stays whole over context."""
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}))
+    for batch in (4, 2):
+        arrays, keep = inputs(batch, 128, 128, 2, 8)
+        alone = attention(*arrays, keep, backend="splash")
+        with jax.set_mesh(mesh):
+            spread = jax.jit(lambda *given: attention(*given, backend="splash"))(*arrays, keep)
+        np.testing.assert_allclose(spread, alone, rtol=1e-6, atol=1e-6)
+
+
 def test_half_precision_blocks():
     arrays, keep = inputs(2, 8, 8, 2, 4)
     arrays = [array.astype(jnp.bfloat16) for array in arrays]
@@ -62,6 +101,15 @@ def test_half_precision_blocks():
     np.testing.assert_allclose(
         ours.astype(jnp.float32), written_out(*arrays, keep), rtol=0.05, atol=0.05
     )
+
+
+def test_choice_is_overridden_inside_a_block():
+    arrays, _ = inputs(1, 4, 4, 1, 4)
+    with attention_backend("nonsense"), pytest.raises(ValueError, match="'nonsense' is none of"):
+        attention(*arrays)
+    with attention_backend("nonsense"):
+        attention(*arrays, backend="plain")
+    attention(*arrays)
 
 
 def test_choice_on_a_cpu():

@@ -31,6 +31,7 @@ from dexportrait_jax.models.animator.transformer import (
 )
 from dexportrait_jax.models.animator.unet import Temporal, UNet
 from dexportrait_jax.models.attention import Backend
+from dexportrait_jax.models.rematerialisation import Remat
 
 
 class Denoiser(UNet):
@@ -74,7 +75,7 @@ class Denoiser(UNet):
         expression_tokens: tuple[int, int] = (32, 16),
         expression_null: ExpressionNull = "learned",
         backend: Backend = "auto",
-        remat: bool = False,
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):

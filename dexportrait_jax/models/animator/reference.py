@@ -14,6 +14,7 @@ from dexportrait_jax.models.animator.conditioning import RAY_CHANNELS, Bank, Ray
 from dexportrait_jax.models.animator.transformer import BlockInputs, TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.attention import Backend
+from dexportrait_jax.models.rematerialisation import Remat
 
 Attn2 = Literal["none", "null_text", "clip_image"]
 
@@ -74,7 +75,7 @@ class ReferenceUNet(UNet):
         raymap: RayMapKind = "displacement",
         raymap_w: int = 1,
         backend: Backend = "auto",
-        remat: bool = False,
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):

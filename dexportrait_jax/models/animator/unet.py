@@ -30,6 +30,7 @@ from dexportrait_jax.models.animator.transformer import (
     TransformerOptions,
 )
 from dexportrait_jax.models.layers import Conv
+from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
 Bank = dict[str, Array]
 
@@ -92,7 +93,7 @@ class UNet(nnx.Module):
         options: what the transformer blocks are made of.
         extra_channels: further input channels behind the latents, whose weights start at zero.
         groups: GroupNorm groups.
-        remat: recompute each unit in the backward pass instead of keeping its activations.
+        remat: what the backward pass keeps of a unit, a name of ``rematerialisation``.
         dtype: compute type; parameters and the result are float32.
     """
 
@@ -106,7 +107,7 @@ class UNet(nnx.Module):
         options: TransformerOptions = SD15_OPTIONS,
         extra_channels: int = 0,
         groups: int = 32,
-        remat: bool = False,
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -195,7 +196,7 @@ class UNet(nnx.Module):
                         hidden = temporal.apply(f"{path}.motion_modules.{index}", hidden, frames)
                 return hidden, tokens
 
-            run = jax.checkpoint(run) if self.remat else run
+            run = rematerialised(run, self.remat)
             hidden, tokens = run(hidden, time, inputs, references.get(name))
             if tokens is not None:
                 bank[name] = tokens

@@ -1,5 +1,7 @@
 """The UNet against diffusers, and its size."""
 
+from typing import get_args
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dexportrait_jax import flops
 from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
+from dexportrait_jax.models.rematerialisation import Remat
 from dexportrait_jax.state import Network, parameter_count
 from tests.published import parameters_from_torch, random_like, randomise, relative_error
 
@@ -80,14 +84,22 @@ def test_rematerialised_gradients_are_the_same():
     options = TransformerOptions(heads=2, cross_attention_features=None)
     networks = [
         Network(lambda rngs, remat=remat: UNet(**sizes, options=options, remat=remat, rngs=rngs))
-        for remat in (False, True)
+        for remat in get_args(Remat)
     ]
     params = random_like(networks[0].abstract)
     latents = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
     timesteps = jnp.array([10, 500])
-    gradients = [
-        jax.jit(jax.grad(lambda p, n=network: jnp.mean(n.bind(p)(latents, timesteps) ** 2)))(params)
-        for network in networks
+    losses = [
+        lambda p, n=network: jnp.mean(n.bind(p)(latents, timesteps) ** 2) for network in networks
     ]
-    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    plain, *others = (jax.tree.leaves(jax.jit(jax.grad(loss))(params)) for loss in losses)
+    for gradients in others:
+        for ours, expected in zip(gradients, plain, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+    # What is computed twice: nothing; attention's logits; everything but the last products, which nothing asks for.
+    work = [flops.count(jax.grad(loss), params) for loss in losses]
+    shares = [each.recomputed / (each.macs - each.recomputed) for each in work]
+    assert shares[0] == 0.0
+    assert 0.0 < shares[1] < 0.05
+    assert 0.2 < shares[2] < 1 / 3

@@ -1,0 +1,71 @@
+"""The networks of the animator's stages, as a config sizes them."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import ml_collections
+
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator.denoiser import Denoiser
+from dexportrait_jax.models.animator.image_encoder import ImageEncoder
+from dexportrait_jax.models.animator.reference import ReferenceUNet
+from dexportrait_jax.models.animator.temporal import TemporalModules
+from dexportrait_jax.models.rematerialisation import Remat
+from dexportrait_jax.state import Network
+from dexportrait_jax.tasks import autoencoder
+from dexportrait_jax.tasks.motion_networks import encoder_networks
+
+
+def denoiser_network(config: ml_collections.ConfigDict, **changes: Any) -> Network:
+    """The denoiser of a config, where given with other options of `model.denoiser`."""
+    model = config.model
+    options = {
+        "in_channels": model.autoencoder.latent_channels,
+        "expression_latent": model.expression.latent,
+        "dtype": jnp.dtype(config.dtype),
+        "remat": _remat(config),
+        **model.unet,
+        **model.attn2,
+        **model.denoiser,
+        **changes,
+    }
+    return Network(lambda rngs: Denoiser(**options, rngs=rngs))
+
+
+def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
+    """Groups pose, expression, autoencoder, reference, denoiser[, temporal][, image_encoder]."""
+    model = config.model
+    latents = {"in_channels": model.autoencoder.latent_channels}
+    build = {"dtype": jnp.dtype(config.dtype)}
+    networks = encoder_networks(config) | autoencoder.build_networks(config)
+    networks["reference"] = Network(
+        lambda rngs: ReferenceUNet(
+            **model.unet,
+            **latents,
+            **model.attn2,
+            **model.reference,
+            **build,
+            remat=_remat(config),
+            rngs=rngs,
+        )
+    )
+    networks["denoiser"] = denoiser_network(config)
+    if config.stage == "animator_video":
+        networks["temporal"] = Network(
+            lambda rngs: TemporalModules(**model.unet, **model.temporal, **build, rngs=rngs)
+        )
+    if model.attn2.attn2 == "clip_image":
+        networks["image_encoder"] = Network(
+            lambda rngs: ImageEncoder(**model.image_encoder, **build, rngs=rngs)
+        )
+    return networks
+
+
+def _remat(config: ml_collections.ConfigDict) -> Remat:
+    """What the UNets keep for the backward pass; exports made before the key was there only run forward."""
+    remat = config.get("remat", "none")
+    if remat not in get_args(Remat):
+        raise UserError(f"config.remat is one of {', '.join(get_args(Remat))}, not {remat!r}")
+    return remat
