@@ -15,6 +15,12 @@ import pytest  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_configure(config):
+    """Most of a fast test is compiling: XLA's back end works less on programs that run once. Slow tests train."""
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def programs_compiled_once(tmp_path_factory):
     """Tests that build the same program again, as a resumed run does, need not compile it again."""
