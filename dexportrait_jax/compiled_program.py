@@ -6,7 +6,6 @@ program: its counter starts at a constant, goes up by a constant and ends at one
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
@@ -22,6 +21,8 @@ from dexportrait_jax.hlo import (
     size,
 )
 
+# Products of queries by keys by features: logits and sum; these again, and what each gradient takes.
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves nothing through memory of its own: names of values, and the ends of what a start has been charged for.
 _FREE = {
@@ -53,12 +54,12 @@ class Program:
 
     Attributes:
       flops: two for each multiply-add of products and convolutions, counted as `flops.py` does; with what is
-        recomputed and what several devices do alike. Kernels of Pallas are not looked into.
+        recomputed, what is padded and what several devices do alike.
       hbm_bytes: read and written by the scheduled instructions; what stays in a core's own memory does not count.
       collectives: within a slice, by kind.
       between_slices: bytes that one device receives from other slices.
       unknown_loops: names of loops whose length could not be read; their bodies are counted once.
-      kernels: names of Pallas kernels, and how often each runs.
+      unknown_kernels: names of Pallas kernels whose products are not in `flops`.
     """
 
     flops: float = 0.0
@@ -66,7 +67,7 @@ class Program:
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
     between_slices: float = 0.0
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
-    kernels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unknown_kernels: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_program(text: str) -> Program:
@@ -105,7 +106,7 @@ def _walk(name: str, times: int, computations: dict[str, Computation], program: 
             for one, around in ((instruction, body), *((one, inner) for one in inner.values())):
                 _communication(one, around, times, program)
             if 'custom_call_target="tpu_custom_call"' in instruction.rest:
-                program.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+                _kernel(instruction, body, times, program)
 
 
 def _add(program: Program, other: Program) -> None:
@@ -113,7 +114,7 @@ def _add(program: Program, other: Program) -> None:
     program.hbm_bytes += other.hbm_bytes
     program.between_slices += other.between_slices
     program.unknown_loops += other.unknown_loops
-    program.kernels += other.kernels
+    program.unknown_kernels += other.unknown_kernels
     for kind, found in other.collectives.items():
         mine = program.collectives.setdefault(kind, Collective())
         mine.count, mine.bytes = mine.count + found.count, mine.bytes + found.bytes
@@ -187,6 +188,16 @@ def _positions(size, window, outputs, stride, pad, dilation, window_dilation) ->
             place, between = divmod(position * stride + offset, dilation)
             pairs += not between and 0 <= place < size
     return pairs
+
+
+def _kernel(instruction: Instruction, around: Computation, times: int, program: Program) -> None:
+    """JAX's splash attention, whose third to fifth operands are queries, keys and values: (b, heads, length, n)."""
+    products = next((n for name, n in _SPLASH.items() if instruction.name.startswith(name)), None)
+    if products is None:
+        program.unknown_kernels.append(instruction.name)
+        return
+    queries, keys = (dimensions(around[name].shape) for name in instruction.operands[2:4])
+    program.flops += times * products * 2.0 * math.prod(queries) * keys[-2]
 
 
 # --- memory -------------------------------------------------------------------------------

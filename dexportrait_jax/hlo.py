@@ -48,7 +48,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if head:
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif (
+            line.rstrip() == "}"
+        ):  # attributes of kernels go over several lines, some of which begin so
             current = None
         else:
             found = _LINE.match(line)

@@ -20,7 +20,7 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
     if not fits:
         return found
     bound = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-    step_seconds = executed = 0.0
+    step_seconds = executed = again = 0.0
     for program in programs:
         inside = sum(found["bytes"] for found in program["collectives"].values())
         seconds = {
@@ -34,6 +34,7 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
         }
         bound = {name: bound[name] + program["share"] * seconds[name] for name in bound}
         step_seconds += program["share"] * max(seconds.values())
+        again += program["share"] * program["rematerialised_tflops"]
         executed += program["share"] * program["executed_tflops_per_device"] * devices
     return found | {
         # Of the program that most steps run.
@@ -41,7 +42,10 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
         "bound_seconds": bound,
         "bound_step_seconds": step_seconds,
         "bound_mfu": model * 1e12 / (step_seconds * devices * chip.flops),
-        "recompute_overhead": round(executed / model, 4),
+        # What the step is told to compute twice; and all that is done, also by padding, by XLA's own doing and by
+        # kernels, beside the model's own products.
+        "recompute_overhead": round(1 + again / model, 4),
+        "executed_overhead": round(executed / model, 4),
     }
 
 
@@ -67,17 +71,20 @@ def in_words(found: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value * 1e3:,.3g} ms" for name, value in seconds.items())
         + f": {slowest} bounds it",
         f"             {found['bound_step_seconds'] * 1e3:,.3g} ms a step, {found['bound_mfu']:.1%} of the chips' peak",
-        f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs are executed",
+        f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs by rematerialisation, "
+        f"{found['executed_overhead']:.2f} times with all that is padded or done twice",
     ]
     for kind, each in found["collectives"].items():
         lines.append(
             f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.3g} MiB to each device"
         )
-    loops = sorted(
-        {name for program in found["programs"] for name in program["loops_counted_once"]}
-    )
-    if loops:
-        lines.append(f"  loops of unknown length, counted once: {', '.join(loops)}")
+    for key, what in (
+        ("loops_counted_once", "loops of unknown length, counted once"),
+        ("kernels_not_counted", "kernels whose work is not counted"),
+    ):
+        names = sorted({name for program in found["programs"] for name in program[key]})
+        if names:
+            lines.append(f"  {what}: {', '.join(names)}")
     lines.append(f"  compiled, not run: {found['compile_seconds']:.0f} s, effort {found['effort']}")
     return "\n".join(lines)
 

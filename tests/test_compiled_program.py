@@ -179,3 +179,22 @@ def test_convolutions(shapes, attributes, macs):
 def test_something_else_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         read_program("module @jit_f { }")
+
+
+def test_kernels():
+    """Attention's work is known by its operands, padding and all; another kernel is named."""
+    kernel = (
+        "%{name}.1 = (f32[8,512,128]{{2,1,0}}, bf16[2,8,512,128]{{3,2,1,0}}) custom-call(%i, %j, %q, %k, %k, %s), "
+        'custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{\n}}}}, backend_config={{}}'
+    )
+    operands = (
+        "%i = s8[1,1,1]{2,1,0} parameter(0)",
+        "%j = s8[1,1,1]{2,1,0} parameter(1)",
+        "%q = bf16[2,8,512,128]{3,2,1,0} parameter(2)",
+        "%k = bf16[2,8,1024,128]{3,2,1,0} parameter(3)",
+        "%s = s32[2,512,128]{2,1,0} parameter(4)",
+    )
+    names = ("splash_mha_fwd_residuals", "splash_mha_dq", "splash_mha_dkv", "other")
+    program = read_program(entry(*operands, *(kernel.format(name=name) for name in names)))
+    assert program.flops == (2 + 3 + 4) * 2 * 2 * 8 * 512 * 1024 * 128
+    assert program.unknown_kernels == ["other.1"]

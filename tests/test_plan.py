@@ -40,6 +40,7 @@ def program(**changes):
         "fits": True,
         "model_tflops": 197.0 * 4 * 0.5,
         "executed_tflops_per_device": 98.5 * 1.2,
+        "rematerialised_tflops": 197.0 * 4 * 0.05,
         "hbm_bytes_per_device": 819e9 * 0.3,
         "between_slices_bytes_per_device": 0.0,
         "collectives": {"all-reduce": {"count": 3, "bytes": 200e9 * 0.1}},
@@ -55,7 +56,8 @@ def test_bounds_by_hand():
     assert found["bound_seconds"] == pytest.approx({"compute": 0.6, "memory": 0.3, "network": 0.1})
     assert found["bound_step_seconds"] == pytest.approx(0.6)
     assert found["bound_mfu"] == pytest.approx(0.5 / 0.6)
-    assert found["recompute_overhead"] == pytest.approx(1.2)
+    assert found["executed_overhead"] == pytest.approx(1.2)
+    assert found["recompute_overhead"] == pytest.approx(1.1)
 
 
 def test_programs_count_by_their_share():
@@ -176,5 +178,7 @@ def test_a_program_for_chips_that_are_not_here(tmp_path, monkeypatch):
     assert set(KEYS) <= set(found)
     assert found["devices"] == 4 and found["mesh"]["data"] == 4 and found["compiled_not_run"]
     assert found["collectives"]["all-reduce"]["count"] >= 1
-    assert 1.0 <= found["recompute_overhead"] < 1.2
+    assert found["recompute_overhead"] == 1.0
+    assert 1.0 <= found["executed_overhead"] < 1.2
+    assert found["programs"][0]["kernels_not_counted"] == []
     assert found["programs"][0]["loops_counted_once"] == []
