@@ -28,6 +28,15 @@ def base(stage: str, variant: str) -> ConfigDict:
     config.log_every = (
         10  # rows of metrics.jsonl (one a step) are fetched from the device this often
     )
+    config.report = ConfigDict(
+        {
+            # Longer without a step, data or a save: all threads' stacks go to WORKDIR/stacks.txt. 0: never. The first
+            # step is compiled, which counts; a pod's may take half an hour.
+            "stuck_minutes": 60.0,
+            # A loss so many typical deviations above its recent past is written to WORKDIR/spikes.txt. 0: none is.
+            "spikes": 12.0,
+        }
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.checkpoint = ConfigDict(
         {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,18 @@ class MetricWriter:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Fetches the waiting rows from the device, writes them to disk and returns them."""
+    def flush(self, more: Callable[[int], dict[str, float]] | None = None) -> list[dict[str, Any]]:
+        """Fetches the waiting rows from the device, writes them to disk and returns them.
+
+        `more(number of rows)` is asked once they are here, and what it gives is written in the last of them.
+        """
         waiting, self._waiting = self._waiting, []
         rows = []
-        for step, metrics in waiting:
-            values = {name: _number(value) for name, value in jax.device_get(metrics).items()}
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in waiting]
+        if fetched and more:
+            fetched[-1][1].update(more(len(fetched)))
+        for step, metrics in fetched:
+            values = {name: _number(value) for name, value in metrics.items()}
             rows.append({"step": step, **values})
             # JSON has no NaN; a missing measurement is null.
             clean = {k: (v if math.isfinite(v) else None) for k, v in rows[-1].items()}

@@ -28,9 +28,10 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.compiled_program import Program, read_program
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
+from dexportrait_jax.programs import build
 from dexportrait_jax.state import parameter_count
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import build, check, check_shares
+from dexportrait_jax.train import check, check_shares
 from dexportrait_jax.workload import abstract_batch, step_work
 
 # XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time.

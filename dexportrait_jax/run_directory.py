@@ -31,6 +31,7 @@ CONFIG_FILE = "config.json"
 FREE_KEYS = (
     "num_steps",
     "log_every",
+    "report.",
     "checkpoint.",
     "evaluate.",
     "data.workers",

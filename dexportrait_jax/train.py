@@ -9,17 +9,14 @@ trains is in `tasks/`; what one step does is in `step.py`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from data_pipelines import loading
@@ -28,9 +25,10 @@ from dexportrait_jax import checkpoint, distributed, run_directory, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
-from dexportrait_jax.state import filled
-from dexportrait_jax.step import init_optimizers, make_step
+from dexportrait_jax.programs import build, first_state, try_programs
+from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
+from dexportrait_jax.wall_time import WallTime, Watch
 
 COMPUTE_TYPES = ("float32", "bfloat16", "float16")
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
@@ -57,6 +55,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
     started = time.monotonic()
+    wall = WallTime(started)
     check(config)
     with run_directory.claimed(workdir), _sigterm() as stop_asked:
         run_directory.check_same_run(workdir, config)
@@ -95,7 +94,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             process_count=jax.process_count(),
         )
 
-        _try_programs(task, config, step_function, abstract, mesh, done)
+        try_programs(task, config, step_function, abstract, mesh, done)
 
         # Or make the first state.
         if state is None:
@@ -105,17 +104,25 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # The loop.
         writer = MetricWriter(workdir, done, write=distributed.is_main())
+        watch = Watch(wall, 60 * config.report.stuck_minutes, workdir)
+        spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
+        pictures = config.data.batch_size * (
+            config.data.frames if task.frames else config.data.targets
+        )
         last_save = time.monotonic()
-        with jax.set_mesh(mesh):
-            for step, batch in zip(range(done + 1, config.num_steps + 1), loader, strict=False):
-                batch = sharding.put_batch(batch, mesh, task.frames)
+        with jax.set_mesh(mesh), contextlib.closing(watch):
+            for step in range(done + 1, config.num_steps + 1):
+                with wall.spent("data"):
+                    batch = sharding.put_batch(next(loader), mesh, task.frames)
                 state, metrics = step_function(state, batch, constants, task.events(step - 1))
                 if step == done + 1:
                     jax.block_until_ready(metrics)
+                    wall.ready()
                     seconds = time.monotonic() - started
                     say(f"{config.stage}: ready to train after {seconds:.0f} s")
                     progress = Progress(config.stage, config.num_steps, step)
                 writer.add(step, metrics)
+                watch.moved()
 
                 last = step == config.num_steps
                 late, stopping = False, False
@@ -128,12 +135,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 save = last or stopping or late or (every and step % every == 0)
                 if save or len(writer) >= config.log_every:
                     # Rows reach the disk before the checkpoint that covers them.
-                    rows = writer.flush()
+                    rows = writer.flush(lambda steps: wall.row(steps, pictures))
                     _refuse_endless_skipping(rows, task, config)
                     if distributed.is_main():
+                        spikes.note(rows)
                         progress.update(step, _note(rows[-1], task))
                 if save:
-                    checkpoints.save(step, state)
+                    with wall.spent("save"):
+                        checkpoints.save(step, state)
                     last_save = time.monotonic()
                 if stopping and not last:
                     loader.close()
@@ -145,126 +154,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 every = config.evaluate.every_steps
                 due = (last and config.evaluate.at_end) or (every and step % every == 0)
                 if due and found.evaluable:
-                    task.evaluate(state, constants, workdir, step)
+                    with wall.spent("evaluate"):
+                        task.evaluate(state, constants, workdir, step)
         loader.close()
         writer.close()
-        checkpoints.close()
-        say(f"{workdir}: trained to step {config.num_steps}")
+        with wall.spent("save"):
+            checkpoints.close()
+        say(f"{workdir}: trained to step {config.num_steps} in {wall.summary()}")
         return state
-
-
-def build(
-    task: Task, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[Any, Any, Callable[..., tuple[Any, dict[str, jax.Array]]]]:
-    """Shapes of the State with their shardings, the shardings, and the compiled-on-first-use step."""
-    abstract = abstract_state(task, config)
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        shardings,
-    )
-    step = make_step(
-        task.phases,
-        seed=config.seed,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate,
-    )
-    compiled = jax.jit(
-        step,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        donate_argnums=0,
-        static_argnums=3,
-    )
-    return abstract, shardings, compiled
-
-
-def _try_programs(task: Task, config, step_function, abstract: Any, mesh, done: int) -> None:
-    """Goes through the steps that come later by shape alone: they must not fail after hours of others.
-
-    Raises:
-      UserError: a phase cannot be built with the config's sizes.
-    """
-    now = task.events(done)
-    later = {task.events(step) for step in range(done, config.num_steps)} - {now}
-    shapes = loading.batch_shapes(config.data)
-    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    with jax.set_mesh(mesh):
-        for events in sorted(later, key=sorted):
-            try:
-                step_function.eval_shape(abstract, batch, task.abstract_constants(), events)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"{config.stage}: steps with {', '.join(sorted(events))} cannot be built: sizes in config.model do "
-                    f"not fit together ({' '.join(str(error).split())[:300]}); --debug shows where"
-                ) from error
-
-
-def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Shapes and types of the State; no memory is used."""
-    trained = {group for phase in task.phases for group in phase.groups}
-    frozen_type = jnp.dtype(config.frozen_dtype)
-    params = {
-        group: network.abstract
-        if group in trained
-        else jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_type), network.abstract
-        )
-        for group, network in task.networks.items()
-    }
-    return {
-        "step": jax.ShapeDtypeStruct((), jnp.int32),
-        "params": params,
-        "opt": jax.eval_shape(lambda tree: init_optimizers(task.phases, tree), params),
-        "ema": {group: params[group] for group in task.ema_groups},
-    }
-
-
-def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -> dict[str, Any]:
-    """The State before the first step: pretrained groups where the task has them, else fresh ones.
-
-    Every group is put in its place before the next one is made: no device has to hold them all.
-
-    Raises:
-      UserError: a group would be neither trained nor read from weights.
-    """
-    pretrained = task.pretrained()
-    trained = {group for phase in task.phases for group in phase.groups}
-    whole = {
-        name
-        for name, tree in pretrained.items()
-        if jax.tree.structure(tree) == jax.tree.structure(task.networks[name].abstract)
-    }
-    forgotten = [name for name in task.networks if name not in trained and name not in whole]
-    if forgotten:
-        raise UserError(
-            f"{config.stage}: {', '.join(forgotten)} would stay random, because this stage does not train it and "
-            "config.init names no weights that hold it; name an export that does"
-        )
-    abstract = abstract_state(task, config)
-    params = {}
-    for group, network in task.networks.items():
-        tree = pretrained.pop(group, {})
-        if group not in whole:
-            # The group's name, not its place in a list, decides what it is drawn from.
-            key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(group.encode()))
-            tree = filled(tree, network.init(key))
-        typed = jax.tree.map(
-            lambda shape, leaf: leaf.astype(shape.dtype), abstract["params"][group], tree
-        )
-        params[group] = jax.device_put(typed, shardings["params"][group])
-        del tree, typed
-    make_optimizers = jax.jit(
-        functools.partial(init_optimizers, task.phases), out_shardings=shardings["opt"]
-    )
-    # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
-    averages = {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups}
-    return {
-        "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"]),
-        "params": params,
-        "opt": make_optimizers(params),
-        "ema": jax.device_put(averages, shardings["ema"]),
-    }
 
 
 def check(config: ml_collections.ConfigDict) -> None:

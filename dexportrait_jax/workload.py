@@ -12,9 +12,9 @@ from data_pipelines import loading
 from dexportrait_jax import flops
 from dexportrait_jax.models.attention import attention_backend
 from dexportrait_jax.models.convolution import convolution_backend
+from dexportrait_jax.programs import abstract_state
 from dexportrait_jax.step import make_step
 from dexportrait_jax.tasks import Task, make_task
-from dexportrait_jax.train import abstract_state
 
 Shapes = dict[str, Any]
 

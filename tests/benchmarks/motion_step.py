@@ -45,7 +45,7 @@ def measure(address: str, overrides: list[str], step_name: str) -> dict[str, flo
     import jax
 
     from dexportrait_jax import config as configs
-    from dexportrait_jax import sharding, train
+    from dexportrait_jax import programs, sharding
     from dexportrait_jax.tasks import make_task
     from dexportrait_jax.workload import step_work
 
@@ -53,8 +53,8 @@ def measure(address: str, overrides: list[str], step_name: str) -> dict[str, flo
     task = make_task(config)
     events = task.events({"first": 0, "plain": 1, "r1": config.loss.r1_every}[step_name])
     mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size)
-    _, shardings, step = train.build(task, config, mesh)
-    state = train.first_state(task, config, shardings)
+    _, shardings, step = programs.build(task, config, mesh)
+    state = programs.first_state(task, config, shardings)
     constants = {"perceptual": task.perceptual.init(jax.random.key(1))}
     constants = jax.device_put(constants, sharding.replicated(mesh))
     batch = sharding.put_batch(random_batch(config.data), mesh, task.frames)

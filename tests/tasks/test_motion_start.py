@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dexportrait_jax import config as configs
-from dexportrait_jax import sharding, train
+from dexportrait_jax import programs, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.motion import TRAINED
@@ -37,9 +37,9 @@ def export(path, groups, stage="motion"):
 def first_state(**changes):
     config = micro("motion", "data", "exports", **changes)
     task = make_task(config)
-    abstract = train.abstract_state(task, config)
+    abstract = programs.abstract_state(task, config)
     mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size)
-    return task, train.first_state(task, config, sharding.state_shardings(abstract, mesh))
+    return task, programs.first_state(task, config, sharding.state_shardings(abstract, mesh))
 
 
 def assert_same(one, other):

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import ConvNextV2Config, ConvNextV2Model
 
-from dexportrait_jax import cli, sharding, train
+from dexportrait_jax import cli, programs, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.motion.pose import ConvNeXtV2, PoseEncoder
@@ -177,9 +177,9 @@ def test_motion_trainer_starts_from_it_and_from_a_motion_export(tmp_path):
     trunk = task.pretrained()["pose"]
     assert set(trunk) == {"downsample_layers", "stages", "norm"}
 
-    abstract = train.abstract_state(task, config)
+    abstract = programs.abstract_state(task, config)
     mesh = sharding.make_mesh(config.mesh, rows=config.data.batch_size)
-    state = train.first_state(task, config, sharding.state_shardings(abstract, mesh))
+    state = programs.first_state(task, config, sharding.state_shardings(abstract, mesh))
     started = state["params"]["pose"]
     key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(b"pose"))
     fresh = task.networks["pose"].init(key)

@@ -1,0 +1,133 @@
+"""A task as programs: the shape of its State, its first values, and the step compiled for a mesh."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from data_pipelines import loading
+from dexportrait_jax import sharding
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import filled
+from dexportrait_jax.step import init_optimizers, make_step
+from dexportrait_jax.tasks import Task
+
+
+def build(
+    task: Task, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, Callable[..., tuple[Any, dict[str, jax.Array]]]]:
+    """Shapes of the State with their shardings, the shardings, and the compiled-on-first-use step."""
+    abstract = abstract_state(task, config)
+    shardings = sharding.state_shardings(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
+    step = make_step(
+        task.phases,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate,
+    )
+    compiled = jax.jit(
+        step,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+        static_argnums=3,
+    )
+    return abstract, shardings, compiled
+
+
+def try_programs(task: Task, config, step_function, abstract: Any, mesh, done: int) -> None:
+    """Goes through the steps that come later by shape alone: they must not fail after hours of others.
+
+    Raises:
+      UserError: a phase cannot be built with the config's sizes.
+    """
+    now = task.events(done)
+    later = {task.events(step) for step in range(done, config.num_steps)} - {now}
+    shapes = loading.batch_shapes(config.data)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    with jax.set_mesh(mesh):
+        for events in sorted(later, key=sorted):
+            try:
+                step_function.eval_shape(abstract, batch, task.abstract_constants(), events)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{config.stage}: steps with {', '.join(sorted(events))} cannot be built: sizes in config.model do "
+                    f"not fit together ({' '.join(str(error).split())[:300]}); --debug shows where"
+                ) from error
+
+
+def abstract_state(task: Task, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Shapes and types of the State; no memory is used."""
+    trained = {group for phase in task.phases for group in phase.groups}
+    frozen_type = jnp.dtype(config.frozen_dtype)
+    params = {
+        group: network.abstract
+        if group in trained
+        else jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_type), network.abstract
+        )
+        for group, network in task.networks.items()
+    }
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "params": params,
+        "opt": jax.eval_shape(lambda tree: init_optimizers(task.phases, tree), params),
+        "ema": {group: params[group] for group in task.ema_groups},
+    }
+
+
+def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -> dict[str, Any]:
+    """The State before the first step: pretrained groups where the task has them, else fresh ones.
+
+    Every group is put in its place before the next one is made: no device has to hold them all.
+
+    Raises:
+      UserError: a group would be neither trained nor read from weights.
+    """
+    pretrained = task.pretrained()
+    trained = {group for phase in task.phases for group in phase.groups}
+    whole = {
+        name
+        for name, tree in pretrained.items()
+        if jax.tree.structure(tree) == jax.tree.structure(task.networks[name].abstract)
+    }
+    forgotten = [name for name in task.networks if name not in trained and name not in whole]
+    if forgotten:
+        raise UserError(
+            f"{config.stage}: {', '.join(forgotten)} would stay random, because this stage does not train it and "
+            "config.init names no weights that hold it; name an export that does"
+        )
+    abstract = abstract_state(task, config)
+    params = {}
+    for group, network in task.networks.items():
+        tree = pretrained.pop(group, {})
+        if group not in whole:
+            # The group's name, not its place in a list, decides what it is drawn from.
+            key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(group.encode()))
+            tree = filled(tree, network.init(key))
+        typed = jax.tree.map(
+            lambda shape, leaf: leaf.astype(shape.dtype), abstract["params"][group], tree
+        )
+        params[group] = jax.device_put(typed, shardings["params"][group])
+        del tree, typed
+    make_optimizers = jax.jit(
+        functools.partial(init_optimizers, task.phases), out_shardings=shardings["opt"]
+    )
+    # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
+    averages = {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups}
+    return {
+        "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"]),
+        "params": params,
+        "opt": make_optimizers(params),
+        "ema": jax.device_put(averages, shardings["ema"]),
+    }

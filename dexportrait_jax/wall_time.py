@@ -1,0 +1,135 @@
+"""Where a run's time goes, and a word when it goes nowhere.
+
+The loop says what it is doing; what is left is steps. `goodput` is their share of the time since the process started:
+compiling, waiting for data, saving and evaluating are what a pod is paid for without learning anything.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import faulthandler
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+STEPS = "steps"
+
+
+class WallTime:
+    """The time of one process, by what it was spent on.
+
+    Everything until the first `spent` or `ready` is "start". On an accelerator the host runs ahead of the device, so
+    that some of its waiting for data costs nothing; all of it is counted, and the goodput is a lower bound.
+    """
+
+    def __init__(self, started: float | None = None):
+        self._last = time.monotonic() if started is None else started
+        self._began = self._last
+        self._all: collections.Counter[str] = collections.Counter()
+        self._window: collections.Counter[str] = collections.Counter()
+        self.doing = "start"
+        self.since = self._last
+
+    def ready(self) -> None:
+        """The first step is done: from now on what is nothing else is steps."""
+        self._turn_to(STEPS)
+
+    @contextlib.contextmanager
+    def spent(self, on: str) -> Iterator[None]:
+        """What happens inside is charged to `on`; the time before to what was done before."""
+        before = self.doing
+        self._turn_to(on)
+        try:
+            yield
+        finally:
+            self._turn_to(before)
+
+    def row(self, steps: int, pictures: int) -> dict[str, float]:
+        """Figures since the last row, and the goodput since the start, for the record of metrics.
+
+        Args:
+          steps: steps finished since the last row.
+          pictures: target pictures in each of them, over all processes.
+        """
+        self._turn_to(self.doing)
+        window, self._window = self._window, collections.Counter()
+        seconds = sum(window.values())
+        row = {f"time/{name}_seconds": value for name, value in window.items() if name != STEPS}
+        row["time/goodput"] = self._all[STEPS] / max(sum(self._all.values()), 1e-9)
+        if steps and window[STEPS]:
+            row["time/step_seconds"] = window[STEPS] / steps
+            row["time/pictures_per_second"] = steps * pictures / seconds
+        return row
+
+    def summary(self) -> str:
+        """The whole run in a line."""
+        self._turn_to(self.doing)
+        total = max(sum(self._all.values()), 1e-9)
+        parts = [f"{name} {value / total:.0%}" for name, value in self._all.most_common()]
+        return f"{total:.0f} s: {', '.join(parts)}"
+
+    def _turn_to(self, doing: str) -> None:
+        now = time.monotonic()
+        self._all[self.doing] += now - self._last
+        self._window[self.doing] += now - self._last
+        if doing != self.doing:
+            self.since = now
+        self._last, self.doing = now, doing
+
+
+class Watch:
+    """Reports when the loop has stayed in one place for too long: what it was doing, and every thread's stack.
+
+    A hung collective, a disk that does not answer or a loader without data look alike from outside; the stacks tell
+    them apart. The run is not ended: the launcher, or whoever reads the report, decides.
+
+    Args:
+      wall: what the loop is doing.
+      seconds: how long one thing may take; 0: there is no watch.
+      folder: where `stacks.txt` is appended to.
+      every: how often is looked.
+    """
+
+    def __init__(self, wall: WallTime, seconds: float, folder: Path, every: float = 5.0):
+        self.wall, self.seconds = wall, seconds
+        self.file = Path(folder) / "stacks.txt"
+        self._every = min(every, seconds / 4) if seconds else every
+        self._steps = 0
+        self._moved = time.monotonic()
+        self._told = -1
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        if seconds:
+            self._thread.start()
+
+    def moved(self) -> None:
+        """A step was finished."""
+        self._steps += 1
+        self._moved = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(self._every):
+            waited = time.monotonic() - max(self._moved, self.wall.since)
+            if waited > self.seconds and self._told != self._steps:
+                self._told = self._steps
+                self._report(waited)
+
+    def _report(self, waited: float) -> None:
+        doing = {STEPS: "a step"}.get(self.wall.doing, self.wall.doing)
+        line = (
+            f"warning: no progress for {waited:.0f} s, after {self._steps} steps of this process; it is at: {doing}; "
+            f"the stacks of all threads are in {self.file}"
+        )
+        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError), self.file.open("a") as file:
+            print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=file, flush=True)
+            faulthandler.dump_traceback(file=file, all_threads=True)
