@@ -9,7 +9,6 @@ clips of the dataset's shards.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import threading
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from data_pipelines.augment import default_augment
 from dexportrait_jax.errors import UserError
 
 DESCRIPTION, FORMAT = "latents.json", "dexportrait-latents-1"
-_ENDS = 1 << 16  # bytes
 BORDER = default_augment()["similarity"]["border"]  # of the pictures that are encoded
 
 
@@ -35,7 +33,7 @@ class Description:
     Attributes:
         data: path of the dataset when it was encoded; only told, because datasets move.
         split: the split of it.
-        shards: its shards, name -> `shard_fingerprints`: another or changed dataset has others.
+        shards: its shards, `ClipDataset.fingerprint`: another or changed dataset has others.
         clips, frames: how many there are.
         crop: constants of the dataset's crop, to be read by people.
         image_size: side of the pictures in pixels.
@@ -102,23 +100,6 @@ def read_description(directory: str | Path) -> Description:
 def shard_name(number: int, count: int) -> str:
     """Unlike a dataset's, so that latents are not taken for one."""
     return f"latents-{number:05d}-of-{count:05d}"
-
-
-def shard_fingerprints(clips: dataset.ClipDataset) -> dict[str, str]:
-    """name -> sha256 of the size, the beginning and the end of a split's shards.
-
-    Not of the whole, which would take as long as reading a terabyte. A shard that is written anew from other
-    pictures begins with another record, and ends with other places of its records.
-    """
-    found = {}
-    for path in clips.paths:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            digest = hashlib.sha256(f"{size} ".encode() + stream.read(_ENDS))
-            stream.seek(max(0, size - _ENDS))
-            digest.update(stream.read(_ENDS))
-        found[path.name] = digest.hexdigest()
-    return found
 
 
 class Latents:
@@ -213,7 +194,7 @@ class Latents:
                 f"{self.directory} holds latents of split '{made.split}', but split '{clips.split}' is trained on; "
                 f"encode it with --split={clips.split} to another --out"
             )
-        if shard_fingerprints(clips) != made.shards or int(clips.frames.sum()) != made.frames:
+        if clips.fingerprint() != made.shards or int(clips.frames.sum()) != made.frames:
             raise UserError(
                 f"{self.directory} holds latents of another dataset than {clips.directory}, or of it before it was "
                 f"changed ({made.clips} clips, {made.frames} frames of {made.data}; here {len(clips)} clips, "

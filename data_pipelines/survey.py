@@ -27,11 +27,13 @@ class Survey:
     Attributes:
         warnings: one line each.
         evaluable: whether there is something held out to evaluate while training.
+        fingerprint: of what is trained on; other data have another.
         notes: what is worth knowing and nothing to worry about, one line each.
     """
 
     warnings: tuple[str, ...]
     evaluable: bool
+    fingerprint: dict[str, str]
     notes: tuple[str, ...] = ()
 
 
@@ -65,12 +67,12 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
                 f"; there is no split '{held_out}', so nothing is evaluated while training "
                 "(prepare --holdout=time holds out the end of every clip)"
             )
-            return Survey(tuple(warnings), evaluable=False, notes=tuple(notes))
+            return Survey(tuple(warnings), False, examples.clips.fingerprint(), tuple(notes))
     if held_out:
         evaluated = Examples(config, split=held_out)
         _check_readable(evaluated)
         warnings += _too_short(evaluated)
-    return Survey(tuple(warnings), evaluable=bool(held_out), notes=tuple(notes))
+    return Survey(tuple(warnings), bool(held_out), examples.clips.fingerprint(), tuple(notes))
 
 
 def _check_readable(examples: Examples) -> None:

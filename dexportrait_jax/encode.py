@@ -84,7 +84,7 @@ def run_encode(
     description = latents.Description(
         data=str(clips.directory),
         split=split,
-        shards=latents.shard_fingerprints(clips),
+        shards=clips.fingerprint(),
         clips=len(clips),
         frames=int(clips.frames.sum()),
         crop=_crop(clips),

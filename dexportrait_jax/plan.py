@@ -25,6 +25,7 @@ import ml_collections
 
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
+from dexportrait_jax.code_version import code_sha256
 from dexportrait_jax.compiled_program import Program, read_program
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
@@ -233,11 +234,8 @@ class _told:
 
 def _cache_file(config, topology: str, slices: int, effort: str) -> Path:
     """Named by everything that the plan depends on: config, topology, code and versions."""
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        code.update(file.read_bytes())
     versions = [_version(package) for package in ("jax", "jaxlib", "libtpu", "flax", "optax")]
-    asked = [config.to_json(), topology, slices, effort, code.hexdigest(), versions]
+    asked = [config.to_json(), topology, slices, effort, code_sha256(), versions]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "dexportrait" / "plans" / f"{name}.json"

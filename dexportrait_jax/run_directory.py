@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import numpy as np
 
 import dexportrait_jax
 from data_pipelines.files import write_json
-from dexportrait_jax import checkpoint, distributed, metrics
+from dexportrait_jax import checkpoint, code_version, distributed, metrics
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
 # are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
 # it again).
@@ -101,15 +103,24 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def write_description(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes config.json and environment.json, in the main process."""
+def write_description(
+    workdir: Path, config: ml_collections.ConfigDict, data: dict[str, str]
+) -> None:
+    """Writes config.json, environment.json and data.json, in the main process.
+
+    `data` is the fingerprint of what is trained on; a run that goes on with other data says so.
+    """
     if not distributed.is_main():
         return
     write_json(workdir / CONFIG_FILE, configs.to_json(config))
+    _tell_other_data(workdir / DATA_FILE, data)
+    write_json(workdir / DATA_FILE, data)
     write_json(
         workdir / "environment.json",
         {
             "dexportrait_jax": dexportrait_jax.__version__,
+            "commit": code_version.commit(),
+            "code_sha256": code_version.code_sha256(),
             "jax": jax.__version__,
             "numpy": np.__version__,
             "devices": len(jax.devices()),
@@ -118,6 +129,20 @@ def write_description(workdir: Path, config: ml_collections.ConfigDict) -> None:
             "pid": os.getpid(),
         },
     )
+
+
+def _tell_other_data(file: Path, data: dict[str, str]) -> None:
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):  # a run that has just begun, or of an older version
+        return
+    if before != data:
+        changed = sorted(name for name in {*before, *data} if before.get(name) != data.get(name))
+        print(
+            f"warning: the data are not those that this run began with ({len(changed)} shards differ, {changed[0]} "
+            "first); its batches will not be those of the uninterrupted run",
+            file=sys.stderr,
+        )
 
 
 def _changes_optimizer_state(key: str, old: Any, new: Any) -> bool:

@@ -100,7 +100,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         if state is None:
             state = first_state(task, config, shardings)
         constants = jax.device_put(task.constants(), sharding.replicated(mesh))
-        run_directory.write_description(workdir, config)
+        run_directory.write_description(workdir, config, found.fingerprint)
 
         # The loop.
         writer = MetricWriter(workdir, done, write=distributed.is_main())

@@ -271,6 +271,10 @@ class RenderedClips:
     def background_motion(self, number: int) -> None:
         """None: it would have to be drawn to be known."""
 
+    def fingerprint(self) -> dict[str, str]:
+        """The plan by which everything is drawn."""
+        return {"rendered": repr(self.plan)}
+
     def views(self) -> dict[int, list[int]]:
         """clip number -> the other cameras' clips of the same session."""
         cameras = self.plan.cameras

@@ -30,7 +30,7 @@ def make(directory, out, *, flips=True, dtype="float32", encoder=encode, clips=N
     description = latents.Description(
         data=str(directory),
         split="train",
-        shards=latents.shard_fingerprints(clips),
+        shards=clips.fingerprint(),
         clips=len(clips),
         frames=int(clips.frames.sum()),
         crop=None,
