@@ -48,9 +48,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if head:
                 current = computations.setdefault(head[2], {})
                 entry = head[2] if head[1] else entry
-        elif (
-            line.rstrip() == "}"
-        ):  # attributes of kernels go over several lines, some of which begin so
+        elif line.rstrip() == "}":
+            # Attributes of kernels go over several lines, some of which begin so, and go on.
             current = None
         else:
             found = _LINE.match(line)
@@ -121,8 +120,6 @@ def loop_length(
     condition = computations[called(loop, "condition")]
     body = computations[called(loop, "body")]
     test = next(one for one in condition.values() if one.root)
-    if test.kind == "fusion":
-        return None
     if test.kind != "compare" or "direction=LT" not in test.rest:
         return None
     counter, end = (condition.get(name) for name in test.operands)

@@ -10,6 +10,7 @@ Nothing is run.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,10 +24,12 @@ from typing import Any
 import jax
 import ml_collections
 
+from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.code_version import code_sha256
 from dexportrait_jax.compiled_program import Program, read_program
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.programs import build
@@ -52,18 +55,18 @@ def run_plan(
     settings = configs.load_config(config, overrides)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
     kept = _cache_file(settings, topology, slices, effort)
-    if kept.exists() and not again:
-        found = json.loads(kept.read_text())
+    found = None if again else _planned_before(kept)
+    if found:
         print(f"{name}: planned before, from {kept} (--again compiles once more)")
     else:
         found = plan(settings, topology, slices, effort, name)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
-        temporary.replace(kept)
-    print(in_words(found))
+    print(in_words(found), flush=True)
     if json_file:
-        Path(json_file).write_text(json.dumps(found, indent=2) + "\n")
+        write_json(Path(json_file), found)
+    # Last, and not worth failing for: what took minutes has been said by now.
+    with contextlib.suppress(OSError, UserError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
 
 
 def plan(
@@ -230,6 +233,13 @@ class _told:
     def _tell(self):
         while not self.done.wait(self.every):
             print(f"{self.label}: compiling, {time.monotonic() - self.started:.0f} s", flush=True)
+
+
+def _planned_before(kept: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _cache_file(config, topology: str, slices: int, effort: str) -> Path:
