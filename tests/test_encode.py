@@ -100,7 +100,9 @@ def first_batch(config):
     return batch
 
 
-@pytest.mark.parametrize("stage", ["animator_image", "animator_video"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("animator_image", marks=pytest.mark.slow), "animator_video"]
+)
 def test_a_step_from_latents_is_the_step_that_encodes(places, stage):
     """Loss and gradients, with samples of the posterior; to what another order of float32 sums may change."""
     results = []

@@ -137,6 +137,7 @@ def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypa
         assert "discriminator/loss" not in row
 
 
+@pytest.mark.slow
 def test_pretraining_trains_the_encoders_alone(places):
     config = micro("motion", *places, pretraining__steps=2)
     task = make_task(config)
@@ -202,6 +203,7 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
         np.testing.assert_allclose(many_metrics[name], value, rtol=5e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_frozen_groups_do_not_change_and_have_no_optimizer_state(places, tmp_path, one_device):
     config = micro("animator_video", *places, num_steps=2)
     task = make_task(config)

@@ -352,6 +352,7 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys):
     """The denoiser with every branch, its reference dropped, says what diffusers says."""
     changes = {

@@ -83,7 +83,7 @@ def differ(one, other):
     return np.abs(one - other).max(axis=(1, 2, 3)) > 1e-3
 
 
-@pytest.mark.parametrize("injector", ["in_block", "xnemo"])
+@pytest.mark.parametrize("injector", ["in_block", pytest.param("xnemo", marks=pytest.mark.slow)])
 def test_plain_unet_at_initialisation_when_the_reference_is_dropped(world, injector):
     # Equal widths: the parameters then have few different shapes, each of which costs a compilation.
     sizes = SIZES | {"block_channels": (16, 16)}

@@ -73,6 +73,7 @@ def test_published_shapes(backend):
     assert (logits.shape, logits.dtype) == ((2,), jnp.float32)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     """The tiny networks are the same code: only numbers in the constructors differ."""
     random = np.random.default_rng(0)
