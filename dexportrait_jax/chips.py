@@ -2,6 +2,7 @@
 
 Figures are Google's, per chip, from https://docs.cloud.google.com/tpu/docs/, the page of each kind (v4, v5e, v5p, v6e,
 tpu7x), read on 2026-11-24. The memory that programs may use is what libtpu 0.0.42.1 says when they ask for more.
+Not seen there and to be checked: what v4's links carry, and the network between slices of v6e and tpu7x.
 """
 
 from __future__ import annotations
