@@ -87,7 +87,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     given = parser.parse_args(arguments)
-    shutil.rmtree(given.out, ignore_errors=True)
+    if (given.out / "killed").exists():
+        parser.error(f"{given.out} holds such a run already; give another --out")
     data = fixtures.make_dataset(given.out / "data", clips=5, frames=12, size=64)
     reference = given.out / "reference"
     left_alone(command(reference, data, given.steps), given.out)
@@ -139,7 +140,6 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
         kill = kills[len(lives)] if len(lives) < len(kills) else None
         life = Life(kill)
         log = out / f"life_{len(lives):02}.log"
-        before = _recorded(workdir)
         began, started = time.time(), time.monotonic()
         process = _start(job, log, out)
         if kill:
@@ -155,11 +155,9 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
             life.seconds_to_end = time.monotonic() - sent
             _bury(process)
         said = log.read_text()
-        found = re.search(r"going on from step (\d+)", said)
-        life.went_on_from = int(found[1]) if found else 0
-        ready = "ready to train" in said
-        life.done_again = max(before - life.went_on_from, 0) if ready else 0
-        if ready and life.went_on_from not in (whole[-1:] or [0]):
+        life.went_on_from = _said(r"going on from step (\d+)", said)
+        life.done_again = _said(r"; (\d+) recorded steps are done again", said)
+        if "ready to train" in said and life.went_on_from not in (whole[-1:] or [0]):
             raise RuntimeError(f"{log} goes on from {life.went_on_from}, the newest whole: {whole}")
         lives.append(life)
         print(json.dumps(_row(life)), file=sys.stderr, flush=True)
@@ -307,9 +305,9 @@ def _damage(kind: str, checkpoints: Path, rng: np.random.Generator) -> None:
     (newest / TORN).touch()
 
 
-def _recorded(workdir: Path) -> int:
-    rows = workdir / "metrics.jsonl"
-    return max((row["step"] for row in read_rows(rows)), default=0) if rows.exists() else 0
+def _said(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    return int(found[1]) if found else 0
 
 
 def _steps(job: Sequence[str]) -> str:
