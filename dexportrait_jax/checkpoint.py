@@ -2,12 +2,14 @@
 
 `WORKDIR/checkpoints/STEP` is written by Orbax under a temporary name and renamed when it is whole. A newest
 checkpoint that cannot be read is set aside (never deleted) and the one before it is taken, with a word about
-it; when none can be read that is an error, because starting from scratch in silence would bury a run.
+it; when none can be read that is an error, because starting from scratch in silence would bury a run. Each says which
+version wrote it: one that is whole but holds another State than this code is an error that names the version.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,25 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+import dexportrait_jax
 from data_pipelines.files import writing_to
-from dexportrait_jax import distributed
+from dexportrait_jax import code_version, distributed, sharding
 from dexportrait_jax.errors import UserError
 
 FOLDER = "checkpoints"
+# Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are alike.
+SCHEMA = 1
 
 
 def orbax_lines_off() -> None:
-    """Orbax logs every save through absl at INFO and WARNING; a run prints its own lines."""
-    from absl import logging
+    """Orbax logs every save through absl at INFO and WARNING; a run prints its own lines.
 
-    logging.set_verbosity(logging.ERROR)
+    Of a damaged checkpoint one error is raised, and a traceback for every other array is left to asyncio's log.
+    """
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
@@ -57,8 +66,15 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
+        writer = {
+            "schema": SCHEMA,
+            "dexportrait_jax": dexportrait_jax.__version__,
+            "code_sha256": code_version.code_sha256(),
+        }
         with writing_to(self.directory):
-            self._pending = self._checkpointer.save_async(step, state, force=True)
+            self._pending = self._checkpointer.save_async(
+                step, state, force=True, custom_metadata=writer
+            )
 
     def wait(self) -> None:
         """Blocks until the running save is on disk; raises if it failed."""
@@ -72,21 +88,50 @@ class Checkpoints:
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
+
+        Raises:
+          UserError: there are checkpoints and none can be read, or another version wrote what this one cannot read.
         """
-        steps = self.steps()
         failures = []
-        for step in reversed(steps):
+        for step in reversed(self.steps()):
+            state, failure = None, ""
             try:
-                return step, self._checkpointer.load(step, abstract_state)
+                state = self._load(step, abstract_state)
+            except UserError:
+                raise
             except Exception as error:  # Orbax raises many kinds; none is passed over in silence.
-                failures.append((step, error))
-                print(f"checkpoint {step} cannot be read: {_first_line(error)}", file=sys.stderr)
+                failure = _first_line(error)
+            # Each process reads its own part, and one may be torn alone: all take this step, or none.
+            if distributed.everywhere(not failure):
+                return step, state
+            del state
+            failures.append(failure or "another process cannot read its part")
+            print(f"checkpoint {step} cannot be read: {failures[-1]}", file=sys.stderr)
         if failures:
             raise UserError(
-                f"none of the checkpoints in {self.directory} can be read (newest: "
-                f"{_first_line(failures[0][1])}); restore them from a copy, or train in a new --workdir"
+                f"none of the checkpoints in {self.directory} can be read (newest: {failures[0]}); "
+                "restore them from a copy, or train in a new --workdir"
             )
         return None
+
+    def _load(self, step: int, abstract_state: Any) -> Any:
+        place = self.directory / str(step)
+        metadata = self._checkpointer.metadata(step)
+        _check_schema(place, metadata.custom_metadata)
+        # Where Orbax cannot read the tree it gives None; loading will say why.
+        differences = metadata.metadata and _differences(metadata.metadata, abstract_state)
+        if differences:
+            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+            raise UserError(
+                f"{place} was written by {_writer(metadata.custom_metadata)} and holds another State than this "
+                f"version's: {differences[0]}{more}; go on with that version, or train in a new --workdir"
+            )
+        # By itself Orbax lets the processes wait for each other after a load, for ever if one of them failed.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        with ocp.Context(multiprocessing_options=alone):
+            return ocp.load(place, abstract_state, checkpointable_name="state")
 
     def set_aside_after(self, step: int) -> None:
         """Renames checkpoints newer than the one that was restored, so that they can be written anew.
@@ -129,8 +174,11 @@ def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
     with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         for checkpoint in sorted(checkpointer.checkpoints, key=lambda item: -item.step):
             try:
-                metadata = checkpointer.metadata(checkpoint.step).metadata
-                wanted = {name: _on_one_device(metadata[name]) for name in ("params", "ema")}
+                saved = checkpointer.metadata(checkpoint.step)
+                _check_schema(workdir / FOLDER / str(checkpoint.step), saved.custom_metadata)
+                if saved.metadata is None:
+                    raise ValueError("its arrays are damaged")
+                wanted = {name: _on_one_device(saved.metadata[name]) for name in ("params", "ema")}
                 context = ocp.Context()
                 context.pytree_options.loading.partial_load = True
                 with context:
@@ -142,12 +190,50 @@ def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
                 tree = jax.device_get(tree)
                 groups = {**tree["params"], **tree["ema"]}
                 return json.loads(config_file.read_text()), checkpoint.step, groups
+            except UserError:
+                raise
             except Exception as error:
                 print(
                     f"checkpoint {checkpoint.step} cannot be read: {_first_line(error)}",
                     file=sys.stderr,
                 )
     raise UserError(f"none of the checkpoints in {workdir / FOLDER} can be read")
+
+
+def _check_schema(place: Path, writer: dict[str, Any] | None) -> None:
+    """UserError where a later version wrote what may mean something else than here."""
+    schema = (writer or {}).get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise UserError(
+            f"{place} was written by {_writer(writer)} under schema {schema}, this is {dexportrait_jax.__version__} "
+            f"with schema {SCHEMA}; read it with that version"
+        )
+
+
+def _writer(writer: dict[str, Any] | None) -> str:
+    if not writer or "dexportrait_jax" not in writer:
+        return "a version before checkpoints said which"
+    code = str(writer.get("code_sha256", ""))[:12]
+    return f"dexportrait_jax {writer['dexportrait_jax']} (code {code})"
+
+
+def _differences(saved: Any, wanted: Any) -> list[str]:
+    """What two trees of shapes do not have in common, a line each."""
+    shapes = [
+        {
+            sharding.path_name(path): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        for tree in (saved, wanted)
+    ]
+    held, asked = shapes
+    lines = [f"it has no {name}" for name in sorted(asked.keys() - held.keys())]
+    lines += [f"it has {name}" for name in sorted(held.keys() - asked.keys())]
+    return lines + [
+        f"its {name} has shape {held[name]}, not {asked[name]}"
+        for name in sorted(held.keys() & asked.keys())
+        if held[name] != asked[name]
+    ]
 
 
 def _on_one_device(metadata: Any) -> Any:

@@ -58,6 +58,13 @@ def agree(save: bool, stop: bool) -> tuple[bool, bool]:
     return bool(asked[0, 0]), bool(asked[:, 1].any())
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds in every process; all must ask."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.array(holds, np.int32)).all())
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:

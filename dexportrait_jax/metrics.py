@@ -27,16 +27,21 @@ class MetricWriter:
       workdir: the run's directory.
       resume_step: steps already done; rows of later steps are dropped.
       write: False in all processes but one: they fetch the same rows and write nothing.
+
+    `dropped` says how many rows were taken away.
     """
 
     def __init__(self, workdir: Path, resume_step: int, write: bool = True):
         self.path = Path(workdir) / FILE
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._file = None
+        self.dropped = 0
         if not write:
             return
         if self.path.exists():
-            kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+            recorded = read_rows(self.path)
+            kept = [row for row in recorded if row["step"] <= resume_step]
+            self.dropped = len(recorded) - len(kept)
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             temporary.replace(self.path)

@@ -106,12 +106,16 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree of shardings like `tree` (arrays or shapes)."""
 
     def place(path, leaf):
-        names = "/".join(
-            str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-        )
-        return NamedSharding(mesh, parameter_spec(names, tuple(leaf.shape), mesh))
+        return NamedSharding(mesh, parameter_spec(path_name(path), tuple(leaf.shape), mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's place in a tree, "a/b/kernel", alike for dicts, named tuples and sequences."""
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

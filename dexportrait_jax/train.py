@@ -104,6 +104,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # The loop.
         writer = MetricWriter(workdir, done, write=distributed.is_main())
+        if writer.dropped:
+            say(
+                f"warning: {workdir}: no checkpoint holds what was done after step {done}; {writer.dropped} recorded "
+                "steps are done again",
+                file=sys.stderr,
+            )
         watch = Watch(wall, 60 * config.report.stuck_minutes, workdir)
         spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
         pictures = config.data.batch_size * (

@@ -16,9 +16,14 @@ import subprocess
 import sys
 import time
 
+RESUME_ME = 75  # of a process that was asked to end and has saved
+
 
 def main() -> int:
-    """Starts the processes, waits for all, ends the others when one fails; the first bad code is ours."""
+    """Starts the processes, waits for all, ends the others when one fails; the first bad code is ours.
+
+    As in a shell, 128 and the signal's number say that a process was killed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--processes", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument(
@@ -54,13 +59,14 @@ def main() -> int:
         if failed or all(code == 0 for code in codes):
             break
         time.sleep(0.2)
-    deadline = time.monotonic() + 60  # the others may be saving
+    # After SIGTERM all save together and end one by one; those that lost one in any other way wait for it in vain.
+    deadline = time.monotonic() + (60 if failed[:1] in ([], [RESUME_ME]) else 10)
     for process in processes:
         try:
             process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-    return failed[0] if failed else 0
+    return next((code if code > 0 else 128 - code for code in failed), 0)
 
 
 def _free_port() -> int:

@@ -6,7 +6,8 @@
 #     --config.data.batch_size=32 --config.mesh.fsdp=16
 # Paths are mounted ones (a disk, or a bucket through its driver), not gs://. Mesh data x fsdp must divide the sources
 # of a batch: 28 in motion.py:full, 12 in animator_image.py:full, 8 in animator_video.py:full, whose 24 frames mesh
-# context can share.
+# context can share. A slice that was preempted, or ended with code 75 (stopped and saved), is started again up to
+# RESTARTS times.
 set -euo pipefail
 name="$1"
 shift

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -397,6 +398,37 @@ def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
     )
     with pytest.raises(UserError, match="phase 'autoencoder' gave non-finite"):
         train(config, tmp_path)
+
+
+def test_a_starving_loader_is_reported_with_all_stacks(
+    places, tmp_path, monkeypatch, one_device, capsys
+):
+    config = micro("autoencoder", *places, num_steps=3, report__stuck_minutes=0.5 / 60)
+    make = loading.make_loader
+
+    def hungry(data, **options):
+        inner = make(data, **options)
+
+        class Hungry:
+            step = 0
+
+            def __next__(self):
+                self.step += 1
+                if self.step == 3:
+                    time.sleep(1.5)  # until then the watch has spoken
+                return next(inner)
+
+            def close(self):
+                inner.close()
+
+        return Hungry()
+
+    monkeypatch.setattr(loading, "make_loader", hungry)
+    train(config, tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "after 2 steps" in line]
+    assert len(said) == 1 and "it is at: data" in said[0] and "stacks.txt" in said[0]
+    stacks = (tmp_path / "stacks.txt").read_text().split("after 2 steps")[1]
+    assert "in __next__" in stacks and "Thread" in stacks
 
 
 def test_two_processes_cannot_train_in_one_directory(places, tmp_path):

@@ -1,0 +1,333 @@
+"""Two processes train as one and are killed again and again; the weights must be those of the run left alone.
+
+    python -m tests.benchmarks soak --out=/tmp/soak [--kills=20] [--steps=150] [--seed=0]
+
+Each life of the run ends by SIGKILL at a random moment: while it starts, between steps, or once the files of a save
+appear. It takes both processes and their launcher, or one process alone. Afterwards the newest checkpoint is sometimes
+damaged or deleted. Then the same command is started again, until the run is at its end. Compared are the whole State
+(weights, averages, optimizer) and the record of every step, bit for bit. Programs are compiled once and kept, so that
+a start takes seconds. Everything is written below --out, the output of each life too.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import psutil
+from ml_collections import ConfigDict
+
+from dexportrait_jax import checkpoint, programs, sharding
+from dexportrait_jax import config as configs
+from dexportrait_jax.metrics import read_rows
+from dexportrait_jax.tasks import make_task
+from launch.local_processes import RESUME_ME
+from tests import fixtures
+
+PROCESSES = 2
+TORN = "torn_here"  # a file in a checkpoint that was damaged, for this benchmark to know it by
+# How long each lasts, as a share of the time that a start takes on a machine like this one.
+MOMENTS = {"start": 1.0, "steps": 0.25, "save": 0.03}
+VICTIMS = ("all", "process 0", "process 1")
+DAMAGES = ("none", "torn", "deleted")
+SETTINGS = (
+    "data.batch_size=4",
+    "data.targets=1",
+    "data.image_size=32",
+    # Wide enough that a part of the weights is shared out over the processes.
+    "model.autoencoder.block_channels=(8,16,48)",
+    "mesh.data=1",
+    f"mesh.fsdp={PROCESSES}",
+    "log_every=1",
+    "checkpoint.every_steps=3",
+    "evaluate.at_end=False",
+)
+
+
+class Kill(NamedTuple):
+    """How a life ends. `moment` is one of MOMENTS, `victim` of VICTIMS, `damage` of DAMAGES.
+
+    `part` in [0, 1) says how far into the moment; `sent` is the signal.
+    """
+
+    moment: str
+    victim: str = "all"
+    damage: str = "none"
+    part: float = 0.5
+    sent: signal.Signals = signal.SIGKILL
+
+
+@dataclasses.dataclass
+class Life:
+    """What was seen of one start until its end."""
+
+    kill: Kill | None
+    code: int = 0  # of the launcher
+    seconds_to_end: float = 0.0  # from the signal until nothing of it was left
+    in_save: bool = False  # a save was under way when the signal came
+    went_on_from: int = 0
+    done_again: int = 0  # recorded steps of the lives before that no checkpoint held
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tests.benchmarks soak")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    given = parser.parse_args(arguments)
+    if (given.out / "killed").exists():
+        parser.error(f"{given.out} holds such a run already; give another --out")
+    data = fixtures.make_dataset(given.out / "data", clips=5, frames=12, size=64)
+    reference = given.out / "reference"
+    left_alone(command(reference, data, given.steps), given.out)
+    kills = draw(given.kills, np.random.default_rng(given.seed))
+    lives = killed(command(given.out / "killed", data, given.steps), given.out, kills)
+    differences = compare(reference, given.out / "killed")
+    print(json.dumps(summary(lives) | {"steps": given.steps, "different": differences}), flush=True)
+    if differences or len(lives) <= given.kills:
+        raise SystemExit(1)
+
+
+def command(workdir: Path, data: Path, steps: int, *more: str) -> list[str]:
+    """The command line of the run; `more` are further settings."""
+    settings = (*SETTINGS, f"data.path={data}", f"num_steps={steps}", *more)
+    job = ("train", "--config=configs/autoencoder.py:tiny", f"--workdir={workdir}")
+    launcher = ("-m", "launch.local_processes", f"--processes={PROCESSES}", "--")
+    return [sys.executable, *launcher, *job, *(f"--config.{setting}" for setting in settings)]
+
+
+def draw(number: int, rng: np.random.Generator) -> list[Kill]:
+    """Kills at random moments; half of them wait for a save."""
+    return [
+        Kill(
+            str(rng.choice(list(MOMENTS), p=(0.15, 0.35, 0.5))),
+            str(rng.choice(VICTIMS, p=(0.5, 0.25, 0.25))),
+            str(rng.choice(DAMAGES, p=(0.7, 0.15, 0.15))),
+            float(rng.random()),
+        )
+        for _ in range(number)
+    ]
+
+
+def left_alone(job: Sequence[str], out: Path) -> None:
+    """Runs a job to its end; its failure is ours."""
+    log = out / "left_alone.log"
+    process = _start(job, log, out)
+    if process.wait():
+        raise RuntimeError(f"the run failed with code {process.returncode}:\n{log.read_text()}")
+
+
+def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
+    """Starts the job again after each of its ends until it comes to its own; one Life a start."""
+    workdir = Path(next(word for word in job if word.startswith("--workdir=")).split("=", 1)[1])
+    checkpoints = workdir / checkpoint.FOLDER
+    lives: list[Life] = []
+    start_seconds = 20.0  # until it is measured; other times are taken as shares of it
+    whole = _whole(checkpoints)
+    while True:
+        kill = kills[len(lives)] if len(lives) < len(kills) else None
+        life = Life(kill)
+        log = out / f"life_{len(lives):02}.log"
+        began, started = time.time(), time.monotonic()
+        process = _start(job, log, out)
+        if kill:
+            _wait_for(kill.moment, process, checkpoints, log, began)
+            if kill.moment != "start":
+                start_seconds = time.monotonic() - started
+            _wait(process, kill.part * MOMENTS[kill.moment] * start_seconds)
+            life.in_save = bool(_unfinished(checkpoints, began))
+            by_itself, sent = process.poll(), time.monotonic()
+            _send(kill, process)
+        life.code = process.wait()
+        if kill:
+            life.seconds_to_end = time.monotonic() - sent
+            _bury(process)
+        said = log.read_text()
+        life.went_on_from = _said(r"going on from step (\d+)", said)
+        life.done_again = _said(r"; (\d+) recorded steps are done again", said)
+        if "ready to train" in said and life.went_on_from not in (whole[-1:] or [0]):
+            raise RuntimeError(f"{log} goes on from {life.went_on_from}, the newest whole: {whole}")
+        lives.append(life)
+        print(json.dumps(_row(life)), file=sys.stderr, flush=True)
+        if life.code == 0 and f"trained to step {_steps(job)}" in said:
+            return lives
+        if not kill or by_itself:
+            raise RuntimeError(f"life {len(lives)} ended by itself:\n{said[-3000:]}")
+        if kill.sent == signal.SIGTERM and life.code != RESUME_ME:
+            raise RuntimeError(f"asked to end, life {len(lives)} ended with code {life.code}")
+        _damage(kill.damage, checkpoints, np.random.default_rng(len(lives)))
+        whole = _whole(checkpoints)
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """Names of what is not bit-equal in two finished runs: leaves of the State, and the steps' records."""
+    states = [_final_state(workdir) for workdir in (one, other)]
+    names = states[0].keys() | states[1].keys()
+    different = [
+        name
+        for name in sorted(names)
+        if not np.array_equal(*(state.get(name, np.nan) for state in states))
+    ]
+    records = [
+        [
+            {key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in read_rows(workdir / "metrics.jsonl")
+        ]
+        for workdir in (one, other)
+    ]
+    return different + (["metrics.jsonl"] if records[0] != records[1] else [])
+
+
+def summary(lives: Sequence[Life]) -> dict[str, object]:
+    """What happened, in numbers."""
+    ended = [life for life in lives if life.kill]
+    return {
+        "kills": len(ended),
+        "during a save": sum(life.in_save for life in ended),
+        "before the first step": sum(life.kill.moment == "start" for life in ended),
+        "of one process alone": sum(life.kill.victim != "all" for life in ended),
+        "newest checkpoint damaged or deleted": sum(life.kill.damage != "none" for life in ended),
+        "steps done again": sum(life.done_again for life in lives),
+        "longest end, seconds": round(max(life.seconds_to_end for life in lives), 1),
+    }
+
+
+def _start(job: Sequence[str], log: Path, out: Path) -> subprocess.Popen:
+    """The launcher as leader of a session of its own, so that what is killed is ours."""
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(out / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            job,
+            env=os.environ | kept,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait_for(moment, process, checkpoints, log, began) -> None:
+    """Returns when the moment has come, or the job has ended."""
+    while process.poll() is None:
+        if (
+            moment == "start"
+            or (moment == "steps" and "ready to train" in log.read_text())
+            or (moment == "save" and _unfinished(checkpoints, began))
+        ):
+            return
+        time.sleep(0.02)
+
+
+def _wait(process: subprocess.Popen, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _send(kill: Kill, process: subprocess.Popen) -> None:
+    if process.poll() is not None:
+        return
+    if kill.sent != signal.SIGKILL:
+        process.send_signal(kill.sent)  # the launcher passes it on
+    elif kill.victim == "all":
+        os.killpg(process.pid, kill.sent)
+    else:
+        children = sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
+        for child in children[int(kill.victim[-1]) :][:1]:
+            child.send_signal(kill.sent)
+
+
+def _bury(process: subprocess.Popen) -> None:
+    """Waits until nothing of the session is left; what the kernel has not ended yet still holds locks."""
+    while any(
+        other.status() != psutil.STATUS_ZOMBIE
+        for other in _session(process.pid)
+        if other.is_running()
+    ):
+        time.sleep(0.05)
+
+
+def _session(leader: int) -> list[psutil.Process]:
+    found = []
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == leader:
+                found.append(psutil.Process(pid))
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def _unfinished(checkpoints: Path, began: float) -> list[Path]:
+    """Files of saves that this life has begun and not ended."""
+    found = []
+    for path in checkpoints.glob("*-tmp*"):
+        try:
+            if path.stat().st_ctime > began:
+                found.append(path)
+        except FileNotFoundError:  # it has just been renamed
+            continue
+    return found
+
+
+def _whole(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints that were not damaged, oldest first."""
+    found = [path for path in checkpoints.glob("*") if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if not (path / TORN).exists())
+
+
+def _damage(kind: str, checkpoints: Path, rng: np.random.Generator) -> None:
+    """Damages or deletes the newest whole checkpoint, where it is not the only one."""
+    whole = _whole(checkpoints)
+    if kind == "none" or len(whole) < 2:
+        return
+    newest = checkpoints / str(whole[-1])
+    if kind == "deleted":
+        shutil.rmtree(newest)
+        return
+    # What one process wrote: it may be that it alone reads it.
+    for part in (newest / "state" / f"ocdbt.process_{rng.integers(PROCESSES)}").glob("d/*"):
+        part.write_bytes(part.read_bytes()[:1000])
+    (newest / TORN).touch()
+
+
+def _said(pattern: str, log: str) -> int:
+    found = re.search(pattern, log)
+    return int(found[1]) if found else 0
+
+
+def _steps(job: Sequence[str]) -> str:
+    return next(word for word in job if word.startswith("--config.num_steps=")).split("=")[1]
+
+
+def _row(life: Life) -> dict[str, object]:
+    kill = life.kill._asdict() if life.kill else {}
+    return kill | {key: value for key, value in vars(life).items() if key != "kill"}
+
+
+def _final_state(workdir: Path) -> dict[str, np.ndarray]:
+    """The State of the newest checkpoint, on one device of this process, by the names of its leaves."""
+    config = configs.from_json(json.loads((workdir / "config.json").read_text()))
+    mesh = sharding.make_mesh(ConfigDict(dict.fromkeys(sharding.AXES, 1)), jax.devices()[:1])
+    abstract, _, _ = programs.build(make_task(config), config, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    step, state = checkpoints.restore(abstract)
+    checkpoints.close()
+    if step != config.num_steps:
+        raise RuntimeError(f"{workdir} ended at step {step} of {config.num_steps}")
+    leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]
+    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}

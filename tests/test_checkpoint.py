@@ -1,0 +1,241 @@
+"""Checkpoints alone, of a State of a few numbers: damage, a full disk, another mesh, parts, versions."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from dexportrait_jax import checkpoint
+from dexportrait_jax.checkpoint import Checkpoints
+from dexportrait_jax.errors import UserError
+from tests.test_bad_input import small_disk
+
+
+def mesh(**sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+
+
+def placed(tree, over, *axes):
+    """The tree on a mesh, its arrays spread over `axes` where they have as many."""
+
+    def put(leaf):
+        spec = PartitionSpec(*axes) if leaf.ndim == len(axes) else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(over, spec))
+
+    return jax.tree.map(put, tree)
+
+
+def state_of(step):
+    kernel = np.arange(4096, dtype=np.float32).reshape(64, 64) + step
+    params = {"encoder": {"kernel": kernel}, "decoder": {"bias": kernel[0]}}
+    return {
+        "step": np.int32(step),
+        "params": params,
+        "opt": {"adam": {"mu": kernel / 2}},
+        "ema": {"encoder": {"kernel": kernel - 1}},
+    }
+
+
+def shapes(tree):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def assert_equal(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A run with checkpoints of steps 2 and 4, spread over data=4, fsdp=2."""
+    workdir = tmp_path_factory.mktemp("checkpoints") / "run"
+    checkpoints = Checkpoints(workdir)
+    for step in (2, 4):
+        checkpoints.save(step, placed(state_of(step), mesh(data=4, fsdp=2), "fsdp", "data"))
+    checkpoints.close()
+    (workdir / "config.json").write_text(json.dumps({"stage": "motion"}))
+    return workdir
+
+
+@pytest.fixture
+def run(saved_run, tmp_path):
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+ABSTRACT = shapes(jax.tree.map(jnp.asarray, state_of(0)))
+
+
+def restored(workdir, abstract=ABSTRACT):
+    checkpoints = Checkpoints(workdir)
+    try:
+        found = checkpoints.restore(abstract)
+        if found:
+            checkpoints.set_aside_after(found[0])
+        return found
+    finally:
+        checkpoints.close()
+
+
+def cut(name, size):
+    """Cuts the files of a checkpoint whose name or place ends so."""
+
+    def damage(place):
+        found = [file for file in place.rglob(name) if file.is_file()]
+        assert found
+        for file in found:
+            file.write_bytes(file.read_bytes()[:size])
+
+    return damage
+
+
+def empty(place):
+    shutil.rmtree(place)
+    place.mkdir()
+
+
+DAMAGES = {
+    "arrays cut": cut("d/*", 100),
+    "arrays empty": cut("d/*", 0),
+    "tree cut": cut("_METADATA", 100),
+    "index cut": cut("manifest.ocdbt", 10),
+    "description cut": cut("_CHECKPOINT_METADATA", 20),
+    "description gone": lambda place: (place / "_CHECKPOINT_METADATA").unlink(),
+    "arrays gone": lambda place: shutil.rmtree(place / "state" / "d"),
+    "state gone": lambda place: shutil.rmtree(place / "state"),
+    "nothing left": empty,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_to_the_newest_costs_no_more_than_the_newest(run, damage, capsys):
+    damage(run / "checkpoints" / "4")
+    step, state = restored(run)
+    assert_equal(state, state_of(step))
+    said = capsys.readouterr().err
+    if step == 2:
+        assert "checkpoint 4 cannot be read: " in said
+        assert (run / "unreadable_checkpoint_4").is_dir()
+    else:
+        assert step == 4 and said == ""
+    # What was set aside is out of the way of the same step, saved anew.
+    checkpoints = Checkpoints(run)
+    checkpoints.save(4, placed(state_of(4), mesh(data=4, fsdp=2), "fsdp"))
+    checkpoints.close()
+    assert restored(run)[0] == 4
+
+
+def test_a_deleted_newest_leaves_the_one_before(run):
+    shutil.rmtree(run / "checkpoints" / "4")
+    step, state = restored(run)
+    assert step == 2
+    assert_equal(state, state_of(2))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_nothing_readable_is_an_error_for_all_who_ask(run, damage):
+    shutil.rmtree(run / "checkpoints" / "2")
+    damage(run / "checkpoints" / "4")
+    try:
+        assert restored(run)[0] == 4  # this damage does no harm
+    except UserError as error:
+        assert "none of the checkpoints in" in str(error) and "\n" not in str(error)
+        with pytest.raises(UserError, match="none of the checkpoints"):
+            checkpoint.load_groups(run)
+    assert (run / "checkpoints" / "4").is_dir()
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(run):
+    half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints" / "4", half)
+    assert restored(run)[0] == 4
+    assert not half.exists()
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path):
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    grown = state | {"opt": jax.device_put(np.random.default_rng(0).random((1024, 1024)))}
+    with small_disk(tmp_path / "disk", "size=2m") as disk:
+        checkpoints = Checkpoints(disk / "run")
+        checkpoints.save(2, state)
+        checkpoints.wait()
+        with pytest.raises(UserError, match="the disk is full; free some space"):
+            checkpoints.save(4, grown)
+            checkpoints.wait()
+        step, found = restored(disk / "run")
+        assert step == 2
+        assert_equal(found, state_of(2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [({"data": 8, "fsdp": 1}, ("data",)), ({"context": 2, "tensor": 4}, (None, "tensor"))],
+)
+def test_onto_another_mesh(saved_run, sizes, axes):
+    abstract = shapes(placed(state_of(0), mesh(**sizes), *axes))
+    step, state = restored(saved_run, abstract)
+    assert step == 4
+    assert_equal(state, state_of(4))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, state, abstract))
+
+
+def test_averages_and_single_groups_without_the_rest(run, capsys):
+    config, step, groups = checkpoint.load_groups(run)
+    wanted = state_of(4)
+    assert (config["stage"], step) == ("motion", 4)
+    assert_equal(
+        groups, {"encoder": wanted["ema"]["encoder"], "decoder": wanted["params"]["decoder"]}
+    )
+    cut("d/*", 100)(run / "checkpoints" / "4")
+    _, step, groups = checkpoint.load_groups(run)
+    assert step == 2 and "checkpoint 4 cannot be read" in capsys.readouterr().err
+    assert_equal(groups["encoder"], state_of(2)["ema"]["encoder"])
+
+
+def described(run, **changes):
+    """Changes what checkpoint 4 says of who wrote it."""
+    file = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    text = json.loads(file.read_text())
+    text["custom_metadata"] = text["custom_metadata"] | changes if changes else {}
+    file.write_text(json.dumps(text))
+
+
+def test_checkpoints_say_which_version_wrote_them(run):
+    with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
+        said = checkpointer.metadata(4).custom_metadata
+    assert said["schema"] == checkpoint.SCHEMA and said["dexportrait_jax"]
+    assert len(said["code_sha256"]) == 64
+    described(run)  # as before there was a schema
+    assert_equal(restored(run)[1], state_of(4))
+    assert checkpoint.load_groups(run)[1] == 4
+
+
+@pytest.mark.parametrize("read", [restored, checkpoint.load_groups])
+def test_another_schema_names_its_version(run, read):
+    described(run, schema=7, dexportrait_jax="9.8")
+    with pytest.raises(UserError, match=r"was written by dexportrait_jax 9\.8 .* schema 7") as said:
+        read(run)
+    assert "\n" not in str(said.value) and (run / "checkpoints" / "4").is_dir()
+
+
+def test_another_state_is_not_passed_over_for_an_older_checkpoint(run):
+    other = ABSTRACT | {"params": {"encoder": {"weight": ABSTRACT["params"]["encoder"]["kernel"]}}}
+    with pytest.raises(UserError, match=r"it has no params/encoder/weight \(and 2 more\)"):
+        restored(run, other)
+    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), ABSTRACT)
+    with pytest.raises(UserError, match=r"its .* has shape .* not .* \(and \d more\)"):
+        restored(run, wider)
+    described(run)
+    with pytest.raises(UserError, match="by a version before checkpoints said which"):
+        restored(run, other)
+    assert sorted(Path(run / "checkpoints").iterdir()) == [
+        run / "checkpoints" / "2",
+        run / "checkpoints" / "4",
+    ]
