@@ -35,6 +35,14 @@ def base(stage: str, variant: str) -> ConfigDict:
             "stuck_minutes": 60.0,
             # A loss so many typical deviations above its recent past is written to WORKDIR/spikes.txt. 0: none is.
             "spikes": 12.0,
+            # Event files for `tensorboard --logdir=WORKDIR`.
+            "tensorboard": True,
+            # Project of Weights & Biases to write to as well; wants `pip install wandb`. "": none.
+            "wandb": "",
+            # Peak of one device in TFLOP/s, for the MFU. 0: as known of TPUs; elsewhere there is none.
+            "peak_tflops": 0.0,
+            # `steps` steps that JAX's profiler traces into WORKDIR/tensorboard, `after` so many of this process.
+            "profile": {"after": 10, "steps": 0},
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})

@@ -52,6 +52,25 @@ CHIPS = {
 }
 
 
+# What JAX calls a device of each kind: seen on topologies of libtpu 0.0.42.1, and the longer names in JAX's own list.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOPs a second of one device, in bfloat16; None where the kind is not known."""
+    kind = DEVICE_KINDS.get(device_kind)
+    return CHIPS[kind].flops if kind else None
+
+
 def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     """The kind of chip that "v5e:4x4" names, and its devices, those of the first slice first.
 

@@ -8,11 +8,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from dexportrait_jax.metric_sinks import Sink
 
 FILE = "metrics.jsonl"
 
@@ -27,14 +29,18 @@ class MetricWriter:
       workdir: the run's directory.
       resume_step: steps already done; rows of later steps are dropped.
       write: False in all processes but one: they fetch the same rows and write nothing.
+      sinks: what gets the same rows too.
 
     `dropped` says how many rows were taken away.
     """
 
-    def __init__(self, workdir: Path, resume_step: int, write: bool = True):
+    def __init__(
+        self, workdir: Path, resume_step: int, write: bool = True, sinks: Sequence[Sink] = ()
+    ):
         self.path = Path(workdir) / FILE
         self._waiting: list[tuple[int, dict[str, Any]]] = []
         self._file = None
+        self._sinks = sinks
         self.dropped = 0
         if not write:
             return
@@ -71,9 +77,13 @@ class MetricWriter:
             clean = {k: (v if math.isfinite(v) else None) for k, v in rows[-1].items()}
             if self._file:
                 self._file.write(json.dumps(clean) + "\n")
+            for sink in self._sinks:
+                sink.row(step, values)
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
+        for sink in self._sinks:
+            sink.flush()
         return rows
 
     def close(self) -> None:
@@ -81,6 +91,8 @@ class MetricWriter:
         self.flush()
         if self._file:
             self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ import ml_collections
 
 from data_pipelines import loading
 from data_pipelines.survey import survey
-from dexportrait_jax import checkpoint, distributed, run_directory, sharding
+from dexportrait_jax import checkpoint, distributed, metric_sinks, run_directory, sharding
 from dexportrait_jax import config as configs
+from dexportrait_jax.efficiency import Efficiency, ProfileWindow
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.programs import build, first_state, try_programs
@@ -103,7 +104,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         run_directory.write_description(workdir, config, found.fingerprint)
 
         # The loop.
-        writer = MetricWriter(workdir, done, write=distributed.is_main())
+        sinks = metric_sinks.make_sinks(config, workdir, done) if distributed.is_main() else []
+        writer = MetricWriter(workdir, done, write=distributed.is_main(), sinks=sinks)
         if writer.dropped:
             say(
                 f"warning: {workdir}: no checkpoint holds what was done after step {done}; {writer.dropped} recorded "
@@ -111,16 +113,27 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 file=sys.stderr,
             )
         watch = Watch(wall, 60 * config.report.stuck_minutes, workdir)
+        efficiency = Efficiency(config, mesh.size)
+        profile = ProfileWindow(config.report.profile, workdir / metric_sinks.TENSORBOARD)
         spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
         pictures = config.data.batch_size * (
             config.data.frames if task.frames else config.data.targets
         )
+
+        def figures(steps: int) -> dict[str, float]:
+            times = wall.row(steps, pictures)
+            return times | efficiency.row(times, steps)
+
         last_save = time.monotonic()
-        with jax.set_mesh(mesh), contextlib.closing(watch):
+        with jax.set_mesh(mesh), contextlib.closing(watch), contextlib.closing(profile):
             for step in range(done + 1, config.num_steps + 1):
-                with wall.spent("data"):
-                    batch = sharding.put_batch(next(loader), mesh, task.frames)
-                state, metrics = step_function(state, batch, constants, task.events(step - 1))
+                events = task.events(step - 1)
+                with profile.step(step) as result_is:
+                    with wall.spent("data"):
+                        batch = sharding.put_batch(next(loader), mesh, task.frames)
+                    state, metrics = step_function(state, batch, constants, events)
+                    result_is(metrics)
+                efficiency.add(events)
                 if step == done + 1:
                     jax.block_until_ready(metrics)
                     wall.ready()
@@ -141,7 +154,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 save = last or stopping or late or (every and step % every == 0)
                 if save or len(writer) >= config.log_every:
                     # Rows reach the disk before the checkpoint that covers them.
-                    rows = writer.flush(lambda steps: wall.row(steps, pictures))
+                    rows = writer.flush(figures)
                     _refuse_endless_skipping(rows, task, config)
                     if distributed.is_main():
                         spikes.note(rows)
@@ -198,6 +211,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(
                 f"config.{key} is one of {', '.join(COMPUTE_TYPES)}, not {config[key]!r}"
             )
+    metric_sinks.check(config.report)
 
 
 def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.sharding.Mesh:

@@ -45,7 +45,9 @@ def leaves(tree):
 def learned(run):
     """The rows of a run without what the clock says."""
     rows = read_rows(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows
+    ]
 
 
 def interrupt_in_step(monkeypatch, number):

@@ -173,7 +173,7 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
 
 def compare(one: Path, other: Path) -> list[str]:
     """Names of what is not bit-equal in two finished runs: leaves of the State, and the steps' records."""
-    states = [_final_state(workdir) for workdir in (one, other)]
+    states = [final_state(workdir) for workdir in (one, other)]
     names = states[0].keys() | states[1].keys()
     different = [
         name
@@ -182,7 +182,7 @@ def compare(one: Path, other: Path) -> list[str]:
     ]
     records = [
         [
-            {key: value for key, value in row.items() if not key.startswith("time/")}
+            {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
             for row in read_rows(workdir / "metrics.jsonl")
         ]
         for workdir in (one, other)
@@ -319,7 +319,7 @@ def _row(life: Life) -> dict[str, object]:
     return kill | {key: value for key, value in vars(life).items() if key != "kill"}
 
 
-def _final_state(workdir: Path) -> dict[str, np.ndarray]:
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
     """The State of the newest checkpoint, on one device of this process, by the names of its leaves."""
     config = configs.from_json(json.loads((workdir / "config.json").read_text()))
     mesh = sharding.make_mesh(ConfigDict(dict.fromkeys(sharding.AXES, 1)), jax.devices()[:1])
