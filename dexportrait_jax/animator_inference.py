@@ -8,40 +8,46 @@ reference UNet runs once a clip, and so does the projection of its features to k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import collections
+import functools
+import math
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from dexportrait_jax.diffusion.guidance import Branch, GuidancePlan, guidance_plan
+from dexportrait_jax.animator_windows import (
+    BARE,
+    WINDOW_CACHE_BYTES,
+    ClipWindows,
+    DenoiserPrograms,
+    null_reading,
+    warps,
+)
+from dexportrait_jax.diffusion.guidance import GuidancePlan, guidance_plan
 from dexportrait_jax.diffusion.sampler import blurred_start, frame_noise, sample, sampling_timesteps
 from dexportrait_jax.diffusion.schedule import NoiseSchedule
 from dexportrait_jax.diffusion.windows import windowed
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
-from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
+from dexportrait_jax.inference import (
+    BATCH,
+    ClipProgram,
+    PortraitModel,
+    Sampling,
+    nbytes,
+    padded,
+)
+from dexportrait_jax.models.animator.branches import branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks.animator_networks import denoiser_network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
-# Warped features of windows that are kept on the device between denoising steps. At the paper's sizes 24
-# frames of them are 552 MB in half precision, so one window fits; those of a long clip are made anew.
-WINDOW_CACHE_BYTES = 1 << 30
 # Knobs of config.sampling that an older export lacks, at what was true before them.
 LATER_KNOBS = {"null_reference": "dropped", "null_pose": "zero", "expression_guidance": None}
-
-
-class DenoiserPrograms(NamedTuple):
-    """What is compiled of a denoiser: what is fixed for a clip, for a window, and a pass."""
-
-    keys_values: Callable[..., Any]
-    residuals: Callable[..., Any]
-    predict: Callable[..., Any]
 
 
 class AnimatorModel(PortraitModel):
@@ -172,12 +178,67 @@ class AnimatorModel(PortraitModel):
         # The same weights, but for the learned null tokens.
         return denoiser_network(self.config, expression_null="zero")
 
+    def clip_programs(self, sampling):
+        settings, plan = self._chosen(sampling), self.plan(sampling)
+        denoiser = self._denoiser(settings["expression_null"])
+        length, data = self.window[0], self.config.data
+        source = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+        pose, poses = (jax.ShapeDtypeStruct((n, 3, 4), jnp.float32) for n in (1, length))
+        latent, bank, context = jax.eval_shape(self._source, self.params, source, pose)
+        latents = jax.ShapeDtypeStruct((length, *latent.shape[1:]), jnp.float32)
+        timesteps = jax.ShapeDtypeStruct((length,), jnp.int32)
+        warped = Conditions(reference=bank, source_pose=pose, driving_pose=poses)
+        residuals = jax.eval_shape(denoiser.residuals, self.params, warped)
+        kept = {
+            "keys_values": jax.eval_shape(denoiser.keys_values, self.params, bank),
+            "residuals": residuals,
+        }
+        if context is not None:
+            context = jax.ShapeDtypeStruct((length, *context.shape[1:]), context.dtype)
+        encode, expression = self._encode_program(length)
+        expressions = jax.ShapeDtypeStruct((length, expression.shape[-1]), expression.dtype)
+        full = Conditions(
+            **kept,
+            source_pose=pose,
+            driving_pose=poses,
+            expression=expressions,
+            context=context,
+        )
+        reading = null_reading(settings)
+        passes = collections.Counter(branch for step in plan.steps for branch in step.branches)
+        # Those of the branches that warp nothing are made for other poses than those of the rest.
+        warpings = sum(times for branch, times in passes.items() if warps(branch, reading))
+        if nbytes(residuals) <= WINDOW_CACHE_BYTES:
+            warpings = 1
+        programs = [
+            encode,
+            ClipProgram("source", self._source, (self.params, source, pose), 1),
+            ClipProgram("keys and values", denoiser.keys_values, (self.params, bank), 1),
+            ClipProgram("warp", denoiser.residuals, (self.params, warped), warpings),
+        ]
+        for name, branches in (("denoiser", ("full", "reduced")), ("bare denoiser", BARE)):
+            times = sum(passes[branch] for branch in branches)
+            if times:
+                conditions = jax.eval_shape(
+                    functools.partial(branch_conditions, branch=branches[0], reading=reading),
+                    full,
+                    source_expression=expressions,
+                )
+                arguments = (self.params, latents, timesteps, conditions)
+                programs.append(ClipProgram(name, denoiser.predict, arguments, times))
+        chunk = jax.ShapeDtypeStruct((BATCH, *latent.shape[1:]), jnp.float32)
+        programs.append(
+            ClipProgram("decode", self._decode, (self.params, chunk), math.ceil(length / BATCH))
+        )
+        return length, programs, nbytes([bank, kept])
+
     # --- a clip -----------------------------------------------------------------------
 
     def animate(self, source, drive, sampling, report=lambda part, note: None):
         settings, plan = self._chosen(sampling), self.plan(sampling)
         latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
-        windows = _Windows(self, drive, bank, context, settings)
+        programs = self._denoiser(settings["expression_null"])
+        windows = ClipWindows(self.params, programs, drive, bank, context, settings)
         length, overlap = self.window
         source_latent = np.asarray(latent)[0]
         shape, steps = source_latent.shape, len(plan.steps)
@@ -222,64 +283,3 @@ class AnimatorModel(PortraitModel):
         )
         noise *= np.float32(sampling.temperature)
         return noise
-
-
-class _Windows:
-    """Predictions for windows of one clip; the parts that no step changes are kept while they fit."""
-
-    def __init__(
-        self, model: AnimatorModel, drive: Drive, bank: dict[str, Array], context, settings
-    ):
-        self.model, self.drive, self.bank, self.context = model, drive, bank, context
-        null = settings["expression_null"]
-        self.programs = model._denoiser(null)
-        self.keys_values = self.programs.keys_values(model.params, bank)
-        self.reading = NullReading(
-            expression="source" if null == "source" else "null",
-            reference=settings["null_reference"],
-            pose=settings["null_pose"],
-        )
-        self._kept: dict[bytes, Any] = {}
-        self._bytes = 0
-
-    def predict(self, latents, timesteps, frames, branch) -> Array:
-        """The prediction of one branch for the frames of one window."""
-        source_expression = np.repeat(self.drive.source_expression[None], len(frames), 0)
-        conditions = branch_conditions(
-            self._conditions(frames, branch), branch, self.reading, source_expression
-        )
-        return self.programs.predict(self.model.params, latents, timesteps, conditions)
-
-    def _conditions(self, frames: np.ndarray, branch: Branch) -> Conditions:
-        """Those of "full", with keys, values and residuals in place of the reference's features."""
-        context = None
-        if self.context is not None:
-            context = jnp.repeat(self.context, len(frames), 0)
-        source = self.drive.source_pose[None]
-        poses = self.drive.poses[frames]
-        bare = branch in ("null", "expression")
-        kept = b"" if bare else frames.tobytes()
-        if bare:  # in whose poses nothing moves: all windows have one residual, if any
-            poses = np.repeat(source, len(frames), 0)
-        needs_residuals = not bare or (
-            self.reading.reference == "kept" and self.reading.pose == "source"
-        )
-        return Conditions(
-            keys_values=self.keys_values,
-            residuals=self._residuals(kept, source, poses) if needs_residuals else None,
-            source_pose=source,
-            driving_pose=poses,
-            expression=self.drive.expressions[frames],
-            context=context,
-        )
-
-    def _residuals(self, key: bytes, source: np.ndarray, poses: np.ndarray) -> Any:
-        if key in self._kept:
-            return self._kept[key]
-        conditions = Conditions(reference=self.bank, source_pose=source, driving_pose=poses)
-        residuals = self.programs.residuals(self.model.params, conditions)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(residuals))
-        if self._bytes + size <= WINDOW_CACHE_BYTES:
-            self._bytes += size
-            self._kept[key] = residuals
-        return residuals

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,24 @@ class Drive:
         return len(self.poses)
 
 
+class ClipProgram(NamedTuple):
+    """Something compiled that a clip of `frames` runs so many `times`; arguments may be shapes alone."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    times: int
+
+
 class PortraitModel(abc.ABC):
-    """Encoders of pose and expression, and a way from a source and a Drive to pictures."""
+    """Encoders of pose and expression, and a way from a source and a Drive to pictures.
+
+    Args:
+      description: of the export.
+      config: the run's.
+      networks: those of `groups`.
+      params: their weights on the device; shapes will do for `clip_programs`.
+    """
 
     groups: tuple[str, ...] = ("pose", "expression")
 
@@ -72,7 +89,7 @@ class PortraitModel(abc.ABC):
         params: dict[str, Any],
     ):
         self.description, self.config, self.networks = description, config, networks
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.params = params
         data = config.data
         self.image_size, self.pose_size = data.image_size, data.pose_size
         self.expression_size = data.expression_size
@@ -116,6 +133,21 @@ class PortraitModel(abc.ABC):
             poses.append(np.asarray(pose, np.float32)[:count])
             expressions.append(np.asarray(expression, np.float32)[:count])
         return np.concatenate(poses), np.concatenate(expressions)
+
+    @abc.abstractmethod
+    def clip_programs(self, sampling: Sampling) -> tuple[int, list[ClipProgram], int]:
+        """The shortest clip that is made as a long one is: its frames, what it runs, and the bytes kept for it."""
+
+    def _encode_program(self, frames: int) -> tuple[ClipProgram, jax.ShapeDtypeStruct]:
+        """The encoders for a source and so many frames, and the shape of a batch of expressions."""
+        images = (
+            jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)
+            for size in (self.pose_size, self.expression_size)
+        )
+        arguments = (self.params, *images)
+        times = 1 + math.ceil(frames / BATCH)
+        expressions = jax.eval_shape(self._encode, *arguments)[1]
+        return ClipProgram("encode", self._encode, arguments, times), expressions
 
     def _encode_batch(self, params, pose_images, expression_images):
         poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
@@ -167,6 +199,14 @@ class MotionModel(PortraitModel):
             self.config.model.warp_padding,
         )
 
+    def clip_programs(self, sampling):
+        encode, expressions = self._encode_program(BATCH)
+        size = self.image_size
+        source = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+        pose, poses = (jax.ShapeDtypeStruct((n, 3, 4), jnp.float32) for n in (1, BATCH))
+        arguments = (self.params, source, pose, poses, expressions)
+        return BATCH, [encode, ClipProgram("reenact", self._reenact, arguments, 1)], 0
+
     def animate(self, source, drive, sampling, report=lambda part, note: None):
         for first in range(0, len(drive), BATCH):
             part = slice(first, first + BATCH)
@@ -208,7 +248,17 @@ def load_model(weights: str | Path) -> PortraitModel:
             f"give an export of {', '.join(STAGES)}"
         )
     config = ml_collections.ConfigDict(description["config"])
-    if stage == "motion":
+    kind, networks = model_kind(config)
+    abstract = {name: network.abstract for name, network in networks.items()}
+    description, params = load_groups(directory, abstract, stage=stage)
+    return kind(description, config, networks, jax.tree.map(jnp.asarray, params))
+
+
+def model_kind(
+    config: ml_collections.ConfigDict,
+) -> tuple[type[PortraitModel], dict[str, Network]]:
+    """The class that animates with a stage's weights, and its networks."""
+    if config.stage == "motion":
         from dexportrait_jax.tasks import motion
 
         kind, networks = MotionModel, motion.build_networks(config)
@@ -217,7 +267,9 @@ def load_model(weights: str | Path) -> PortraitModel:
         from dexportrait_jax.tasks import animator
 
         kind, networks = AnimatorModel, animator.build_networks(config)
-    networks = {name: networks[name] for name in kind.groups if name in networks}
-    abstract = {name: network.abstract for name, network in networks.items()}
-    description, params = load_groups(directory, abstract, stage=stage)
-    return kind(description, config, networks, params)
+    return kind, {name: networks[name] for name in kind.groups if name in networks}
+
+
+def nbytes(tree: Any) -> int:
+    """Of all arrays, or shapes, in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

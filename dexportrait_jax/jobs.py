@@ -208,6 +208,13 @@ def _plan(parser):
     _flag(
         parser, "topology", "kind and grid of the chips, as v5e:16x16 or v5p:4x4x4", required=True
     )
+    _flag(
+        parser,
+        "job",
+        "what is planned: a step of train, or a clip of animate, on one chip (default: %(default)s)",
+        choices=("train", "animate"),
+        default="train",
+    )
     _flag(parser, "slices", "of that grid (default: %(default)s)", type=int, default=1)
     _flag(
         parser,

@@ -15,9 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,9 @@ from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.code_version import code_sha256
-from dexportrait_jax.compiled_program import Program, read_program
+from dexportrait_jax.compiling import compiled, placed
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.plan_clip import plan_clip
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.programs import build
@@ -38,14 +36,12 @@ from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import check, check_shares
 from dexportrait_jax.workload import abstract_batch, step_work
 
-# XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time.
-EFFORTS = {"quick": "O0", "exact": None}
-
 
 def run_plan(
     config: str,
     topology: str,
     overrides: list[str],
+    job: str = "train",
     slices: int = 1,
     effort: str = "quick",
     json_file: str | None = None,
@@ -54,12 +50,16 @@ def run_plan(
     """The job `plan`; prints the plan and, with `json_file`, writes it."""
     settings = configs.load_config(config, overrides)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
-    kept = _cache_file(settings, topology, slices, effort)
+    kept = _cache_file(settings, job, topology, slices, effort)
     found = None if again else _planned_before(kept)
     if found:
         print(f"{name}: planned before, from {kept} (--again compiles once more)")
     else:
-        found = plan(settings, topology, slices, effort, name)
+        make = {"train": plan, "animate": plan_clip}[job]
+        found = make(settings, topology, slices, effort, name) | {
+            "versions": {package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
+            "compiled_not_run": True,
+        }
     print(in_words(found), flush=True)
     if json_file:
         write_json(Path(json_file), found)
@@ -90,6 +90,7 @@ def plan(
             label = f"{name}: {', '.join(sorted(events)) or 'step'}"
             found.append(_compiled(task, config, mesh, events, effort, label) | {"share": share})
     return {
+        "job": "train",
         "topology": topology,
         "slices": slices,
         "devices": mesh.size,
@@ -101,10 +102,6 @@ def plan(
         "effort": effort,
         **summary(found, chip, mesh.size),
         "programs": found,
-        "versions": {
-            package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")
-        },
-        "compiled_not_run": True,
     }
 
 
@@ -119,120 +116,20 @@ def _compiled(
 ) -> dict[str, Any]:
     """One program: what it needs where it fits, and what it lacks where it does not."""
     abstract, _, step = build(task, config, mesh)
-    placed = sharding.batch_shardings(batch := abstract_batch(config.data), mesh, task.frames)
-    batch = _placed(batch, placed)
+    batch = abstract_batch(config.data)
+    batch = placed(batch, sharding.batch_shardings(batch, mesh, task.frames))
     constants = task.abstract_constants()
-    constants = _placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
-    started = time.monotonic()
+    constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
     work = step_work(config, events)
     result: dict[str, Any] = {
         "events": sorted(events),
         "model_tflops": (work.macs - work.recomputed) * 2 / 1e12,
         "rematerialised_tflops": work.recomputed * 2 / 1e12,
     }
-    with _told(label), _effort(effort), jax.set_mesh(mesh):
-        try:
-            compiled = step.lower(abstract, batch, constants, events).compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = _needed_gib(str(error))
-            if needed is None:
-                raise
-            return result | {
-                "fits": False,
-                "hbm_gib_per_device": needed,
-                "compile_seconds": round(time.monotonic() - started, 1),
-            }
-    memory = compiled.memory_analysis()
-    used = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    program = read_program(compiled.as_text())
-    return result | {
-        "fits": True,
-        "hbm_gib_per_device": round(used / chips.GIB, 3),
-        "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
-        "compile_seconds": round(time.monotonic() - started, 1),
-        **_figures(program),
-    }
-
-
-def _figures(program: Program) -> dict[str, Any]:
-    return {
-        "executed_tflops_per_device": program.flops / 1e12,
-        "hbm_bytes_per_device": program.hbm_bytes,
-        "between_slices_bytes_per_device": program.between_slices,
-        "collectives": {
-            kind: {"count": found.count, "bytes": round(found.bytes)}
-            for kind, found in sorted(program.collectives.items())
-        },
-        "loops_counted_once": program.unknown_loops,
-        "kernels_not_counted": program.unknown_kernels,
-    }
-
-
-def _needed_gib(message: str) -> float | None:
-    """What XLA says that a program needs, where it says that memory ran out."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(
-        r"total memory required .*?\(([\d.]+)([KMGT])\)", message
-    )
-    return (
-        float(found[1]) * 2.0 ** {"K": -20, "M": -10, "G": 0, "T": 10}[found[2]] if found else None
-    )
-
-
-def _placed(tree: Any, places: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        places,
-    )
-
-
-class _effort:
-    """XLA's effort inside, as it was afterwards."""
-
-    _NAMES = ("jax_optimization_level", "jax_memory_fitting_level")
-
-    def __init__(self, effort: str):
-        self.level = EFFORTS[effort]
-
-    def __enter__(self):
-        self.before = {name: getattr(jax.config, name) for name in self._NAMES}
-        if self.level:
-            for name in self._NAMES:
-                jax.config.update(name, self.level)
-
-    def __exit__(self, *_):
-        for name, value in self.before.items():
-            jax.config.update(name, value)
-
-
-class _told:
-    """A line every half minute while the compiler, which says nothing, is at work."""
-
-    def __init__(self, label: str, every: float = 30.0):
-        self.label, self.every = label, every
-        self.done = threading.Event()
-
-    def __enter__(self):
-        self.started = time.monotonic()
-        self.thread = threading.Thread(target=self._tell, daemon=True)
-        print(f"{self.label}: compiling", flush=True)
-        self.thread.start()
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-
-    def _tell(self):
-        while not self.done.wait(self.every):
-            print(f"{self.label}: compiling, {time.monotonic() - self.started:.0f} s", flush=True)
+    with jax.set_mesh(mesh):
+        return result | compiled(
+            lambda: step.lower(abstract, batch, constants, events), label, effort
+        )
 
 
 def _planned_before(kept: Path) -> dict[str, Any] | None:
@@ -242,10 +139,10 @@ def _planned_before(kept: Path) -> dict[str, Any] | None:
         return None
 
 
-def _cache_file(config, topology: str, slices: int, effort: str) -> Path:
-    """Named by everything that the plan depends on: config, topology, code and versions."""
+def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:
+    """Named by everything that the plan depends on: config, job, topology, code and versions."""
     versions = [_version(package) for package in ("jax", "jaxlib", "libtpu", "flax", "optax")]
-    asked = [config.to_json(), topology, slices, effort, code_sha256(), versions]
+    asked = [config.to_json(), job, topology, slices, effort, code_sha256(), versions]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "dexportrait" / "plans" / f"{name}.json"

@@ -8,7 +8,10 @@ from dexportrait_jax.chips import Chip
 
 
 def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[str, Any]:
-    """Of all programs together: memory of the largest, the rest a mean over the steps."""
+    """Of all programs together: memory of the largest, the rest a sum, each times its share.
+
+    In training that is the mean over the steps; of a clip, whose shares are how often a program runs, it is the whole.
+    """
     fits = all(program["fits"] for program in programs)
     model = sum(program["share"] * program["model_tflops"] for program in programs)
     found = {
@@ -53,10 +56,14 @@ def in_words(found: dict[str, Any]) -> str:
     """The plan for people; everything in it stands in the JSON too."""
     used, limit = found["hbm_gib_per_device"], found["hbm_limit_gib"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    clip = found["job"] == "animate"
+    unit = f"for {found['frames']} frames" if clip else "a step"
     lines = [
-        f"  devices    {found['devices']} (mesh {mesh})",
+        "  devices    1: animate works on one chip; others can make other clips"
+        if clip
+        else f"  devices    {found['devices']} (mesh {mesh})",
         f"  weights    {sum(found['params'].values()) / 1e6:,.1f} M parameters",
-        f"  model      {found['model_tflops_per_step']:,.4g} TFLOP a step",
+        f"  model      {found['model_tflops_per_step']:,.4g} TFLOP {unit}",
     ]
     if not found["fits"]:
         lines.append(
@@ -70,10 +77,18 @@ def in_words(found: dict[str, Any]) -> str:
         "  at best    "
         + ", ".join(f"{name} {value * 1e3:,.3g} ms" for name, value in seconds.items())
         + f": {slowest} bounds it",
-        f"             {found['bound_step_seconds'] * 1e3:,.3g} ms a step, {found['bound_mfu']:.1%} of the chips' peak",
-        f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs by rematerialisation, "
-        f"{found['executed_overhead']:.2f} times with all that is padded or done twice",
+        f"             {found['bound_step_seconds'] * 1e3:,.3g} ms {unit}, {found['bound_mfu']:.1%} of the chips' peak",
     ]
+    executed = f"{found['executed_overhead']:.2f} times with all that is padded or done twice"
+    if clip:
+        lines += [
+            f"             {found['bound_seconds_per_frame'] * 1e3:,.3g} ms a frame",
+            f"  computed   the model's FLOPs {executed}",
+        ]
+    else:
+        lines.append(
+            f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs by rematerialisation, {executed}"
+        )
     for kind, each in found["collectives"].items():
         lines.append(
             f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.3g} MiB to each device"
@@ -90,5 +105,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def _advice(found: dict[str, Any]) -> str:
+    if found["job"] == "animate":
+        return "try a kind of chip with more memory, or shorter windows (--config.data.frames)"
     mesh = found["mesh"]
     return f"try --config.mesh.fsdp={2 * mesh['fsdp']} or --config.accumulate=2"

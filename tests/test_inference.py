@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dexportrait_jax import animator_inference, pose_transfer
-from dexportrait_jax.animator_inference import DenoiserPrograms
+from dexportrait_jax import animator_windows, pose_transfer
+from dexportrait_jax.animator_windows import DenoiserPrograms
 from dexportrait_jax.config import load_config
 from dexportrait_jax.diffusion.guidance import guidance_plan
 from dexportrait_jax.diffusion.sampler import frame_noise, sample, whole
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_made_anew_in_every_step_and_no_more(video_model, m
     keys_values, residuals, predict = model._denoiser("learned")
     keys_values, residuals = Counted(keys_values), Counted(residuals)
     monkeypatch.setitem(model._denoisers, False, DenoiserPrograms(keys_values, residuals, predict))
-    monkeypatch.setattr(animator_inference, "WINDOW_CACHE_BYTES", 0)
+    monkeypatch.setattr(animator_windows, "WINDOW_CACHE_BYTES", 0)
     np.testing.assert_array_equal(pictures(model, 6, sampling), kept)
     assert (keys_values.runs, residuals.runs) == (1, 2 * 4)
 

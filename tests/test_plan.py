@@ -8,9 +8,10 @@ import sys
 import jax
 import pytest
 
-from dexportrait_jax import cli, plan
+from dexportrait_jax import animator_inference, cli, compiling, plan, plan_clip
 from dexportrait_jax.chips import CHIPS
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import Sampling, model_kind
 from dexportrait_jax.models.attention import choose_backend
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for, target_platform
@@ -45,6 +46,7 @@ def program(**changes):
         "between_slices_bytes_per_device": 0.0,
         "collectives": {"all-reduce": {"count": 3, "bytes": 200e9 * 0.1}},
         "loops_counted_once": [],
+        "kernels_not_counted": [],
         "hbm_gib_per_device": 10.0,
         "compile_seconds": 5.0,
     } | changes
@@ -82,7 +84,14 @@ def test_what_does_not_fit_is_an_answer():
     assert found["fits"] is False and "bound_seconds" not in found
     mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
     said = in_words(
-        found | {"devices": 4, "mesh": mesh, "params": {"a": 10**6}, "hbm_limit_gib": 15.75}
+        found
+        | {
+            "job": "train",
+            "devices": 4,
+            "mesh": mesh,
+            "params": {"a": 10**6},
+            "hbm_limit_gib": 15.75,
+        }
     )
     assert "does not fit: needs 19.40 of 15.75 GiB; try --config.mesh.fsdp=8" in said
 
@@ -104,7 +113,7 @@ def test_what_does_not_fit_is_an_answer():
     ],
 )
 def test_memory_that_ran_out(message, gib):
-    assert plan._needed_gib(message) == (None if gib is None else pytest.approx(gib))
+    assert compiling._needed_gib(message) == (None if gib is None else pytest.approx(gib))
 
 
 def test_networks_are_written_for_the_chip():
@@ -132,12 +141,18 @@ def test_planned_before(tmp_path, monkeypatch, capsys):
     asked = []
     mesh = {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}
 
-    def planned(config, topology, slices, effort, name):
+    def made_up(config, topology, slices, effort, name):
         asked.append((config.num_steps, topology, effort))
-        rest = {"devices": 4, "mesh": mesh, "params": {"a": 1}, "hbm_limit_gib": 15.75}
+        rest = {
+            "job": "train",
+            "devices": 4,
+            "mesh": mesh,
+            "params": {"a": 1},
+            "hbm_limit_gib": 15.75,
+        }
         return summary([program()], CHIPS["v5e"], 4) | rest | {"programs": [], "effort": effort}
 
-    monkeypatch.setattr(plan, "plan", planned)
+    monkeypatch.setattr(plan, "plan", made_up)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "plan.json"
     job = ("plan", "--config=configs/autoencoder.py:tiny", "--topology=v5e:2x2", f"--json={out}")
@@ -156,25 +171,26 @@ def test_planned_before(tmp_path, monkeypatch, capsys):
     assert said.count("planned before") == 1 and said.count("compute bounds it") == 5
 
 
-@pytest.mark.slow
-def test_a_program_for_chips_that_are_not_here(tmp_path, monkeypatch):
-    """Compiled, not run: the autoencoder's step on four chips, and what stands in its plan."""
-    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+def planned(tmp_path, *flags):
+    """The plan for v5e:2x2 by the command line."""
     out = tmp_path / "plan.json"
-    job = (
-        "--config=configs/autoencoder.py:tiny",
-        "--config.data.batch_size=4",
-        "--topology=v5e:2x2",
-    )
     done = subprocess.run(
-        [sys.executable, "-m", "dexportrait_jax", "plan", *job, f"--json={out}"],
+        [sys.executable, "-m", "dexportrait_jax", "plan", "--topology=v5e:2x2", *flags]
+        + [f"--json={out}"],
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fits" in done.stdout and done.stderr == ""
-    found = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_a_program_for_chips_that_are_not_here(tmp_path):
+    """Compiled, not run: the autoencoder's step on four chips, and what stands in its plan."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    found = planned(tmp_path, "--config=configs/autoencoder.py:tiny", "--config.data.batch_size=4")
     assert set(KEYS) <= set(found)
     assert found["devices"] == 4 and found["mesh"]["data"] == 4 and found["compiled_not_run"]
     assert found["collectives"]["all-reduce"]["count"] >= 1
@@ -182,3 +198,62 @@ def test_a_program_for_chips_that_are_not_here(tmp_path, monkeypatch):
     assert 1.0 <= found["executed_overhead"] < 1.2
     assert found["programs"][0]["kernels_not_counted"] == []
     assert found["programs"][0]["loops_counted_once"] == []
+
+
+def test_programs_of_a_clip(monkeypatch):
+    """The paper's guidance: 74 passes a window, the reference and its projections once; nothing has weights here."""
+    config = plan.configs.load_config("configs/animator_video.py:tiny", ["sampling.steps=35"])
+    kind, networks = model_kind(config)
+    params = {group: network.abstract for group, network in networks.items()}
+    frames, programs, kept = kind({"stage": config.stage}, config, networks, params).clip_programs(
+        Sampling(hybrid_steps=5)
+    )
+    times = {each.name: each.times for each in programs}
+    assert frames == config.data.frames and kept > 0
+    assert times.pop("denoiser") + times.pop("bare denoiser") == 74
+    assert (times.pop("decode"), times.pop("encode")) == (1, 2)  # the source is one more picture
+    assert times == {"source": 1, "keys and values": 1, "warp": 1}
+    monkeypatch.setattr(animator_inference, "WINDOW_CACHE_BYTES", 0)
+    _, programs, _ = kind({"stage": config.stage}, config, networks, params).clip_programs(
+        Sampling(hybrid_steps=5)
+    )
+    full = sum(each.times for each in programs if each.name == "denoiser")
+    assert [each.times for each in programs if each.name == "warp"] == [full]
+
+
+def test_memory_of_a_clip_is_that_of_all_weights(monkeypatch):
+    """What a program takes beside its arguments comes on top of all groups, also of those it does not read."""
+    config = plan.configs.load_config("configs/motion.py:tiny", [])
+    monkeypatch.setattr(plan_clip.chips, "topology", lambda *_: (CHIPS["v5e"], jax.devices()))
+    needs = program(hbm_gib_per_device=3.0, argument_gib_per_device=2.0, compile_seconds=1.0)
+    needs = {name: needs[name] for name in needs if name not in ("share", "model_tflops")}
+    monkeypatch.setattr(plan_clip, "compiled", lambda *_: dict(needs, collectives={}))
+    found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
+    weights = 4 * sum(found["params"].values()) / 2**30
+    assert found["hbm_gib_per_device"] == pytest.approx(1 + weights)
+    assert found["fits"] and found["devices"] == 1 and found["frames"] == 8
+    # Two runs of the encoders, one of them for the source, and one of the generator.
+    assert found["bound_step_seconds"] == pytest.approx(3 * 0.6)
+    assert found["bound_seconds_per_frame"] == pytest.approx(3 * 0.6 / 8)
+    said = in_words(found)
+    assert "ms a frame" in said and "for 8 frames" in said
+    needs["hbm_gib_per_device"] = 17.75
+    found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
+    assert not found["fits"] and "shorter windows" in in_words(found)
+
+
+def test_a_stage_without_clips():
+    with pytest.raises(UserError, match="makes no clips"):
+        plan_clip.plan_clip(
+            plan.configs.load_config("configs/autoencoder.py:tiny", []), "v5e:2x2", 1, "quick", ""
+        )
+
+
+@pytest.mark.slow
+def test_a_clip_for_a_chip_that_is_not_here(tmp_path):
+    """Compiled, not run: a portrait by the motion trainer."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    found = planned(tmp_path, "--config=configs/motion.py:tiny", "--job=animate")
+    assert found["devices"] == 1 and found["job"] == "animate" and found["compiled_not_run"]
+    assert [each["name"] for each in found["programs"]] == ["encode", "reenact"]
+    assert 0.5 < found["executed_overhead"] < 3

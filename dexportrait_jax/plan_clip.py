@@ -1,0 +1,86 @@
+"""What making a clip needs on a chip that is not here: the plan of `--job=animate`.
+
+`animate` works on one chip, so it is one device of the topology that is planned for. The programs are those that
+`animate` compiles; a clip is the shortest that is made as a long one is: a window of the video stage, else a batch of
+frames. What it takes is the sum over its programs, each as often as it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import ml_collections
+
+from dexportrait_jax import chips, flops, sharding
+from dexportrait_jax.compiling import compiled, placed
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import STAGES, ClipProgram, Sampling, model_kind, nbytes
+from dexportrait_jax.models.attention import attention_backend
+from dexportrait_jax.models.convolution import convolution_backend
+from dexportrait_jax.plan_report import summary
+from dexportrait_jax.platforms import planned_for
+from dexportrait_jax.state import parameter_count
+
+
+def plan_clip(
+    config: ml_collections.ConfigDict, topology: str, slices: int, effort: str, name: str
+) -> dict[str, Any]:
+    """What a clip needs on one chip of a topology; keys as of a training step, a clip in its place.
+
+    `hbm_gib_per_device` is all weights, what is kept for the clip, and the most that a program takes beside it.
+
+    Raises:
+      UserError: no such topology, or a stage that makes no clips.
+    """
+    if config.stage not in STAGES:
+        raise UserError(
+            f"--job=animate: the stage {config.stage!r} makes no clips; give a config of {', '.join(STAGES)}"
+        )
+    chip, devices = chips.topology(topology, slices)
+    axes = ml_collections.ConfigDict(dict.fromkeys(sharding.AXES, 1))
+    mesh = sharding.make_mesh(axes, devices[:1])
+    with planned_for("tpu"):
+        kind, networks = model_kind(config)
+        params = {group: network.abstract for group, network in networks.items()}
+        model = kind({"stage": config.stage}, config, networks, params)
+        frames, programs, kept = model.clip_programs(Sampling())
+        found = [_planned(program, mesh, effort, f"{name}: {program.name}") for program in programs]
+    resident = (nbytes(params) + kept) / chips.GIB
+    for each in found:
+        if each["fits"]:  # by itself; the weights of the others are there as well
+            each["hbm_gib_per_device"] += resident - each["argument_gib_per_device"]
+            each["fits"] = each["hbm_gib_per_device"] <= chip.hbm_gib
+    together = summary(found, chip, 1)
+    if together["fits"]:
+        together["bound_seconds_per_frame"] = together["bound_step_seconds"] / frames
+    return {
+        "job": "animate",
+        "topology": topology,
+        "devices": 1,
+        "mesh": dict(mesh.shape),
+        "frames": frames,
+        "params": {group: parameter_count(tree) for group, tree in params.items()},
+        "hbm_limit_gib": chip.hbm_gib,
+        "effort": effort,
+        **together,
+        "programs": found,
+    }
+
+
+def _planned(program: ClipProgram, mesh: jax.sharding.Mesh, effort: str, label: str) -> dict:
+    # As the networks define the work, without a backend's detours.
+    with convolution_backend("xla"), attention_backend("plain"):
+        work = flops.count(program.function.__wrapped__, *program.arguments)
+    arguments = placed(
+        program.arguments, jax.tree.map(lambda _: sharding.replicated(mesh), program.arguments)
+    )
+    with jax.set_mesh(mesh):
+        needs = compiled(lambda: program.function.lower(*arguments), label, effort)
+    return {
+        "name": program.name,
+        "share": program.times,
+        "model_tflops": work.flops / 1e12,
+        "rematerialised_tflops": 0.0,
+        **needs,
+    }
