@@ -58,6 +58,11 @@ def default_data() -> dict[str, Any]:
     }
 
 
+def targets_of_a_source(config: Mapping[str, Any]) -> int:
+    """Pictures that one source of a batch drives: targets, or the frames of a clip."""
+    return config["frames" if config["mode"] == "video" else "targets"]
+
+
 def make_loader(
     config: Mapping[str, Any],
     *,
@@ -142,7 +147,7 @@ def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
         target["latents"] = frame["latents"] = made.record_shape, made.dtype
         del target["image"]
     sources = (config["batch_size"],)
-    targets = (*sources, config["frames" if config["mode"] == "video" else "targets"])
+    targets = (*sources, targets_of_a_source(config))
     return {
         f"source_{name}": ((*sources, *shape), kind) for name, (shape, kind) in frame.items()
     } | {f"target_{name}": ((*targets, *shape), kind) for name, (shape, kind) in target.items()}

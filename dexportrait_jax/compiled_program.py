@@ -59,7 +59,8 @@ class Program:
       collectives: within a slice, by kind.
       between_slices: bytes that one device receives from other slices.
       unknown_loops: names of loops whose length could not be read; their bodies are counted once.
-      unknown_kernels: names of Pallas kernels whose products are not in `flops`.
+      unknown_kernels: names of Pallas kernels whose products are not in `flops`, and kinds of collectives whose bytes
+        are not counted, because the text does not say who takes part.
     """
 
     flops: float = 0.0
@@ -274,7 +275,11 @@ def _communication(
         return
     found = program.collectives.setdefault(kind, Collective())
     found.count += times
-    found.bytes += times * _received(kind, instruction, around)
+    received = _received(kind, instruction, around)
+    if received is None:
+        program.unknown_kernels.append(kind)
+    else:
+        found.bytes += times * received
 
 
 def _goes_on(instruction: Instruction, around: Computation) -> bool:
@@ -284,21 +289,32 @@ def _goes_on(instruction: Instruction, around: Computation) -> bool:
     return ends or (flag is not None and int(flag[1]) >= 0)
 
 
-def _received(kind: str, instruction: Instruction, around: Computation) -> float:
-    """Bytes that one device receives at least, in a ring."""
+def _received(kind: str, instruction: Instruction, around: Computation) -> float | None:
+    """Bytes that one device receives at least, in a ring; None where it is not said who takes part."""
     sent = sum(size(around[name].shape) for name in instruction.operands if name in around)
     if kind == "collective-permute":
         return sent
     group = _group_size(instruction.rest)
+    if group is None:
+        return None
     if kind == "all-gather":
         return sent * (group - 1)
     share = sent * (group - 1) / group
     return 2 * share if kind == "all-reduce" else share
 
 
-def _group_size(rest: str) -> int:
+def _group_size(rest: str) -> int | None:
+    """Devices that take part together; None where it is written in a way not known here."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return len(listed[1].split(","))
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    return int(counted[2]) if counted else 1
+    if counted:
+        return int(counted[2])
+    # By the axes of a mesh, "mesh['a'=2,'b'=4] {'b'}", or parts of them, "{'b':(1)2}".
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    if not named:
+        return None
+    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+    taken = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in taken)

@@ -83,7 +83,7 @@ def plan(
     mesh = sharding.make_mesh(config.mesh, devices)
     with planned_for("tpu"):
         task = make_task(config)
-        check_shares(config, mesh, task)
+        check_shares(config, mesh)
         programs = _event_sets(task, config)
         found = []
         for events, share in programs.items():
@@ -117,7 +117,7 @@ def _compiled(
     """One program: what it needs where it fits, and what it lacks where it does not."""
     abstract, _, step = build(task, config, mesh)
     batch = abstract_batch(config.data)
-    batch = placed(batch, sharding.batch_shardings(batch, mesh, task.frames))
+    batch = placed(batch, sharding.batch_shardings(batch, mesh))
     constants = task.abstract_constants()
     constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
     work = step_work(config, events)

@@ -1,8 +1,9 @@
 """Meshes and where every array lives on them.
 
-Axes: `data` (replicas), `fsdp` (parameters and batch), `context` (frames of a clip), `tensor` (heads and
-feed-forward widths). Parameters: the first rule whose pattern matches, else the largest dimension that
-`fsdp` divides. Optimizer state and moving averages follow their parameters, because their paths end alike.
+Axes: `data` (replicas), `fsdp` (parameters and batch), `context` (a clip's frames, or a source's targets),
+`tensor` (heads and feed-forward widths). Parameters: the first rule whose pattern matches, else the largest
+dimension that `fsdp` divides. Optimizer state and moving averages follow their parameters, because their paths
+end alike.
 """
 
 from __future__ import annotations
@@ -123,20 +124,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shardings(batch: dict[str, Any], mesh: Mesh, frames: bool) -> dict[str, NamedSharding]:
-    """Sources over data and fsdp; with `frames`, the second axis of every `target_*` over context."""
+def batch_shardings(batch: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Sources over data and fsdp; the targets of each, a clip's frames or a source's pictures, over context."""
 
     def place(name):
-        if frames and name.startswith("target_"):
+        if name.startswith("target_"):
             return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "context"))
         return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     return {name: place(name) for name in batch}
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh, frames: bool) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """The global batch on the mesh, from the part that this process loaded."""
-    shardings = batch_shardings(batch, mesh, frames)
+    shardings = batch_shardings(batch, mesh)
     return {
         name: jax.make_array_from_process_local_data(shardings[name], value)
         for name, value in batch.items()

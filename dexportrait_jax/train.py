@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         # Mesh, task, the shape of everything, and the step.
         mesh = _mesh(config, say)
         task = make_task(config)
-        check_shares(config, mesh, task)
+        check_shares(config, mesh)
         abstract, shardings, step_function = build(task, config, mesh)
 
         # Restore what there is.
@@ -116,9 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         efficiency = Efficiency(config, mesh.size)
         profile = ProfileWindow(config.report.profile, workdir / metric_sinks.TENSORBOARD)
         spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
-        pictures = config.data.batch_size * (
-            config.data.frames if task.frames else config.data.targets
-        )
+        pictures = config.data.batch_size * loading.targets_of_a_source(config.data)
 
         def figures(steps: int) -> dict[str, float]:
             times = wall.row(steps, pictures)
@@ -130,7 +128,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:
                     with wall.spent("data"):
-                        batch = sharding.put_batch(next(loader), mesh, task.frames)
+                        batch = sharding.put_batch(next(loader), mesh)
                     state, metrics = step_function(state, batch, constants, events)
                     result_is(metrics)
                 efficiency.add(events)
@@ -228,7 +226,7 @@ def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.
     return mesh
 
 
-def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, task: Task) -> None:
+def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError where batch or clips cannot be cut into equal parts."""
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % (replicas * config.accumulate):
@@ -237,10 +235,21 @@ def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, tas
             f"{replicas} devices in {config.accumulate} part(s); choose a multiple of "
             f"{replicas * config.accumulate}, or spread over context or tensor"
         )
-    if task.frames and config.data.frames % mesh.shape["context"]:
+    if mesh.shape["context"] == 1:
+        return
+    targets = loading.targets_of_a_source(config.data)
+    if targets % mesh.shape["context"]:
+        key = "frames" if config.data.mode == "video" else "targets"
         raise UserError(
-            f"config.data.frames={config.data.frames} cannot be shared by mesh context = "
-            f"{mesh.shape['context']}; choose a multiple"
+            f"config.data.{key}={targets} cannot be shared by mesh context = {mesh.shape['context']}; choose a multiple"
+        )
+    # Of several sources, a device would hold targets that do not lie side by side in the batch of all targets, and
+    # the compiler would gather them everywhere.
+    if config.data.batch_size > replicas * config.accumulate:
+        raise UserError(
+            f"mesh context = {mesh.shape['context']} shares the targets of one source at a time, but each part of "
+            f"mesh data x fsdp = {replicas} has {config.data.batch_size // (replicas * config.accumulate)}; choose "
+            f"config.accumulate={config.data.batch_size // replicas}, or more of data and fsdp"
         )
 
 

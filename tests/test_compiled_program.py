@@ -88,6 +88,8 @@ OPERANDS = (
         ("reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%a", "reduce-scatter", 3 / 4),
         ("all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%a", "all-reduce", 2 * 3 / 4),
         ("all-to-all(%x), replica_groups={{0,1}}, dimensions={0}", "all-to-all", 1 / 2),
+        ("all-to-all(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", "all-to-all", 3 / 4),
+        ("all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", "all-gather", 3),
         ("collective-permute(%x), source_target_pairs={{0,1},{1,0}}", "collective-permute", 1),
     ],
 )
@@ -96,6 +98,12 @@ def test_collectives(line, kind, received):
     found = program.collectives[kind]
     assert (found.count, found.bytes) == (1, received * 16 * 1024 * 2)
     assert program.between_slices == 0
+
+
+def test_a_collective_among_nobody_knows_whom_is_told():
+    program = read_program(entry(*OPERANDS, "%y = bf16[16,1024]{1,0} all-reduce(%x), to_apply=%a"))
+    assert program.collectives["all-reduce"].count == 1
+    assert program.unknown_kernels == ["all-reduce"]
 
 
 def test_a_collective_beside_products_is_counted_at_its_start():

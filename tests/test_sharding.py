@@ -66,13 +66,13 @@ def test_parameter_rule(path, shape, spec):
 
 
 def test_frames_go_over_context():
-    where = sharding.batch_shardings({"source_image": 0, "target_image": 0}, mesh(2, 2, 2), True)
+    where = sharding.batch_shardings({"source_image": 0, "target_image": 0}, mesh(2, 2, 2))
     assert where["source_image"].spec == PartitionSpec(("data", "fsdp"))
     assert where["target_image"].spec == PartitionSpec(("data", "fsdp"), "context")
 
 
 def test_put_batch_is_the_batch():
     batch = {"target_image": np.arange(8 * 2 * 3, dtype=np.uint8).reshape(8, 2, 3)}
-    placed = sharding.put_batch(batch, mesh(2, 2, 2), True)["target_image"]
+    placed = sharding.put_batch(batch, mesh(2, 2, 2))["target_image"]
     np.testing.assert_array_equal(np.asarray(jax.device_get(placed)), batch["target_image"])
     assert len({shard.device for shard in placed.addressable_shards}) == 8

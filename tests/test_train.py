@@ -18,7 +18,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import run_train, train
+from dexportrait_jax.train import check_shares, run_train, train
 from tests import fixtures
 from tests.stages import STAGES, micro
 
@@ -154,7 +154,7 @@ def test_pretraining_trains_the_encoders_alone(places):
     start = leaves(state["params"])
     loader = loading.make_loader(config.data, seed=0, step=0)
     with jax.set_mesh(placed):
-        batch = sharding.put_batch(next(loader), placed, task.frames)
+        batch = sharding.put_batch(next(loader), placed)
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         state, metrics = step(state, batch, constants, task.events(0))
     loader.close()
@@ -169,13 +169,16 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
     """Two steps over eight devices against the same two on one, in float32."""
     if stage == "autoencoder":  # so narrow here that nothing would be spread
         monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 2**9)
-    mesh = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
-    if stage in ("motion", "autoencoder"):
-        mesh = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    mesh = {
+        "autoencoder": {"data": 2, "fsdp": 2, "context": 1, "tensor": 2},
+        "motion": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+    }.get(stage, {"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
+    sources = mesh["data"] * mesh["fsdp"]  # one each, so that their targets can be shared
     results = []
     for sizes, devices in ((dict.fromkeys(mesh, 1), jax.devices()[:1]), (mesh, jax.devices())):
-        config = micro(stage, *places)
+        config = micro(stage, *places, data__batch_size=sources)
         placed = sharding.make_mesh(ConfigDict(sizes), devices)
+        check_shares(config, placed)
         task = make_task(config)
         descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.01))
         task.phases = tuple(phase._replace(tx=descent) for phase in task.phases)
@@ -186,7 +189,7 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
         loader = loading.make_loader(config.data, seed=0, step=0)
         with jax.set_mesh(placed):
             for number, batch in zip(range(2), loader, strict=False):
-                batch = sharding.put_batch(batch, placed, task.frames)
+                batch = sharding.put_batch(batch, placed)
                 state, metrics = step(state, batch, constants, task.events(number + 1))
         loader.close()
         results.append((leaves(state["params"]), leaves(metrics), state))

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from dexportrait_jax.models.partitioning import attend_in_parts
 from dexportrait_jax.models.rematerialisation import ATTENTION
 from dexportrait_jax.platforms import target_platform
 
@@ -64,7 +65,7 @@ def _attend(query: Array, key: Array, value: Array, keep: Array | None, backend:
     if backend == "chunked":
         return _chunked(query, key, value, keep)
     if backend == "blocked":
-        return _blocked(query, key, value, keep)
+        return attend_in_parts(_blocked, query, key, value, keep)
     if backend == "cudnn":
         mask = None if keep is None else keep[:, None, None, :]
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
@@ -114,7 +115,7 @@ def _chunked(query: Array, key: Array, value: Array, keep: Array | None) -> Arra
 
 
 @jax.custom_vjp
-def _blocked(query: Array, key: Array, value: Array, keep: Array | None) -> Array:
+def _blocked(query: Array, key: Array, value: Array, keep: Array) -> Array:
     """One head of one sample at a time, its logits never leaving the cache; made for CPUs.
 
     Six times as fast as plain attention forward and twice as fast backward at 256 queries, 512 keys
@@ -123,14 +124,14 @@ def _blocked(query: Array, key: Array, value: Array, keep: Array | None) -> Arra
     return _blocked_forward(query, key, value, keep)[0]
 
 
-def _blocked_forward(query: Array, key: Array, value: Array, keep: Array | None):
+def _blocked_forward(query: Array, key: Array, value: Array, keep: Array):
     batch, queries, heads, features = query.shape
     chunk = _chunk_of(queries, key.shape[1])
     rows = (
         _rows(query * features**-0.5).reshape(batch * heads, -1, chunk, features),
         _rows(key),
         _rows(value),
-        _bias_rows(keep, batch, key.shape[1], heads),
+        _bias_rows(keep, heads),
     )
 
     def head(row):
@@ -195,9 +196,7 @@ def _rows(tokens: Array) -> Array:
     return tokens.swapaxes(1, 2).reshape(batch * heads, length, features)
 
 
-def _bias_rows(keep: Array | None, batch: int, keys: int, heads: int) -> Array:
-    if keep is None:
-        return jnp.zeros((batch * heads, 1, keys))
+def _bias_rows(keep: Array, heads: int) -> Array:
     return repeat_rows(jnp.where(keep, 0.0, MASKED), heads)[:, None, :]
 
 

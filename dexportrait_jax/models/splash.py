@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from dexportrait_jax.models.partitioning import attend_in_parts
 from dexportrait_jax.models.rematerialisation import ATTENTION
 from dexportrait_jax.platforms import target_platform
 
@@ -34,26 +34,10 @@ def splash(
     heads, over tensor, as far as these divide them. Where the program is not made for a TPU, the kernel is
     interpreted, slowly.
     """
-    batch, queries, heads, features = query.shape
-    scale = features**-0.5
-    if keep is None:
-        keep = jnp.ones((batch, key.shape[1]), bool)
     # Scaled in float32: bfloat16 would round the scale of 40 features into every logit.
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     run = functools.partial(_on_one_device, interpret=target_platform() != "tpu")
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        over = _dividing(batch, ("data", "fsdp", "context"), mesh.shape)
-        across = _dividing(heads, ("tensor",), mesh.shape)
-        whole = PartitionSpec(over, None, across, None)
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(whole, whole, whole, PartitionSpec(over, None)),
-            out_specs=whole,
-            check_vma=False,  # the kernel does not say what varies over the mesh
-        )
-    return run(query, key, value, keep)
+    return attend_in_parts(run, query, key, value, keep)
 
 
 def _on_one_device(query: Array, key: Array, value: Array, keep: Array, *, interpret: bool):
@@ -94,15 +78,3 @@ def _block(length: int) -> int:
     """The longest block, up to LONGEST_BLOCK, that leaves least to pad."""
     sizes = range(LANES, LONGEST_BLOCK + 1, LANES)
     return min(sizes, key=lambda size: (-length % size, -size))
-
-
-def _dividing(length: int, axes: tuple[str, ...], shape) -> tuple[str, ...] | None:
-    """The first of these axes of a mesh whose product divides a length."""
-    taken: tuple[str, ...] = ()
-    for axis in axes:
-        size = shape.get(axis, 1)
-        if length % size:
-            break
-        length //= size
-        taken += (axis,)
-    return taken or None

@@ -27,13 +27,11 @@ class Task(Protocol):
       networks: parameter group -> network; groups in no phase are frozen.
       phases: what is trained, in order.
       ema_groups: groups of which a moving average is kept.
-      frames: whether batches hold clips, whose frames may be spread over the mesh's `context` axis.
     """
 
     networks: dict[str, Network]
     phases: tuple[Phase, ...]
     ema_groups: tuple[str, ...]
-    frames: bool
 
     def events(self, step: int) -> frozenset[str]:
         """What happens in step number `step` (from 0) beside what happens in every step."""

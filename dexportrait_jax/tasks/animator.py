@@ -24,7 +24,12 @@ from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.animator_networks import build_networks
 from dexportrait_jax.tasks.animator_start import load_start
-from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
+from dexportrait_jax.tasks.pictures import (
+    encode_poses,
+    flatten_targets,
+    save_comparison,
+    to_float,
+)
 
 IMAGE_TRAINED = ("reference", "denoiser")
 
@@ -35,9 +40,9 @@ class AnimatorTask:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.networks = build_networks(config)
-        self.frames = config.stage == "animator_video"
+        self.video = config.stage == "animator_video"
         self.schedule = NoiseSchedule(**config.diffusion)
-        trained = ("temporal",) if self.frames else IMAGE_TRAINED
+        trained = ("temporal",) if self.video else IMAGE_TRAINED
         self.ema_groups = trained
         self.phases = (
             Phase(
@@ -65,7 +70,7 @@ class AnimatorTask:
         """
         init = self.config.init
         unet = ["reference", "denoiser"]
-        if self.frames:
+        if self.video:
             needed = {"image": [name for name in self.networks if name != "temporal"]}
             more = {"unet": unet, "temporal": ["temporal"]}
         else:
@@ -118,15 +123,12 @@ class AnimatorTask:
 
     def conditions(self, params: dict[str, Any], batch: dict[str, Array]) -> Conditions:
         """Everything but the drops, from a batch: reference bank, poses, expression latents, context."""
-        pose_images = jnp.concatenate(
-            [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
-        )
         with jax.named_scope("pose"):
-            poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+            poses = encode_poses(self.networks["pose"].bind(params["pose"]), batch)
         crops = to_float(flatten_targets(batch["target_expression_image"]))
         with jax.named_scope("expression"):
             expression = self.networks["expression"].bind(params["expression"])(crops)
-        poses, expression = jax.lax.stop_gradient((poses.astype(jnp.float32), expression))
+        (source_poses, poses), expression = jax.lax.stop_gradient((poses, expression))
         sources = batch["source_image"].shape[0]
         context = None
         if "image_encoder" in self.networks:
@@ -138,13 +140,13 @@ class AnimatorTask:
         latents = jax.lax.stop_gradient(self.encode(params, batch, "source"))
         with jax.named_scope("reference"):
             bank = self.networks["reference"].bind(params["reference"])(
-                latents, context, poses[:sources]
+                latents, context, source_poses
             )
         targets = expression.shape[0] // sources
         return Conditions(
             reference=bank,
-            source_pose=poses[:sources],
-            driving_pose=poses[sources:],
+            source_pose=source_poses,
+            driving_pose=poses,
             expression=expression,
             context=None if context is None else jnp.repeat(context, targets, 0),
         )
@@ -161,7 +163,7 @@ class AnimatorTask:
         conditions = self.conditions(params, batch)
 
         # A clip has one noise level and one fate of its conditions; images each have their own.
-        independent = sources if self.frames else sources * targets
+        independent = sources if self.video else sources * targets
         repeats = sources * targets // independent
         timesteps = draw_timesteps(keys[1], independent, self.schedule.steps, config.timestep_power)
         timesteps = jnp.repeat(timesteps, repeats)
@@ -188,9 +190,9 @@ class AnimatorTask:
 
     @jax.named_scope("denoiser")
     def _denoise(self, params, noisy, timesteps, conditions: Conditions, targets: int):
-        temporal = self.networks["temporal"].bind(params["temporal"]) if self.frames else None
+        temporal = self.networks["temporal"].bind(params["temporal"]) if self.video else None
         return self.networks["denoiser"].bind(params["denoiser"])(
-            noisy, timesteps, conditions, temporal=temporal, frames=targets if self.frames else 1
+            noisy, timesteps, conditions, temporal=temporal, frames=targets if self.video else 1
         )
 
     def _one_step_preview(self, params, batch, key):

@@ -70,8 +70,6 @@ class AutoencoderTask:
     model of few steps gets wrong is such noise: without it those errors come out as blotches.
     """
 
-    frames = False
-
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.networks = build_networks(config)

@@ -23,7 +23,12 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.motion_networks import build_networks, reenact
-from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
+from dexportrait_jax.tasks.pictures import (
+    encode_poses,
+    flatten_targets,
+    save_comparison,
+    to_float,
+)
 from dexportrait_jax.weights.convnextv2 import load_trunk
 from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.lpips_names import load_perceptual
@@ -34,8 +39,6 @@ ENCODERS = ("pose", "expression", "label_heads")
 
 class MotionTask:
     """The motion trainer for `train.py`."""
-
-    frames = False
 
     def __init__(self, config: ml_collections.ConfigDict):
         data = config.data
@@ -132,12 +135,9 @@ class MotionTask:
         return {"perceptual": self.perceptual.abstract}
 
     def _encode(self, params, batch):
-        """Poses of sources and targets, expression latents of the targets, and their heat maps."""
-        pose_images = jnp.concatenate(
-            [batch["source_pose_image"], flatten_targets(batch["target_pose_image"])]
-        )
+        """Poses of (sources, targets), expression latents of the targets, and their heat maps."""
         with jax.named_scope("pose"):
-            poses, _ = self.networks["pose"].bind(params["pose"])(to_float(pose_images))
+            poses = encode_poses(self.networks["pose"].bind(params["pose"]), batch)
         encoder = self.networks["expression"].bind(params["expression"])
         crops = to_float(flatten_targets(batch["target_expression_image"]))
         with jax.named_scope("expression"):
@@ -146,13 +146,11 @@ class MotionTask:
 
     def _predict(self, params, batch, poses, expression):
         """The targets as the source in these poses and expressions."""
-        sources = batch["source_image"].shape[0]
         return reenact(
             self.networks,
             params,
             to_float(batch["source_image"]),
-            poses[:sources],
-            poses[sources:],
+            *poses,
             expression,
             self.config.model.warp_padding,
         )
@@ -160,9 +158,6 @@ class MotionTask:
     def _label_terms(self, params, batch, poses, expression, heat_maps, step):
         """Towards the labels that every record carries (method.md 2), and between two views of an instant."""
         weights = self.config.loss
-        labels = jnp.concatenate(
-            [batch["source_head_pose"], flatten_targets(batch["target_head_pose"])]
-        )
         blendshapes = flatten_targets(batch["target_blendshapes"])
 
         def label_error(latent):
@@ -170,8 +165,14 @@ class MotionTask:
                 read = self.networks["label_heads"].bind(params["label_heads"])(latent)
             return losses.mean_squared(read, blendshapes)
 
+        of_sources, of_targets = poses
+        poses_of_targets = flatten_targets(batch["target_head_pose"])
+        count = len(of_sources) + len(of_targets)
+        pose_label = len(of_sources) / count * losses.pose_label(
+            of_sources, batch["source_head_pose"]
+        ) + len(of_targets) / count * losses.pose_label(of_targets, poses_of_targets)
         values = {
-            "pose_label": losses.pose_label(poses, labels),
+            "pose_label": pose_label,
             "blendshape_label": label_error(expression),
             "landmark_label": losses.landmark_label(
                 heat_maps[..., : weights.landmark_maps],
@@ -191,7 +192,6 @@ class MotionTask:
             values["blendshape_label"] = error
         targets = batch["target_image"].shape[1]
         of_people = expression.astype(jnp.float32).reshape(-1, targets, expression.shape[-1])
-        poses_of_targets = flatten_targets(batch["target_head_pose"])
         leaks = {
             "person_leak": lambda: losses.person_leak(of_people),
             "pose_leak": lambda: losses.pose_leak(expression, poses_of_targets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
@@ -28,6 +29,18 @@ def to_uint8(image: Float[Array, ...]) -> UInt8[np.ndarray, ...]:
 def flatten_targets(array: Array) -> Array:
     """(S, N, ...) -> (S*N, ...), source-major."""
     return array.reshape(-1, *array.shape[2:])
+
+
+def encode_poses(
+    encoder: Any, batch: dict[str, Array]
+) -> tuple[Float[Array, "s 3 4"], Float[Array, "s*n 3 4"]]:
+    """Poses of a batch's sources, and of their targets, by a bound pose encoder.
+
+    One after the other: side by side in one batch, they would have to change places between the devices of a mesh.
+    """
+    sources, _ = encoder(to_float(batch["source_pose_image"]))
+    targets, _ = encoder(to_float(flatten_targets(batch["target_pose_image"])))
+    return sources.astype(jnp.float32), targets.astype(jnp.float32)
 
 
 def save_comparison(

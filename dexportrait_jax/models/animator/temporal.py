@@ -17,6 +17,7 @@ from dexportrait_jax.models.animator.blocks import (
 )
 from dexportrait_jax.models.animator.norms import GroupNorm, LayerNorm
 from dexportrait_jax.models.attention import Attention, Backend
+from dexportrait_jax.models.partitioning import FRAMES, SAMPLES, spread
 
 
 class TemporalBlock(nnx.Module):
@@ -87,10 +88,12 @@ class TemporalModule(nnx.Module):
             )
         clips = hidden.reshape(batch // frames, frames, height * width, channels)
         inner = self.proj_in(self.norm(clips))
-        pixels = inner.swapaxes(1, 2).reshape(-1, frames, channels)
-        pixels = self.proj_out(self.transformer_blocks[0](pixels))
-        pixels = pixels.reshape(-1, height * width, frames, channels).swapaxes(1, 2)
-        return hidden + pixels.reshape(hidden.shape)
+        # Where a mesh shares a clip's frames, every device gets all frames of its part of the pixels, and back: one
+        # all-to-all each way. Left to itself, the compiler gathers all frames of all pixels everywhere.
+        pixels = spread(spread(inner, SAMPLES, FRAMES).swapaxes(1, 2), SAMPLES, FRAMES)
+        pixels = self.proj_out(self.transformer_blocks[0](pixels.reshape(-1, frames, channels)))
+        pixels = spread(pixels.reshape(-1, height * width, frames, channels), SAMPLES, FRAMES)
+        return hidden + spread(pixels.swapaxes(1, 2), SAMPLES, FRAMES).reshape(hidden.shape)
 
 
 class TemporalLevel(nnx.Module):

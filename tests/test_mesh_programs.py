@@ -1,0 +1,82 @@
+"""What a step costs on a mesh, read from the program compiled for eight fake devices: who multiplies and sends what."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from dexportrait_jax import sharding
+from dexportrait_jax.compiled_program import read_program
+from dexportrait_jax.compiling import placed
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.programs import build
+from dexportrait_jax.tasks import make_task
+from dexportrait_jax.train import check_shares
+from dexportrait_jax.workload import abstract_batch
+from tests.stages import micro
+
+
+def program_on(config, **sizes):
+    mesh = mesh_of(**sizes)
+    task = make_task(config)
+    check_shares(config, mesh)
+    abstract, _, step = build(task, config, mesh)
+    batch = abstract_batch(config.data)
+    batch = placed(batch, sharding.batch_shardings(batch, mesh))
+    constants = task.abstract_constants()
+    constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
+    with jax.set_mesh(mesh):
+        lowered = step.lower(abstract, batch, constants, task.events(1))
+        return read_program(lowered.compile().as_text())
+
+
+def mesh_of(**sizes):
+    mesh = ConfigDict(dict.fromkeys(sharding.AXES, 1) | sizes)
+    count = sizes.get("data", 1) * sizes.get("context", 1)
+    return sharding.make_mesh(mesh, jax.devices()[:count])
+
+
+@pytest.mark.slow
+def test_frames_over_context_cost_the_planned_all_to_alls(tmp_path):
+    """Round every temporal module frames go to pixels and back, forward and in the gradient; nothing else moves."""
+    config = micro(
+        "animator_video",
+        tmp_path,
+        tmp_path,
+        data__batch_size=2,
+        data__frames=4,
+        model__unet__layers_per_block=1,
+    )
+    alone = program_on(config, data=2)
+    assert set(alone.collectives) == {"all-reduce"}  # gradients and what is recorded
+    found = program_on(config, data=2, context=4)
+    assert set(found.collectives) == {"all-reduce", "all-to-all"}
+    # Latents are 16 x 16; levels of 16 and 32 channels, each with a module on the way down and two on the way up, and
+    # one in the middle.
+    modules = [16 * 16 * 16] * 3 + [8 * 8 * 32] * 4
+    exchanged = found.collectives["all-to-all"]
+    assert exchanged.count == 4 * len(modules)
+    # A device holds one frame of one clip in float32, and gives three quarters of it away.
+    assert exchanged.bytes == 4 * sum(modules) * 4 * 3 / 4
+    # The reference network, which knows one source a clip, is all that several devices do alike.
+    assert found.flops < 0.4 * alone.flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["animator_image", "motion"])
+def test_targets_over_context(stage, tmp_path):
+    """The targets of one source are shared: what is done once for the source is all that is done more than once."""
+    config = micro(stage, tmp_path, tmp_path, data__batch_size=2, data__targets=4)
+    alone, found = program_on(config, data=2), program_on(config, data=2, context=4)
+    assert found.flops < 0.45 * alone.flops
+    assert "all-to-all" not in found.collectives
+
+
+def test_targets_of_several_sources_are_not_spread(tmp_path):
+    """The compiler would gather them; and one part of the batch after another does the same without."""
+    config = micro("motion", tmp_path, tmp_path, data__batch_size=6, data__targets=4)
+    with pytest.raises(UserError, match="data x fsdp = 2 has 3; choose config.accumulate=3"):
+        check_shares(config, mesh_of(data=2, context=4))
+    config.accumulate = 3
+    check_shares(config, mesh_of(data=2, context=4))
+    with pytest.raises(UserError, match="targets=4 cannot be shared by mesh context = 3"):
+        check_shares(config, mesh_of(data=2, context=3))
