@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,7 @@ def make_loader(
     *,
     seed: int,
     step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Loader:
     """Endless training batches from batch number `step` on.
 
@@ -77,10 +76,10 @@ def make_loader(
         config: `config.data`, see `default_data`.
         seed: of order and augmentation.
         step: number of the first batch.
-        process_index, process_count: this host and how many there are.
+        rows: of every batch, that this host brings; None: all.
 
     Returns:
-        Iterator of dicts, to be closed when no more is wanted; S = batch_size / process_count
+        Iterator of dicts, to be closed when no more is wanted; S = len(rows) or batch_size
         sources, N = targets (or frames):
         source_image (S, H, W, 3), source_pose_image, source_expression_image, target_image
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
@@ -97,17 +96,11 @@ def make_loader(
     import grain  # imports jax where it is installed, and this package must stay free of it
 
     batch = config["batch_size"]
-    if batch < 1 or batch % process_count:
-        raise UserError(
-            f"data.batch_size is {batch}, which {process_count} host(s) cannot share evenly; "
-            "choose a multiple"
-        )
-    examples = Examples(config, seed=seed)
-    local = batch // process_count
-    data = grain.MapDataset.range(_ENDLESS).seed(seed)
-    data = data.random_map(examples).batch(local)[
-        step * process_count + process_index :: process_count
-    ]
+    if batch < 1:
+        raise UserError(f"data.batch_size is {batch}; it is 1 or more")
+    rows = range(batch) if rows is None else rows
+    data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(Examples(config, seed=seed))
+    data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))[step:]
     workers = config["workers"]
     if workers:
         if not flags.FLAGS.is_parsed():
@@ -120,6 +113,22 @@ def make_loader(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         )
     return Loader(iter(iterator))
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsOfBatches:
+    """The examples of some rows of every batch, one batch after the other, as a source for Grain."""
+
+    examples: Any
+    batch: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch * len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        number, row = divmod(index, len(self.rows))
+        return self.examples[number * self.batch + self.rows[row]]
 
 
 def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -8,6 +8,7 @@ end alike.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -135,10 +136,36 @@ def batch_shardings(batch: dict[str, Any], mesh: Mesh) -> dict[str, NamedShardin
     return {name: place(name) for name in batch}
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch on the mesh, from the part that this process loaded."""
-    shardings = batch_shardings(batch, mesh)
+def rows_of_process(mesh: Mesh, sources: int) -> list[int]:
+    """The sources of a batch that this process has to bring, in order: those of its devices.
+
+    Processes whose devices share the targets of a source bring the same one.
+    """
+    place = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    parts = place.addressable_devices_indices_map((sources,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(sources))})
+
+
+def put_batch(
+    batch: dict[str, Any], mesh: Mesh, sources: int, rows: Sequence[int]
+) -> dict[str, jax.Array]:
+    """The global batch on the mesh, from the part that this process loaded.
+
+    Args:
+      batch: arrays whose first axis is `rows`.
+      mesh: where they go.
+      sources: of the global batch.
+      rows: of it, that `batch` holds; see `rows_of_process`.
+    """
+
+    def part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        first = rows.index(index[0].indices(sources)[0])
+        count = len(range(*index[0].indices(sources)))
+        return value[(slice(first, first + count), *index[1:])]
+
     return {
-        name: jax.make_array_from_process_local_data(shardings[name], value)
-        for name, value in batch.items()
+        name: jax.make_array_from_callback(
+            (sources, *batch[name].shape[1:]), place, functools.partial(part, batch[name])
+        )
+        for name, place in batch_shardings(batch, mesh).items()
     }

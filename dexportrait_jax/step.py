@@ -172,7 +172,8 @@ def _accumulated(differentiate, trained, batch, key, shared, parts):
 
     Every array of `shared`, and of what is shared in turn, has the piece as its first axis.
     """
-    cut = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+    # Every device's own rows in turn: successive rows would lie on few devices, and travel.
+    cut = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), batch)
 
     def one(index, piece, given):
         (value, outputs), gradients = differentiate(

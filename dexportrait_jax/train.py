@@ -87,12 +87,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             say(warning, file=sys.stderr)
         for note in found.notes:
             say(note)
+        rows = sharding.rows_of_process(mesh, config.data.batch_size)
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
             step=done,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows,
         )
 
         try_programs(task, config, step_function, abstract, mesh, done)
@@ -128,7 +128,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:
                     with wall.spent("data"):
-                        batch = sharding.put_batch(next(loader), mesh)
+                        batch = sharding.put_batch(next(loader), mesh, config.data.batch_size, rows)
                     state, metrics = step_function(state, batch, constants, events)
                     result_is(metrics)
                 efficiency.add(events)

@@ -73,6 +73,8 @@ def test_frames_go_over_context():
 
 def test_put_batch_is_the_batch():
     batch = {"target_image": np.arange(8 * 2 * 3, dtype=np.uint8).reshape(8, 2, 3)}
-    placed = sharding.put_batch(batch, mesh(2, 2, 2))["target_image"]
+    on = mesh(2, 2, 2)
+    assert sharding.rows_of_process(on, 8) == list(range(8))
+    placed = sharding.put_batch(batch, on, 8, range(8))["target_image"]
     np.testing.assert_array_equal(np.asarray(jax.device_get(placed)), batch["target_image"])
     assert len({shard.device for shard in placed.addressable_shards}) == 8

@@ -154,7 +154,7 @@ def test_pretraining_trains_the_encoders_alone(places):
     start = leaves(state["params"])
     loader = loading.make_loader(config.data, seed=0, step=0)
     with jax.set_mesh(placed):
-        batch = sharding.put_batch(next(loader), placed)
+        batch = sharding.put_batch(next(loader), placed, 8, range(8))
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         state, metrics = step(state, batch, constants, task.events(0))
     loader.close()
@@ -189,7 +189,7 @@ def test_sharded_equals_one_device(stage, places, monkeypatch):
         loader = loading.make_loader(config.data, seed=0, step=0)
         with jax.set_mesh(placed):
             for number, batch in zip(range(2), loader, strict=False):
-                batch = sharding.put_batch(batch, placed)
+                batch = sharding.put_batch(batch, placed, sources, range(sources))
                 state, metrics = step(state, batch, constants, task.events(number + 1))
         loader.close()
         results.append((leaves(state["params"]), leaves(metrics), state))

@@ -57,7 +57,8 @@ def measure(address: str, overrides: list[str], step_name: str) -> dict[str, flo
     state = programs.first_state(task, config, shardings)
     constants = {"perceptual": task.perceptual.init(jax.random.key(1))}
     constants = jax.device_put(constants, sharding.replicated(mesh))
-    batch = sharding.put_batch(random_batch(config.data), mesh)
+    sources = config.data.batch_size
+    batch = sharding.put_batch(random_batch(config.data), mesh, sources, range(sources))
     with jax.set_mesh(mesh):
         started = time.perf_counter()
         compiled = step.lower(state, batch, constants, events).compile()
