@@ -1,5 +1,10 @@
 """What a step costs on a mesh, read from the program compiled for eight fake devices: who multiplies and sends what."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from ml_collections import ConfigDict
@@ -12,6 +17,7 @@ from dexportrait_jax.programs import build
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import check_shares
 from dexportrait_jax.workload import abstract_batch
+from tests import fixtures
 from tests.stages import micro
 
 
@@ -80,3 +86,34 @@ def test_targets_of_several_sources_are_not_spread(tmp_path):
     check_shares(config, mesh_of(data=2, context=4))
     with pytest.raises(UserError, match="targets=4 cannot be shared by mesh context = 3"):
         check_shares(config, mesh_of(data=2, context=3))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_targets_of_a_source(tmp_path):
+    """Both read it, and each has two of its four targets; what is recorded is what one process records."""
+    data = fixtures.make_dataset(tmp_path / "data", clips=5, frames=12, size=64)
+    job = ["train", "--config=configs/autoencoder.py:tiny", "--config.evaluate.at_end=False"]
+    sizes = {
+        "data.path": data,
+        "data.batch_size": 2,
+        "data.targets": 4,
+        "accumulate": 2,
+        "num_steps": 3,
+    }
+    job += [f"--config.{name}={value}" for name, value in sizes.items()]
+    mesh = ["--config.mesh.data=1", "--config.mesh.context=4"]
+    processes = ["launch.local_processes", "--processes=2", "--devices=2", "--"]
+    commands = {"one": ["dexportrait_jax", *job], "two": [*processes, *job, *mesh]}
+    rows = {}
+    for name, command in commands.items():
+        command = [sys.executable, "-m", *command, f"--workdir={tmp_path / name}"]
+        environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        rows[name] = [json.loads(line) for line in text.splitlines()]
+    assert len(rows["one"]) == len(rows["two"]) == 3
+    for one, two in zip(rows["one"], rows["two"], strict=True):
+        for name in ("loss", "l1", "lpips", "kl", "gradient_norm"):
+            key = f"autoencoder/{name}"
+            assert two[key] == pytest.approx(one[key], rel=1e-3), (one["step"], name)
