@@ -87,12 +87,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             say(warning, file=sys.stderr)
         for note in found.notes:
             say(note)
-        rows = sharding.rows_of_process(mesh, config.data.batch_size)
+        sources = sharding.rows_of_process(mesh, config.data.batch_size)
         loader = loading.make_loader(
             config.data,
             seed=config.seed,
             step=done,
-            rows=rows,
+            rows=sources,
         )
 
         try_programs(task, config, step_function, abstract, mesh, done)
@@ -128,7 +128,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:
                     with wall.spent("data"):
-                        batch = sharding.put_batch(next(loader), mesh, config.data.batch_size, rows)
+                        batch = sharding.put_batch(
+                            next(loader), mesh, config.data.batch_size, sources
+                        )
                     state, metrics = step_function(state, batch, constants, events)
                     result_is(metrics)
                 efficiency.add(events)
