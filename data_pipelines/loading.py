@@ -68,6 +68,8 @@ def make_loader(
     *,
     seed: int,
     step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
     rows: Sequence[int] | None = None,
 ) -> Loader:
     """Endless training batches from batch number `step` on.
@@ -76,10 +78,11 @@ def make_loader(
         config: `config.data`, see `default_data`.
         seed: of order and augmentation.
         step: number of the first batch.
-        rows: of every batch, that this host brings; None: all.
+        process_index, process_count: this host and how many there are, for equal parts in order.
+        rows: of every batch, that this host brings instead: hosts of a mesh may share a source.
 
     Returns:
-        Iterator of dicts, to be closed when no more is wanted; S = len(rows) or batch_size
+        Iterator of dicts, to be closed when no more is wanted; S = len(rows) or batch_size / process_count
         sources, N = targets (or frames):
         source_image (S, H, W, 3), source_pose_image, source_expression_image, target_image
         (S, N, H, W, 3), target_pose_image, target_expression_image, target_component_mask
@@ -96,9 +99,14 @@ def make_loader(
     import grain  # imports jax where it is installed, and this package must stay free of it
 
     batch = config["batch_size"]
-    if batch < 1:
-        raise UserError(f"data.batch_size is {batch}; it is 1 or more")
-    rows = range(batch) if rows is None else rows
+    if rows is None:
+        if batch < 1 or batch % process_count:
+            raise UserError(
+                f"data.batch_size is {batch}, which {process_count} host(s) cannot share evenly; "
+                "choose a multiple"
+            )
+        local = batch // process_count
+        rows = range(process_index * local, (process_index + 1) * local)
     data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(Examples(config, seed=seed))
     data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))[step:]
     workers = config["workers"]

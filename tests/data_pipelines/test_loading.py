@@ -100,6 +100,10 @@ def test_start_at_any_step_and_on_any_hosts(directory, mode):
     config = _config(directory, mode=mode, frames=5)
     whole = _take(config, 5)
     _assert_same(_take(config, 1, step=4)[0], whole[4])
+    hosts = [_take(config, 2, step=3, process_index=host, process_count=2) for host in range(2)]
+    for number in range(2):
+        joined = {name: np.concatenate([host[number][name] for host in hosts]) for name in whole[0]}
+        _assert_same(joined, whole[3 + number])
     # Devices of a host need not lie side by side, and hosts may share a source.
     for rows in ([0, 1], [3], [2, 0, 3]):
         host = _take(config, 2, step=3, rows=rows)
@@ -327,8 +331,8 @@ def test_errors_at_the_start(directory, tmp_path):
     for calm in (_calm(0.03, 0), _calm(-0.1, 8), _calm(7, 8)):
         with pytest.raises(UserError, match="data.calm is"):
             start(calm=calm)
-    with pytest.raises(UserError, match="batch_size is 0"):
-        loading.make_loader(_config(directory) | {"batch_size": 0}, seed=0)
+    with pytest.raises(UserError, match="3 host"):
+        loading.make_loader(_config(directory), seed=0, process_count=3)
     still = builder.write_dataset(
         {"train": lambda: [fixtures.make_clip(0, 1, 32)]}, tmp_path / "still"
     )
