@@ -11,6 +11,7 @@ minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:synthetic`;
     dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
     and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
+    In these two half of the targets are another camera's where there are several (data.cross_view; else it is 0).
 """
 
 from __future__ import annotations

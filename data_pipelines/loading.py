@@ -22,6 +22,7 @@ from absl import flags
 
 from data_pipelines import augment as augmentation
 from data_pipelines import background, dataset, face_landmarks, latents, network_inputs, records
+from data_pipelines.cross_view import CrossView, Shown, far_frames
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -42,6 +43,9 @@ def default_data() -> dict[str, Any]:
         "frames": 24,  # a source, in mode "video"
         "frame_stride": 1,
         "source_margin": 30,  # frames between source and targets, where the clip is long enough
+        # How often a target (in mode "video" the source) comes from another camera's clip of the session, at another
+        # time: the head's own turns and a change of camera together (method.md 5). With one camera nothing changes.
+        "cross_view": 0.5,
         "image_size": 256,
         "pose_size": 256,
         "expression_size": 224,
@@ -216,6 +220,10 @@ class Examples:
             raise UserError(
                 f"data.calm is {config['calm']}; candidates must be 1 or more, max_difference from 0 to 1"
             )
+        if not 0 <= config["cross_view"] <= 1:
+            raise UserError(
+                f"data.cross_view is {config['cross_view']}; it must lie between 0 and 1"
+            )
         self.config = config
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -241,6 +249,9 @@ class Examples:
                 )
             )
         self.views = self.clips.views()
+        self.cross_view = CrossView(
+            self.clips, self.views, config["cross_view"], config["source_margin"]
+        )
         self.reported = Path(tempfile.mkdtemp(prefix="dexportrait-reported-"))
         owner = os.getpid()
         weakref.finalize(self, _remove_own, str(self.reported), owner)
@@ -303,19 +314,19 @@ class Examples:
         else:
             source, targets = self._choose_pairs(number, rng)
             target_draws = [augmentation.random_draw(rng, self.augment, sample) for _ in targets]
-        clip = self.clips[number]
-        return self._example(clip, source, targets, source_draw, target_draws, number, rng)
+        source, targets = Shown(number, source), [Shown(number, int(at)) for at in targets]
+        if self.video:
+            source = self.cross_view.source(source, targets, rng)
+        else:
+            targets = self.cross_view.targets(source, targets, rng)
+        return self._example(source, targets, source_draw, target_draws, rng)
 
     def _choose_pairs(self, number: int, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """Source frame and targets, at least `source_margin` apart where the clip allows it."""
         frames = int(self.clips.frames[number])
         source = int(rng.integers(frames))
-        distance = np.abs(np.arange(frames) - source)
-        margin = min(self.config["source_margin"], int(distance.max()))
-        far = np.flatnonzero(distance >= max(margin, 1))
         count = self.config["targets"]
-        if len(far) < count:  # a short clip: the farthest ones there are
-            far = np.argsort(-distance, kind="stable")[: min(count, frames - 1)]
+        far = far_frames(np.abs(np.arange(frames) - source), self.config["source_margin"], count)
         return source, rng.choice(far, count, replace=len(far) < count)
 
     def _choose_window(self, number: int, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
@@ -358,26 +369,38 @@ class Examples:
             spaced = np.arange(1, count + 1) * (len(clip) - 1) / count - passes
             targets = 1 + (np.ceil(spaced).astype(int) - 1) % (len(clip) - 1)
         draw = augmentation.neutral_draw(self.augment)
-        return self._example(clip, 0, targets, draw, [draw] * len(targets), number, None)
+        targets = [Shown(number, int(at)) for at in targets]
+        return self._example(Shown(number, 0), targets, draw, [draw] * len(targets), None)
 
-    def _example(self, clip, source, targets, source_draw, target_draws, number, rng):
-        one = network_inputs.frame_inputs(clip, source, source_draw, self.augment, self.sizes)
+    def _example(
+        self,
+        source: Shown,
+        targets: Sequence[Shown],
+        source_draw: augmentation.Draw,
+        target_draws: Sequence[augmentation.Draw],
+        rng: np.random.Generator | None,
+    ) -> dict[str, np.ndarray]:
+        one = network_inputs.frame_inputs(
+            self.clips[source.clip], source.frame, source_draw, self.augment, self.sizes
+        )
         seconds = self._second_draws(target_draws, rng)
-        wanted = rng and (seconds[0] is not None or target_draws[0].other_view)
-        other = self._other_view(number, rng) if wanted else None
+        others = self._other_views(targets, target_draws, seconds, rng)
         many = []
-        for target, draw, second in zip(targets, target_draws, seconds, strict=True):
+        for (number, frame), draw, second, other in zip(
+            targets, target_draws, seconds, others, strict=True
+        ):
+            clip = self.clips[number]
             if second is not None:
-                second = second, self._same_instant(clip, int(target), other, second)
+                second = second, self._same_instant(clip, frame, other, second)
             many.append(
                 network_inputs.frame_inputs(
                     clip,
-                    int(target),
+                    frame,
                     draw,
                     self.augment,
                     self.sizes,
                     with_image=self.latents is None,
-                    expression_from=self._same_instant(clip, int(target), other, draw),
+                    expression_from=self._same_instant(clip, frame, other, draw),
                     second=second,
                 )
             )
@@ -389,9 +412,9 @@ class Examples:
             example[f"target_{name}"] = np.stack([part[name] for part in many])
         if self.latents is not None:
             flip = source_draw.sample.flip  # the whole sample's
-            example["source_latents"] = self.latents(number, source, flip)
+            example["source_latents"] = self.latents(*source, flip)
             example["target_latents"] = np.stack(
-                [self.latents(number, int(target), flip) for target in targets]
+                [self.latents(*target, flip) for target in targets]
             )
         return example
 
@@ -408,6 +431,22 @@ class Examples:
             )
             for draw in draws
         ]
+
+    def _other_views(self, targets, draws, seconds, rng) -> list[records.Clip | None]:
+        """Of every target, the clip of another camera than its own that may show its expression (E2).
+
+        Targets of one clip share it, so that a video's expression is not seen from all sides in turn.
+        """
+        if rng is None:
+            return [None] * len(targets)
+        # Without cross-view pairs the first target decides for all whether another camera is looked for: as it
+        # was when the figures of the configs that have none were measured, whose batches stay what they were.
+        asking = len(targets) if self.config["cross_view"] else 1
+        found: dict[int, records.Clip | None] = {}
+        for target, draw, second in list(zip(targets, draws, seconds, strict=True))[:asking]:
+            if target.clip not in found and (second is not None or draw.other_view):
+                found[target.clip] = self._other_view(target.clip, rng)
+        return [found.get(target.clip) for target in targets]
 
     def _other_view(self, number: int, rng: np.random.Generator) -> records.Clip | None:
         others = self.views.get(number)

@@ -96,6 +96,28 @@ def test_a_batch_holds_the_latents_of_its_pictures(directory, made, mode, worker
     np.testing.assert_array_equal(host["target_latents"], whole["target_latents"][2:])
 
 
+@pytest.mark.parametrize("mode", ["pairs", "video"])
+def test_latents_of_other_cameras_are_looked_up(tmp_path, mode):
+    """Every target's (a video's source's) latents are of the clip that shows it, which has other frames and length."""
+    splits = {
+        "train": lambda: [
+            fixtures.make_clip(
+                number, 6 + 2 * camera, 48, camera=camera, session=f"session{number}"
+            )
+            for number in range(2)
+            for camera in range(3)
+        ]
+    }
+    data = builder.write_dataset(splits, tmp_path / "data")
+    values = config(data, mode=mode, frames=3, cross_view=1.0)
+    cached = values | {"latents": str(make(data, tmp_path / "latents"))}
+    for one, other in zip(take(values, 3), take(cached, 3), strict=True):
+        for which in ("source", "target"):
+            flat = encode(one[f"{which}_image"].reshape(-1, SIZE, SIZE, 3))
+            np.testing.assert_array_equal(other[f"{which}_latents"].reshape(flat.shape), flat)
+            np.testing.assert_array_equal(one[f"{which}_head_pose"], other[f"{which}_head_pose"])
+
+
 def test_mirrored_pictures_have_latents_of_their_own(directory, made):
     clips = dataset.ClipDataset(directory, "train")
     read = latents.Latents(config(directory, latents=str(made)), clips)
