@@ -32,6 +32,7 @@ class Model(NamedTuple):
         vertices: (N, 3) neutral, canonical; control vertices come from `Identity.control`.
         pieces: name -> slice of its vertices.
         triangles: (T, 3). `part_of`: (T,) number in `PARTS`. `face`: (T,) bool, of the face itself.
+            `component`: (T,) bool, of eyes, brows, nose or mouth.
         uv: (N, 2). `occlusion`: (N,). `gloss`: (N,). `behind`: (N,) added to depth.
         normals: of all vertices.
         follow: (body vertices,) how much they follow the body and not the head.
@@ -42,6 +43,7 @@ class Model(NamedTuple):
     triangles: np.ndarray
     part_of: np.ndarray
     face: np.ndarray
+    component: np.ndarray
     uv: np.ndarray
     occlusion: np.ndarray
     gloss: np.ndarray
@@ -146,7 +148,13 @@ def _make_model(person: Identity, level: int) -> Model:
     part_of = np.repeat([PARTS.index(part) for part, _ in made.values()], counts)
     face = part_of == PARTS.index("skin")
     face[face_triangles:] = False
-    face |= np.isin(part_of, [PARTS.index(part) for part in ("eye", "mouth", "teeth", "tongue")])
+    component = np.zeros_like(face)
+    component[:face_triangles] = np.repeat(head.components, 4**level)  # children lie side by side
+    inner_parts = np.isin(
+        part_of, [PARTS.index(part) for part in ("eye", "mouth", "teeth", "tongue")]
+    )
+    face |= inner_parts
+    component |= inner_parts
     shine = {"skin": person.looks.gloss, "ear": 0.05, "eye": 0.10, "teeth": 0.25, "tongue": 0.2}
     shine |= {"mouth": 0.0, "hair": 0.16, "body": 0.03}
     gloss = np.zeros(start, np.float32)
@@ -163,6 +171,7 @@ def _make_model(person: Identity, level: int) -> Model:
         whole.triangles,
         part_of.astype(np.uint8),
         face,
+        component,
         whole.uv.astype(np.float32),
         whole.occlusion.astype(np.float32),
         gloss,

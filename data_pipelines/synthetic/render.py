@@ -33,16 +33,23 @@ class Rendering(NamedTuple):
         landmarks: (478, 3) float32 in MediaPipe's numbering, hidden ones too.
         polygons: name of `records.POLYGONS` -> (points, 2) float32.
         face_mask: (n, n) uint8, 0..255: how much of the pixel is face (hairless front of the head).
+        component_mask: (n, n) uint8, 0..255: how much of it is eyes, brows, nose or mouth. Polygons know nothing of
+            what hides what, both masks do.
         depth: (n, n) float32, the nearest surface's z; infinite where the background is seen.
         parts: (n, n) uint8, number in `PARTS` of what is seen.
+        expression: (K,) `expression.EXPRESSION_PARAMETERS` that it was drawn with.
+        pose: (3, 4) P that it was drawn with.
     """
 
     image: np.ndarray
     landmarks: np.ndarray
     polygons: dict[str, np.ndarray]
     face_mask: np.ndarray
+    component_mask: np.ndarray
     depth: np.ndarray
     parts: np.ndarray
+    expression: np.ndarray
+    pose: np.ndarray
 
 
 def render(
@@ -93,8 +100,12 @@ def render(
     landmarks = landmarks_of(identity, points, expression) @ pose[:, :3].T + pose[:, 3]
     landmarks = landmarks.astype(np.float32)
     polygons = {name: one[0] for name, one in masks.polygons(landmarks[None]).items()}
-    covered = np.zeros(side * side, np.float32)
-    covered[pixels[model.face[triangle]]] = 255
+
+    def mask(chosen: np.ndarray) -> np.ndarray:
+        covered = np.zeros(side * side, np.uint8)
+        covered[pixels[chosen[triangle]]] = 255
+        return _smaller(covered.reshape(side, side), size)
+
     part_map, depth_map = np.zeros(side * side, np.uint8), np.full(side * side, np.inf, np.float32)
     part_map[pixels], depth_map[pixels] = shown, depth
     nearest = (((np.arange(size) + 0.5) * side / size).astype(int))[:, None]
@@ -103,9 +114,12 @@ def render(
         np.rint(image).astype(np.uint8),
         landmarks,
         polygons,
-        np.rint(_smaller(covered.reshape(side, side), size)).astype(np.uint8),
+        mask(model.face),
+        mask(model.component),
         depth_map[sample],
         part_map[sample],
+        expression,
+        pose,
     )
 
 

@@ -23,6 +23,7 @@ UPPER_INNER_LIP = (191, 80, 81, 82, 13, 312, 311, 310, 415)
 LOWER_INNER_LIP = (95, 88, 178, 87, 14, 317, 402, 318, 324)
 HINGE = np.array([0.0, 0.03, -0.03])  # the jaw turns about the x axis through this point
 BACK_OF_HEAD = np.array([0.0, -0.10, 0.47])
+COMPONENTS = ("right_eye", "left_eye", "right_brow", "left_brow", "nose", "outer_lips")
 _OVAL = np.array(LANDMARKS_OF["face_oval"])
 AXIS_Z = 0.05  # of the cylinder that textures are unrolled from
 SKIN_HEIGHT = 0.66  # part of the texture (from its top) that holds the skin of the head
@@ -120,6 +121,14 @@ def _face_triangles() -> np.ndarray:
     return np.array(kept)
 
 
+def _on_components(triangles: np.ndarray) -> np.ndarray:
+    """(F, 3) triangles of the face -> (F,) bool: within the outline of one of COMPONENTS."""
+    flat = _flattened()
+    outlines = [flat[list(LANDMARKS_OF[name])] for name in COMPONENTS]
+    middles = flat[triangles].mean(1).astype(float)
+    return np.array([any(_inside(one, middle) for one in outlines) for middle in middles])
+
+
 def _smoothed(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
     """The face with its lips closed, and its chin evened out in depth: points slide there."""
     points, count = points.copy(), len(points)
@@ -145,6 +154,7 @@ class Head:
         leader: (N,) the mesh point whose movement that is.
         subdivisions: the steps to finer levels.
         face_triangles: (F, 3) those of the face; on every level they come first.
+        components: (F,) bool, whether they belong to brows, nose or lips, or to the rim of an eye.
         triangles: per level.
         uv: per level, (N, 2) texture coordinates in [0, 1].
         occlusion: per level, (N,) how much of the surrounding light arrives, in [0, 1].
@@ -163,6 +173,7 @@ class Head:
         cap = np.stack([rings[-1], np.full(count, pole), np.roll(rings[-1], -1)], -1)
         centre = np.array([0.0, -0.05, 0.0])
         self.face_triangles = mesh.outward(self.points, triangles, centre)
+        self.components = _on_components(self.face_triangles)
         behind = [mesh.outward(self.points, part, centre) for part in (band, cap)]
         triangles = np.concatenate([self.face_triangles, *behind])
         part = np.arange(1, RINGS) / RINGS

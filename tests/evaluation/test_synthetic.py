@@ -5,9 +5,13 @@ import pytest
 
 from data_pipelines.dataset import open_clips
 from data_pipelines.synthetic.expression import EXPRESSION_PARAMETERS
+from data_pipelines.synthetic.poses import pose_matrix
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import protocols, synthetic
+from dexportrait_jax.evaluation.eyes_and_mouth import part_masks
+from dexportrait_jax.evaluation.runner import Runner
 from dexportrait_jax.face_clips import model_inputs
+from dexportrait_jax.inference import Sampling
 from tests import fixtures
 from tests.evaluation.test_protocols import CopyModel
 
@@ -109,6 +113,24 @@ def test_other_videos_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="3 people"):
         _run(monkeypatch, tmp_path, CopyModel(), "synthetic:identities=5,frames=2,holdout=0.2")
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_eyes_and_mouth_leave_out_what_hides_them():
+    """Of a head turned by 60 degrees they show eyes and mouth still, and neither background nor hair."""
+    clip = open_clips(DATA, "validation")[0]
+    truth = synthetic.truth_of(clip)
+    turned = np.stack([pose_matrix(0, yaw) for yaw in (60, -60)])
+    runner = Runner(CopyModel(), Sampling(), 3)
+    expressions = np.repeat(truth.expression[:1], 2, 0)
+    pictures, masks = synthetic._rendered(runner, clip, truth, expressions, turned)
+    for expression, pose, picture, mask in zip(expressions, turned, pictures, masks, strict=True):
+        drawn = truth.render(expression, pose, 64)
+        np.testing.assert_array_equal(picture, drawn.image)
+        whole = part_masks([drawn.polygons], 64)[0] > 0
+        assert mask.dtype == np.uint8 and not (mask[~whole]).any()
+        hidden = whole & (drawn.face_mask < 128)
+        assert hidden.sum() > 0.04 * whole.sum() and not mask[hidden].any()
+        assert mask[whole & (drawn.face_mask > 127)].all()
 
 
 def test_a_rigid_move_follows_the_pose():

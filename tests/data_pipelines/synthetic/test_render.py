@@ -33,7 +33,7 @@ def test_same_seed_same_picture():
     for size in (64, 128):
         one = render(Identity(5), expression, pose, size)
         other = render(Identity(5), expression, pose, size)
-        for name in ("image", "landmarks", "face_mask", "depth", "parts"):
+        for name in ("image", "landmarks", "face_mask", "component_mask", "depth", "parts"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     different = render(Identity(6), expression, pose, 128)
     assert np.abs(different.image.astype(int) - one.image).mean() > 5
@@ -45,6 +45,7 @@ def test_shapes_and_types():
     assert seen.landmarks.shape == (records.LANDMARKS, 3) and seen.landmarks.dtype == np.float32
     assert {name: len(points) for name, points in seen.polygons.items()} == records.POLYGONS
     assert seen.face_mask.shape == seen.depth.shape == seen.parts.shape == (64, 64)
+    assert seen.component_mask.shape == (64, 64) and seen.component_mask.dtype == np.uint8
     assert np.isinf(seen.depth[seen.parts == 0]).all() and np.isfinite(seen.depth).any()
 
 
@@ -237,6 +238,8 @@ def test_an_open_mouth_shows_its_inside(size):
         assert sum(_seen(opened, part) for part in inside) > 3.5e-3 * size**2
         assert _seen(opened, "tongue") and _seen(opened, "mouth")
         assert _seen(smiling, "teeth") > 4e-4 * size**2
+        # The upper row's edge alone shows below the lip, at 64 pixels in some people less than one pixel of it.
+        assert size == 64 or _seen(opened, "teeth") > 1e-4 * size**2
 
 
 def test_turned_heads_hide_their_far_side():
@@ -265,6 +268,45 @@ def test_face_mask_covers_the_face_only():
     cv2.fillPoly(oval, [pixels], 1)
     mask = seen.face_mask > 127
     assert (mask & (oval > 0)).sum() / (mask | (oval > 0)).sum() > 0.93
+
+
+def _outlines(seen, names):
+    mask = np.zeros(seen.parts.shape, np.uint8)
+    for name in names:
+        pixels = np.round(((seen.polygons[name] + 1) * len(mask) / 2 - 0.5) * 16).astype(np.int32)
+        cv2.fillPoly(mask, [pixels], 1, shift=4)
+    return mask > 0
+
+
+def test_component_mask_is_what_is_seen_of_eyes_brows_nose_and_mouth():
+    names = ("right_eye", "left_eye", "right_brow", "left_brow", "nose", "outer_lips")
+    inner = [PARTS.index(part) for part in ("eye", "mouth", "teeth", "tongue")]
+    for seed, values in (
+        (1, {}),
+        (8, {"jaw_open": 1.0}),
+        (25, {"lips_part": 1.0, "lid_left": 1.0}),
+    ):
+        seen = render(make_identity(seed), from_dict(values), FRONT, 256)
+        mask, outlines = seen.component_mask > 127, _outlines(seen, names)
+        assert (mask & outlines).sum() / (mask | outlines).sum() > 0.85
+        assert (
+            mask | ~np.isin(seen.parts, inner)
+        ).mean() > 0.998  # all of the eyes and of an open mouth
+        assert (seen.component_mask <= seen.face_mask).all()
+    # Turned away, the nose hides the far eye, whose outline stays where it was.
+    for yaw, far in ((60, "right_eye"), (-60, "left_eye")):
+        seen = render(make_identity(1), neutral(), poses.pose_matrix(0, yaw), 256)
+        mask, outline = seen.component_mask > 127, _outlines(seen, (far,))
+        assert outline.sum() > 40 and (mask & outline).sum() < 0.2 * outline.sum()
+        assert mask.sum() > 500 and not (seen.component_mask > seen.face_mask).any()
+
+
+def test_the_parameters_come_back():
+    rng = np.random.default_rng(7)
+    expression, pose = expressions.sample_expression(rng), poses.sample_pose(rng)
+    seen = render(make_identity(4), expression, pose, 32)
+    np.testing.assert_array_equal(seen.expression, expression)
+    np.testing.assert_array_equal(seen.pose, pose)
 
 
 @pytest.mark.parametrize(
