@@ -5,14 +5,30 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dexportrait_jax.evaluation.disentanglement import Encoded, encoder_figures, pose_angles
+from dexportrait_jax.evaluation.disentanglement import (
+    Encoded,
+    encoder_figures,
+    placement,
+    pose_angles,
+)
 from dexportrait_jax.geometry import euler_to_rotation
 from tests.evaluation.test_probes import _poses
 
 NAMES = ("jaw", "smile", "gaze_x", "gaze_y")
 
 
-def _encoded(seed, people, frames=8, *, tell_identity=0.0, tell_pose=0.0, say=1.0):
+def _encoded(
+    seed,
+    people,
+    frames=8,
+    *,
+    tell_identity=0.0,
+    tell_pose=0.0,
+    tell_placement=0.0,
+    turned_by=(),
+    say=1.0,
+):
+    """`turned_by`: indices of parameters that turn every found pose, by 20 degrees of pitch, yaw, roll at 1."""
     generator = np.random.default_rng(seed)
     count = people * frames
     person = np.repeat(np.arange(people), frames)
@@ -22,7 +38,16 @@ def _encoded(seed, people, frames=8, *, tell_identity=0.0, tell_pose=0.0, say=1.
     latents = say * parameters @ mixing + 0.05 * generator.normal(size=(count, 24))
     latents += tell_identity * generator.normal(size=(people, 24))[person]
     latents += tell_pose * (pose_angles(true) / 20) @ np.random.default_rng(98).normal(size=(3, 24))
-    return Encoded(person, true, latents, true, parameters)
+    told = placement(true) / placement(true).std(0)
+    latents += tell_placement * told @ np.random.default_rng(97).normal(size=(3, 24))
+    found = true
+    if turned_by:
+        # Heads look straight ahead, so that what turns them is all that there is to see.
+        angles = np.zeros((3, count))
+        angles[: len(turned_by)] = 20 * parameters[:, turned_by].T
+        true = np.repeat(np.eye(3, 4)[None], count, 0)
+        found = np.concatenate([np.asarray(euler_to_rotation(*angles)), true[:, :, 3:]], -1)
+    return Encoded(person, found, latents, true, parameters)
 
 
 def _figures(**options):
@@ -44,6 +69,36 @@ def test_leaks_are_seen():
     assert figures["identity_leak"] > 0.8 and abs(figures["pose_leak_r2"]) < 0.1
     figures, _ = _figures(tell_pose=1.0)
     assert figures["pose_leak_r2"] > 0.9 and figures["identity_leak"] < 0.15
+
+
+def test_a_latent_that_tells_placement():
+    figures, _ = _figures(tell_placement=1.0)
+    assert figures["placement_leak_r2"] > 0.9 and abs(figures["pose_leak_r2"]) < 0.1
+    assert abs(_figures()[0]["placement_leak_r2"]) < 0.1
+
+
+def test_a_placement_leak_is_the_mean_of_size_and_shift():
+    """Told of the size alone, it is a third."""
+    encoded = [_encoded(seed, people) for seed, people in ((0, 80), (1, 20))]
+    told = [
+        dataclasses.replace(
+            one, latents=np.hstack([one.latents, 9 * placement(one.true_poses)[:, :1]])
+        )
+        for one in encoded
+    ]
+    figures, _ = encoder_figures(*told, NAMES)
+    assert figures["placement_leak_r2"] == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_poses_that_expressions_turn():
+    """Mean over all but gaze: both of jaw and smile turn the head, one of them, or gaze alone, which does not count."""
+    both, _ = _figures(turned_by=[0, 1])
+    assert both["expression_in_pose_r2"] > 0.9
+    one, _ = _figures(turned_by=[1])
+    assert one["expression_in_pose_r2"] == pytest.approx(0.5, abs=0.06)
+    gaze, _ = _figures(turned_by=[2, 3])
+    assert abs(gaze["expression_in_pose_r2"]) < 0.1
+    assert abs(_figures()[0]["expression_in_pose_r2"]) < 0.1
 
 
 def test_a_latent_that_says_nothing():
