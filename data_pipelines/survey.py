@@ -28,12 +28,14 @@ class Survey:
         warnings: one line each.
         evaluable: whether there is something held out to evaluate while training.
         fingerprint: of what is trained on; other data have another.
+        people: how many are trained on.
         notes: what is worth knowing and nothing to worry about, one line each.
     """
 
     warnings: tuple[str, ...]
     evaluable: bool
     fingerprint: dict[str, str]
+    people: int
     notes: tuple[str, ...] = ()
 
 
@@ -55,9 +57,10 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
     warnings, notes = _too_short(examples), []
     if examples.video:
         _judge_calm(examples, warnings, notes)
-    alone = len(set(examples.clips.index["identity"])) == 1
+    people = len(set(examples.clips.index["identity"]))
+    fingerprint = examples.clips.fingerprint()
     missing = bool(held_out) and held_out not in dataset.available_splits(config["path"])
-    if alone:
+    if people == 1:
         warnings.append(
             f"warning: {_place(examples)} shows one person: the model will know this face alone, and "
             "--protocol=cross, disentangled and synthetic need others"
@@ -67,12 +70,12 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
                 f"; there is no split '{held_out}', so nothing is evaluated while training "
                 "(prepare --holdout=time holds out the end of every clip)"
             )
-            return Survey(tuple(warnings), False, examples.clips.fingerprint(), tuple(notes))
+            return Survey(tuple(warnings), False, fingerprint, people, tuple(notes))
     if held_out:
         evaluated = Examples(config, split=held_out)
         _check_readable(evaluated)
         warnings += _too_short(evaluated)
-    return Survey(tuple(warnings), bool(held_out), examples.clips.fingerprint(), tuple(notes))
+    return Survey(tuple(warnings), bool(held_out), fingerprint, people, tuple(notes))
 
 
 def _check_readable(examples: Examples) -> None:

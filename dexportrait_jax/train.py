@@ -83,6 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         # anything is compiled, and not when the first evaluation comes.
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         found = survey(config.data, config.evaluate.split if evaluates else "")
+        task.check_data(found)
         for warning in found.warnings:
             say(warning, file=sys.stderr)
         for note in found.notes:

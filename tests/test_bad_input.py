@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from data_pipelines.prepare import builder
+from data_pipelines.survey import survey
 from data_pipelines.video import VideoWriter
 from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
 from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.metrics import read_rows
-from dexportrait_jax.tasks import build_networks
+from dexportrait_jax.tasks import build_networks, make_task
 from dexportrait_jax.weights.exporting import export_groups
 from tests import fixtures
 from tests.stages import micro
@@ -287,6 +288,21 @@ def test_one_person_and_a_clip_too_short(tmp_path, monkeypatch, capfd):
     assert said[1].startswith("warning: ") and "shows one person" in said[1]
     assert "no split 'validation', so nothing is evaluated" in said[1]
     assert not (run / "samples").exists()
+
+
+def test_a_loss_between_people_wants_several(tmp_path, monkeypatch, fails):
+    """With one, it would punish expression; without it, one person is a warning alone."""
+    data = "synthetic:identities=1,frames=4,size=64,holdout=0"
+    config = micro("motion", data, tmp_path)
+    task = make_task(config)
+    task.check_data(survey(config.data))
+    config.loss.person_leak = 0.5
+    monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
+    line = fails("train", "--config=the one above", f"--workdir={tmp_path / 'run'}")
+    assert "config.loss.person_leak compares people, but synthetic:identities=1" in line
+    make_task(config).check_data(
+        survey(config.data.to_dict() | {"path": data.replace("identities=1", "identities=2")})
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import ml_collections
 
+from data_pipelines.survey import Survey
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Phase
@@ -32,6 +33,9 @@ class Task(Protocol):
     networks: dict[str, Network]
     phases: tuple[Phase, ...]
     ema_groups: tuple[str, ...]
+
+    def check_data(self, found: Survey) -> None:
+        """UserError where the stage cannot be trained on these data, before anything is compiled."""
 
     def events(self, step: int) -> frozenset[str]:
         """What happens in step number `step` (from 0) beside what happens in every step."""

@@ -16,6 +16,7 @@ import ml_collections
 from jaxtyping import Array, Float, Int
 
 from data_pipelines import loading
+from data_pipelines.survey import Survey
 from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
@@ -53,6 +54,9 @@ class AnimatorTask:
             ),
         )
         self._preview = jax.jit(self._one_step_preview)
+
+    def check_data(self, found: Survey) -> None:
+        """Any will do."""
 
     def events(self, step: int) -> frozenset[str]:
         """Every step is like every other."""

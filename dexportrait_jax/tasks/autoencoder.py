@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from data_pipelines import loading
+from data_pipelines.survey import Survey
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.tiny_autoencoder import TinyAutoencoder
 from dexportrait_jax.models.animator.vae import VAE
@@ -84,6 +85,9 @@ class AutoencoderTask:
             ),
         )
         self._preview = jax.jit(self._reconstruct)
+
+    def check_data(self, found: Survey) -> None:
+        """Any will do."""
 
     def events(self, step: int) -> frozenset[str]:
         """Every step is like every other."""

@@ -16,6 +16,7 @@ import ml_collections
 from jaxtyping import Array
 
 from data_pipelines import loading
+from data_pipelines.survey import Survey
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.perceptual import PerceptualNetwork, reduce_maps
 from dexportrait_jax.optim import make_optimizer
@@ -83,6 +84,18 @@ class MotionTask:
         self._preview = jax.jit(
             lambda params, batch: self._predict(params, batch, *self._encode(params, batch)[:2])
         )
+
+    def check_data(self, found: Survey) -> None:
+        """UserError for one person and a loss that wants several.
+
+        Two sources of a batch would be the same person, and what their expressions have apart taken for what people
+        have apart: the loss would hold down expression itself.
+        """
+        if self.config.loss.person_leak and found.people < 2:
+            raise UserError(
+                f"config.loss.person_leak compares people, but {self.config.data.path} shows one; give "
+                "--config.loss.person_leak=0, or data of several people"
+            )
 
     def events(self, step: int) -> frozenset[str]:
         """ "pretraining" first, where there is any, then "joint".
