@@ -133,14 +133,41 @@ class Frames(Sequence):
 
 def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
     """One camera's clip of a session of the person `seed`; `settings["synthetic"]` holds the truth."""
-    person = identities.make_identity(seed)
     motion = Motion((seed, session), plan.cameras)
     # Sessions start anywhere, so that their first frames are no key moments of the motion.
     start = float(np.random.default_rng((seed, session, 9)).uniform(0, 1))
-    times = np.arange(plan.frames) / plan.fps
-    rotation = motion.camera(camera)
-    expression = np.stack([motion.expression(start + time) for time in times])
-    pose = np.stack([motion.seen_pose(start + time, camera) for time in times])
+    times = start + np.arange(plan.frames) / plan.fps
+    return drawn_clip(
+        seed,
+        np.stack([motion.expression(time) for time in times]),
+        np.stack([motion.seen_pose(time, camera) for time in times]),
+        size=plan.size,
+        fps=plan.fps,
+        session=session,
+        camera=camera,
+        rotation=motion.camera(camera),
+    )
+
+
+def drawn_clip(
+    seed: int,
+    expression: np.ndarray,
+    pose: np.ndarray,
+    *,
+    size: int,
+    fps: float = 1.0,
+    session: int = 0,
+    camera: int = 0,
+    rotation: np.ndarray | None = None,
+) -> records.Clip:
+    """A clip of the person `seed` with (T, K) expressions and (T, 3, 4) poses in the picture.
+
+    Args:
+        rotation: (3, 3) from the room to the camera; None: it stands straight in front.
+    """
+    person = identities.make_identity(seed)
+    rotation = np.eye(3) if rotation is None else rotation
+    count = len(expression)
     points = np.stack([canonical_landmarks(person, one) for one in expression])
     landmarks = (points @ pose[:, :, :3].swapaxes(1, 2) + pose[:, None, :, 3]).astype(np.float32)
 
@@ -149,7 +176,7 @@ def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
             identities.make_identity(seed),
             expression[number],
             pose[number],
-            plan.size,
+            size,
             camera=rotation,
         )
         return crop.encode_jpeg(drawn.image, crop.Settings.jpeg_quality)
@@ -163,14 +190,14 @@ def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
         "camera_rotation": rotation.tolist(),
     }
     return records.Clip(
-        clip_id=f"{name}-c{camera}-{0:06d}-{plan.frames - 1:06d}",
+        clip_id=f"{name}-c{camera}-{0:06d}-{count - 1:06d}",
         identity=person.name,
         session=name,
         camera=str(camera),
         source=PREFIX + person.name,
-        fps=plan.fps,
-        size=plan.size,
-        frames=Frames(draw, range(plan.frames)),
+        fps=fps,
+        size=size,
+        frames=Frames(draw, range(count)),
         landmarks=landmarks,
         blendshapes=expressions.blendshapes(expression),
         head_pose=pose.astype(np.float32),
@@ -178,11 +205,11 @@ def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
             [landmarks[..., :2].min(axis=1), landmarks[..., :2].max(axis=1)], axis=1
         ),
         mask_polygons=masks.polygons(landmarks),
-        timestamps=times.astype(np.float32),
-        crop_box=np.array([0, 0, plan.size, plan.size], np.float32),
-        original_size=np.array([plan.size, plan.size], np.float32),
+        timestamps=(np.arange(count) / fps).astype(np.float32),
+        crop_box=np.array([0, 0, size, size], np.float32),
+        original_size=np.array([size, size], np.float32),
         # At s = 1 a face fills these standard crops as it does in prepared video.
-        settings=dataclasses.asdict(crop.Settings(size=plan.size)) | {"synthetic": truth},
+        settings=dataclasses.asdict(crop.Settings(size=size)) | {"synthetic": truth},
     )
 
 

@@ -130,13 +130,18 @@ def fit_gauge(found: Float[np.ndarray, "n 3 4"], true: Float[np.ndarray, "n 3 4"
     """
     rotation_found, scale_found, shift_found = split_pose(found)
     rotation_true, scale_true, shift_true = split_pose(true)
-    u, _, v = np.linalg.svd(np.einsum("nji,njk->ik", rotation_true, rotation_found))
-    rotation = u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v
+    rotation = mean_rotation(np.einsum("nji,njk->nik", rotation_true, rotation_found))
     scale = float(np.exp(np.mean(np.log(scale_found / scale_true))))
     system = (scale_true[:, None, None] * rotation_true)[:, :2].reshape(-1, 3)
     wanted = (shift_found - shift_true)[:, :2].reshape(-1)
     translation = np.linalg.lstsq(system, wanted, rcond=None)[0]
     return Gauge(rotation, scale, translation)
+
+
+def mean_rotation(rotations: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "3 3"]:
+    """The rotation whose squared distances from these are least (the chordal mean)."""
+    u, _, v = np.linalg.svd(rotations.sum(0))
+    return u @ np.diag([1.0, 1.0, np.linalg.det(u @ v)]) @ v
 
 
 def pose_errors(

@@ -8,7 +8,6 @@ relative pose, and the mean picture of the training people. Then pose and expres
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -18,13 +17,15 @@ from jaxtyping import Float
 from data_pipelines import transforms
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.records import Clip
-from data_pipelines.synthetic.identity import make_identity
-from data_pipelines.synthetic.render import Rendering, render
+from data_pipelines.synthetic.expression import neutral
+from data_pipelines.synthetic.poses import pose_matrix
+from data_pipelines.synthetic.source import drawn_clip
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.evaluation import metrics
+from dexportrait_jax.evaluation import metrics, probes
 from dexportrait_jax.evaluation.disentanglement import Encoded, encoder_figures
 from dexportrait_jax.evaluation.eyes_and_mouth import part_masks
 from dexportrait_jax.evaluation.grid import make_grid
+from dexportrait_jax.evaluation.rendered_truth import Truth, check_same_renderer, truth_of
 from dexportrait_jax.evaluation.results import Findings
 from dexportrait_jax.evaluation.runner import (
     Frames,
@@ -40,49 +41,28 @@ from dexportrait_jax.metrics import Progress
 
 TRAINING_FRAMES = 3000  # that gauge and probes are fitted on
 FRAMES_A_CLIP = 12  # that are encoded for them
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What a rendered clip shows: the person's seed, (T, K) expressions by name, (T, 3, 4) poses, the camera."""
-
-    seed: int
-    names: tuple[str, ...]
-    expression: Float[np.ndarray, "t k"]
-    pose: Float[np.ndarray, "t 3 4"]
-    camera: Float[np.ndarray, "3 3"]
-
-    def render(self, expression: np.ndarray, pose: np.ndarray, size: int) -> Rendering:
-        """This person with another's expression and pose, before the camera of this clip."""
-        return render(make_identity(self.seed), expression, pose, size, camera=self.camera)
-
-
-def truth_of(clip: Clip) -> Truth:
-    """The truth that the renderer left in a clip. UserError where it is a clip of something else."""
-    known = clip.settings.get("synthetic")
-    if known is None:
-        raise UserError(
-            f"clip {clip.clip_id} is no rendered head, so its truth is not known: give --data a dataset of "
-            "`dexportrait render`, or synthetic:identities=..."
-        )
-    expression, pose, camera = (
-        np.asarray(known[name]) for name in ("expression", "pose", "camera_rotation")
-    )
-    names = tuple(known["expression_names"])
-    return Truth(int(known["identity_seed"]), names, expression, pose, camera)
+FRONTAL_PEOPLE = 100  # held-out people that are looked at frontally, at most
 
 
 def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset) -> Findings:
     """Figures of encoders and pictures on held-out people; one item for each of them.
 
-    Keys beside those of `encoder_figures`: expression_r2/NAME of every parameter; self_psnr, cross_psnr,
-    disentangled_psnr and *_copy (repeating the source); disentangled_rigid, disentangled_mean,
+    Keys beside those of `encoder_figures`: frontal_spread_degrees; expression_r2/NAME of every parameter;
+    self_psnr, cross_psnr, disentangled_psnr and *_copy (repeating the source); disentangled_rigid, disentangled_mean,
     disentangled_gain_db over the best of the three baselines; expression_use_db, PSNR round eyes and
     mouth with B's latent over the same with the source's. pose_only_follows_pose and
     expression_only_follows_expression, which should be 1, and pose_only_follows_expression and
     expression_only_follows_pose, which should be 0: of the whole picture and round eyes and mouth.
     """
+    known = set(training.index["identity"]) & set(clips.index["identity"])
+    if known:
+        raise UserError(
+            f"--protocol=synthetic: gauge and probes are fitted on people of split '{training.split}' and scored on "
+            f"others, but split '{clips.split}' shows {len(known)} of them too; give a split of held-out people, as "
+            "without --split"
+        )
     people = one_clip_each(runner, clips, 3, "synthetic")
+    check_same_renderer((training, clips))
     truths = [truth_of(clip) for clip in people]
     mean_picture = _mean_picture(runner, training)
     figures, parameters = encoder_figures(
@@ -90,6 +70,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
         encode(runner, clips, TRAINING_FRAMES),
         truths[0].names,
     )
+    figures["frontal_spread_degrees"] = frontal_spread(runner, clips)
     items, rows, shares = [], [], Shares()
     progress = Progress("evaluate synthetic", len(people), unit="person")
     for number, source in enumerate(people):
@@ -117,6 +98,26 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     return Findings(
         means | shares.values() | figures, items, rows, {"grid": make_grid(runner, people)}
     )
+
+
+def frontal_spread(runner: Runner, clips: ClipDataset) -> float:
+    """Mean angle in degrees of people's poses from their mean, where all look straight ahead without expression.
+
+    The test of method.md 2: P of frontal neutral pictures of many people should agree in R, whatever it is.
+    """
+    first = dict(zip(reversed(clips.index["identity"]), reversed(range(len(clips))), strict=True))
+    found = []
+    for number in list(first.values())[:FRONTAL_PEOPLE]:
+        clip = clips[number]
+        still = frontal_clip(truth_of(clip).seed, clip.size)
+        found.append(encode_clip(runner.model, still)[0])
+    rotations, _, _ = probes.split_pose(np.concatenate(found))
+    return float(probes.angle_between(rotations, probes.mean_rotation(rotations)).mean())
+
+
+def frontal_clip(seed: int, size: int) -> Clip:
+    """One frame of a person with P = [I | 0] and no expression."""
+    return drawn_clip(seed, neutral()[None], pose_matrix()[None], size=size)
 
 
 def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.dataset import open_clips
-from data_pipelines.synthetic.expression import EXPRESSION_PARAMETERS
+from data_pipelines.synthetic import poses, source
+from data_pipelines.synthetic.dataset import run_render
+from data_pipelines.synthetic.expression import EXPRESSION_PARAMETERS, neutral
 from data_pipelines.synthetic.poses import pose_matrix
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.evaluation import protocols, synthetic
+from dexportrait_jax.evaluation import protocols, rendered_truth, synthetic
 from dexportrait_jax.evaluation.eyes_and_mouth import part_masks
 from dexportrait_jax.evaluation.runner import Runner
 from dexportrait_jax.face_clips import model_inputs
@@ -16,6 +18,7 @@ from tests import fixtures
 from tests.evaluation.test_protocols import CopyModel
 
 DATA = "synthetic:identities=40,frames=4,size=64,holdout=0.25"
+HELD_OUT = source.parse(DATA).split()["validation"]
 
 
 class TruthfulModel(CopyModel):
@@ -26,7 +29,7 @@ class TruthfulModel(CopyModel):
 
     def __init__(self):
         super().__init__()
-        self.known, self.faces = {}, {}
+        self.known, self.faces = self.frontal(), {}
         for split in ("train", "validation"):
             clips = open_clips(DATA, split)
             for clip in (clips[number] for number in range(len(clips))):
@@ -34,8 +37,19 @@ class TruthfulModel(CopyModel):
                 inputs = model_inputs(self, clip, np.arange(len(clip)))
                 for index in range(len(clip)):
                     key = inputs["expression_image"][index].tobytes()
-                    self.known[key] = truth.pose[index] @ self.gauge, truth.expression[index]
+                    gauge = self.gauge_of(truth.seed)
+                    self.known[key] = truth.pose[index] @ gauge, truth.expression[index]
                     self.faces[inputs["image"][index].tobytes()] = truth
+
+    def frontal(self):
+        known = {}
+        for seed in HELD_OUT:
+            still = model_inputs(self, synthetic.frontal_clip(seed, 64), [0])["expression_image"][0]
+            known[still.tobytes()] = np.eye(3, 4) @ self.gauge_of(seed), neutral()
+        return known
+
+    def gauge_of(self, seed):
+        return self.gauge
 
     def encode(self, pose_images, expression_images):
         found = [self.known[picture.tobytes()] for picture in expression_images]
@@ -67,6 +81,7 @@ def test_the_truth_gets_the_best_figures(monkeypatch, tmp_path):
     result = _run(monkeypatch, tmp_path, TruthfulModel())
     assert result["pose_error_degrees"] < 0.01 and result["scale_error"] < 1e-3
     assert result["shift_error"] < 1e-3 and result["expression_r2"] > 0.99
+    assert result["gauge_spread_degrees"] < 0.01 and result["frontal_spread_degrees"] < 0.01
     for name in EXPRESSION_PARAMETERS.names:
         assert result[f"expression_r2/{name}"] > 0.99
     # Drawn again without the JPEG in between: what that costs is all that is missing.
@@ -95,6 +110,63 @@ def test_a_model_deaf_to_expressions_is_found_out(monkeypatch, tmp_path):
     assert result["disentangled_psnr"] < 35
     assert abs(result["expression_only_follows_expression"]) < 0.05
     assert result["pose_only_follows_pose"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_gauge_that_drifts_with_identity_spreads_frontal_poses():
+    """Every second head is found 12 degrees aside: R of frontal faces tells, whatever the common gauge."""
+
+    class DriftingModel(TruthfulModel):
+        def __init__(self):
+            self.known = self.frontal()
+
+        def gauge_of(self, seed):
+            return self.gauge if seed % 2 else self.gauge @ turned
+
+    turned = np.eye(4)
+    turned[:3, :3] = poses.rotation(0, 12, 0)
+    runner, clips = Runner(DriftingModel(), Sampling(), 3), open_clips(DATA, "validation")
+    # The chordal mean of turns about one axis is the direction of the mean of their unit vectors.
+    angles = np.deg2rad([0 if seed % 2 else 12 for seed in HELD_OUT])
+    mean = np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())
+    expected = np.degrees(np.abs(angles - mean).mean())
+    assert expected > 3
+    assert synthetic.frontal_spread(runner, clips) == pytest.approx(expected, abs=1e-4)
+
+
+def test_people_that_the_probes_know_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(protocols, "load_model", lambda weights: CopyModel())
+    with pytest.raises(UserError, match="split 'train' shows 10 of them") as error:
+        protocols.run_evaluate(
+            "weights",
+            "synthetic:identities=10,frames=2,size=32,holdout=0",
+            *("synthetic", str(tmp_path / "out"), "train"),
+        )
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", ["picture", "parameters"])
+def test_a_dataset_of_another_renderer_is_refused(monkeypatch, tmp_path, change):
+    """Its truths would not be its pictures, and every dB wrong; JPEG alone is no such difference."""
+    data = tmp_path / "heads"
+    run_render(data, identities=9, frames=2, size=32, holdout_fraction=0.4, workers=1)
+    splits = [open_clips(str(data), split) for split in ("train", "validation")]
+    rendered_truth.check_same_renderer(splits)
+    if change == "picture":  # a version that lights heads otherwise
+        now = rendered_truth.render
+
+        def darker(*arguments, **options):
+            drawn = now(*arguments, **options)
+            return drawn._replace(image=(drawn.image * 0.9).astype(np.uint8))
+
+        monkeypatch.setattr(rendered_truth, "render", darker)
+    else:
+        other = ("mood", *EXPRESSION_PARAMETERS.names[1:])
+        monkeypatch.setattr(
+            rendered_truth, "EXPRESSION_PARAMETERS", EXPRESSION_PARAMETERS._replace(names=other)
+        )
+    with pytest.raises(UserError, match="another version of the renderer") as error:
+        _run(monkeypatch, tmp_path, CopyModel(), str(data))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_repeating_the_source_gains_nothing(monkeypatch, tmp_path):
