@@ -54,6 +54,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     expression_only_follows_expression, which should be 1, and pose_only_follows_expression and
     expression_only_follows_pose, which should be 0: of the whole picture and round eyes and mouth.
     """
+    people = one_clip_each(runner, clips, 3, "synthetic")
     known = set(training.index["identity"]) & set(clips.index["identity"])
     if known:
         raise UserError(
@@ -61,7 +62,6 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
             f"others, but split '{clips.split}' shows {len(known)} of them too; give a split of held-out people, as "
             "without --split"
         )
-    people = one_clip_each(runner, clips, 3, "synthetic")
     check_same_renderer((training, clips))
     truths = [truth_of(clip) for clip in people]
     mean_picture = _mean_picture(runner, training)
