@@ -30,9 +30,9 @@ def base(stage: str, variant: str) -> ConfigDict:
     )
     config.report = ConfigDict(
         {
-            # Longer without a step, data or a save: all threads' stacks go to WORKDIR/stacks.txt. 0: never. The first
-            # step is compiled, which counts; a pod's may take half an hour.
-            "stuck_minutes": 60.0,
+            # Longer without a step, data or a save: all threads' stacks go to WORKDIR/stacks.txt. 0: never. Starting,
+            # compiling and evaluating may take four times as long: a pod's step may take half an hour to compile.
+            "stuck_minutes": 15.0,
             # A loss so many typical deviations above its recent past is written to WORKDIR/spikes.txt. 0: none is.
             "spikes": 12.0,
             # Event files for `tensorboard --logdir=WORKDIR`.

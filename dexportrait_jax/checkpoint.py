@@ -11,18 +11,22 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 import dexportrait_jax
-from data_pipelines.files import writing_to
+from data_pipelines.files import write_bytes, writing_to
 from dexportrait_jax import code_version, distributed, sharding
 from dexportrait_jax.errors import UserError
 
 FOLDER = "checkpoints"
+# Beside the folder: the last step whose checkpoint is known to be whole, so that one knows when the folder is lost.
+LAST_SAVED = "last_saved.txt"
 # Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are alike.
 SCHEMA = 1
 
@@ -50,7 +54,7 @@ class Checkpoints:
         orbax_lines_off()
         self.directory = Path(workdir).absolute() / FOLDER
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._pending: Any = None
+        self._saving: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -62,8 +66,20 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving; raises what went wrong with the save before it."""
-        self.wait()
+        """Starts saving.
+
+        Where the save before it failed (a disk that was full, a bucket that did not answer), that is a warning, and
+        this one is waited for: what goes wrong twice in a row is raised, at once.
+        """
+        before, failure = self._saving, ""
+        try:
+            self.wait()
+        except Exception as error:  # Orbax raises many kinds; each of them may have passed by now.
+            failure = _first_line(error)
+            print(
+                f"warning: checkpoint {before} was not saved ({failure}); trying again at step {step}",
+                file=sys.stderr,
+            )
         if step in self.steps():
             return
         writer = {
@@ -72,16 +88,21 @@ class Checkpoints:
             "code_sha256": code_version.code_sha256(),
         }
         with writing_to(self.directory):
-            self._pending = self._checkpointer.save_async(
-                step, state, force=True, custom_metadata=writer
-            )
+            self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+        self._saving = step
+        if failure:
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until the running save is on disk; raises if it failed."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            with writing_to(self.directory):
-                pending.result()
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        # In this thread: what Orbax raises it raises once a thread, and the next save asks in this one.
+        with writing_to(self.directory):
+            self._checkpointer.wait()
+            if distributed.is_main():
+                write_bytes(self.directory.parent / LAST_SAVED, f"{step}\n".encode())
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest readable state as (step, state), or None in a run that has not saved yet.
@@ -159,10 +180,21 @@ def newest_step(workdir: Path) -> int | None:
     return max(steps, default=None)
 
 
-def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Config (JSON values), step and parameter groups of a run, averaged (EMA) where there is an average.
+def load_groups(
+    workdir: Path, groups: Sequence[str] | None = None, average: bool = True
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """Config (JSON values), step and parameter groups of a run.
 
-    Arrays come as numpy arrays on the host; neither mesh nor task is needed.
+    Arrays come as numpy arrays in the host's memory; neither mesh nor task is needed, and no device is touched. Nothing
+    else of the checkpoint is read.
+
+    Args:
+      workdir: the run's directory.
+      groups: names of the groups; None: all.
+      average: take the moving average (EMA) of groups that have one, rather than their weights.
+
+    Raises:
+      UserError: there is no such run or group, or no checkpoint can be read.
     """
     orbax_lines_off()
     workdir = Path(workdir)
@@ -173,23 +205,19 @@ def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
         raise UserError(f"{workdir} has no checkpoint yet; train it first")
     with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         for checkpoint in sorted(checkpointer.checkpoints, key=lambda item: -item.step):
+            place = (workdir / FOLDER / str(checkpoint.step)).absolute()
             try:
                 saved = checkpointer.metadata(checkpoint.step)
-                _check_schema(workdir / FOLDER / str(checkpoint.step), saved.custom_metadata)
+                _check_schema(place, saved.custom_metadata)
                 if saved.metadata is None:
                     raise ValueError("its arrays are damaged")
-                wanted = {name: _on_one_device(saved.metadata[name]) for name in ("params", "ema")}
+                wanted = _on_the_host(saved.metadata, groups, average, place)
                 context = ocp.Context()
                 context.pytree_options.loading.partial_load = True
                 with context:
-                    tree = ocp.load(
-                        (workdir / FOLDER / str(checkpoint.step)).absolute(),
-                        wanted,
-                        checkpointable_name="state",
-                    )
-                tree = jax.device_get(tree)
-                groups = {**tree["params"], **tree["ema"]}
-                return json.loads(config_file.read_text()), checkpoint.step, groups
+                    tree = ocp.load(place, wanted, checkpointable_name="state")
+                found = {name: tree[part][name] for part in wanted for name in wanted[part]}
+                return json.loads(config_file.read_text()), checkpoint.step, found
             except UserError:
                 raise
             except Exception as error:
@@ -201,7 +229,7 @@ def load_groups(workdir: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
 
 
 def _check_schema(place: Path, writer: dict[str, Any] | None) -> None:
-    """UserError where a later version wrote what may mean something else than here."""
+    """UserError where another version wrote what may mean something else than here."""
     schema = (writer or {}).get("schema", SCHEMA)
     if schema != SCHEMA:
         raise UserError(
@@ -236,11 +264,20 @@ def _differences(saved: Any, wanted: Any) -> list[str]:
     ]
 
 
-def _on_one_device(metadata: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata
-    )
+def _on_the_host(
+    saved: Any, groups: Sequence[str] | None, average: bool, place: Path
+) -> dict[str, dict[str, Any]]:
+    """Shapes of the groups that are asked for, by the part of the State that they are taken from."""
+    wanted: dict[str, dict[str, Any]] = {"params": {}, "ema": {}}
+    for name in saved["params"] if groups is None else groups:
+        if name not in saved["params"]:
+            raise UserError(f"{place} has no group {name!r}; it has {', '.join(saved['params'])}")
+        part = "ema" if average and name in saved["ema"] else "params"
+        # A shape that is a numpy array's, without the array: Orbax then reads into the host's memory.
+        wanted[part][name] = jax.tree.map(
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), saved[part][name]
+        )
+    return {part: found for part, found in wanted.items() if found}
 
 
 def _unused(path: Path) -> Path:

@@ -18,6 +18,7 @@ import ml_collections
 
 from dexportrait_jax.errors import UserError
 
+ABSENT: Any = object()
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,11 +137,13 @@ def from_json(values: dict[str, Any]) -> ml_collections.ConfigDict:
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """The (dotted key, old, new) of every value that differs between two JSON configs."""
+    """The (dotted key, old, new) of all that differs between two JSON configs; ABSENT where one has no such key."""
     found = []
     for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
+        a, b = old.get(key, ABSENT), new.get(key, ABSENT)
+        groups = [value for value in (a, b) if value is not ABSENT]
+        if all(isinstance(value, dict) for value in groups):
+            a, b = ({} if value is ABSENT else value for value in (a, b))
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append((prefix + key, a, b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import jax
 import numpy as np
@@ -46,16 +47,38 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def agree(save: bool, stop: bool) -> tuple[bool, bool]:
-    """What all processes do together: save when the main one finds it is time, stop when any was asked to.
+class Agreement:
+    """What all processes know together, asked often enough that a signal is not left waiting.
 
-    Clocks and signals differ between hosts, while saving needs every one of them. All must call this in the
-    same step.
+    Clocks and signals differ between hosts, while saving needs every one of them. Asking makes all of them wait for the
+    slowest and for their devices, so that they ask about every `seconds`: at which step, each works out from what the
+    slowest one took for the last ones. A process alone always knows.
+
+    Args:
+      step: steps done before; all processes begin with the same.
+      seconds: between two times of asking, where steps are shorter.
     """
-    if jax.process_count() == 1:
-        return save, stop
-    asked = multihost_utils.process_allgather(np.array([save, stop], np.int32))
-    return bool(asked[0, 0]), bool(asked[:, 1].any())
+
+    def __init__(self, step: int, seconds: float = 10.0):
+        self._seconds = seconds
+        self._asked, self._at = step, time.monotonic()
+        self._next = step + 1
+
+    def due(self, step: int) -> bool:
+        """Whether all ask after this step."""
+        return jax.process_count() == 1 or step >= self._next
+
+    def greatest(self, step: int, figures: dict[str, float]) -> dict[str, float]:
+        """The greatest of each figure over all processes; all must ask after the same steps, for the same names."""
+        now = time.monotonic()
+        pace = (now - self._at) / max(step - self._asked, 1)
+        if jax.process_count() > 1:
+            mine = np.array([pace, *figures.values()], np.float32)
+            pace, *greatest = multihost_utils.process_allgather(mine).max(axis=0).tolist()
+            figures = dict(zip(figures, greatest, strict=True))
+        self._asked, self._at = step, now
+        self._next = step + max(1, int(self._seconds / max(pace, 1e-3)))
+        return figures
 
 
 def everywhere(holds: bool) -> bool:

@@ -59,25 +59,24 @@ class Efficiency:
 
         Returns:
           `time/model_tflops_per_second` of all devices and `time/mfu` in [0, 1], where the peak is known: over steps
-          and waiting for data, but not over saving and evaluating. `memory/hbm_gib` and its peak on this process's
-          first device, where the device says; `memory/host_gib`, the most this process has had.
+          and waiting for data, but not over saving and evaluating.
         """
-        row = {}
+        row: dict[str, float] = {}
         window, self._window = self._window, 0.0
         seconds = times.get("time/step_seconds", 0.0) * steps + times.get("time/data_seconds", 0.0)
         if window and "time/step_seconds" in times:
             row["time/model_tflops_per_second"] = window / seconds / 1e12
             row["time/mfu"] = window / seconds / self._peak
-        return row | memory_in_use()
+        return row
 
 
 def memory_in_use() -> dict[str, float]:
-    """GiB in use: of this process's first device where it says so, and of the host's most at one time."""
+    """GiB in use: of the fullest of this process's devices where they say so, and of the host's most at one time."""
     row = {}
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
     for key, name in (("bytes_in_use", "hbm_gib"), ("peak_bytes_in_use", "hbm_peak_gib")):
-        if key in stats:
-            row[f"memory/{name}"] = stats[key] / GIB
+        if all(key in each for each in stats):
+            row[f"memory/{name}"] = max(each[key] for each in stats) / GIB
     # Not `ru_maxrss`: a child inherits that of whoever started it.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

@@ -31,7 +31,7 @@ class MetricWriter:
       write: False in all processes but one: they fetch the same rows and write nothing.
       sinks: what gets the same rows too.
 
-    `dropped` says how many rows were taken away.
+    `dropped` says how many rows were taken away, `last_kept` is the last that was not.
     """
 
     def __init__(
@@ -42,12 +42,14 @@ class MetricWriter:
         self._file = None
         self._sinks = sinks
         self.dropped = 0
+        self.last_kept: dict[str, Any] = {}
         if not write:
             return
         if self.path.exists():
             recorded = read_rows(self.path)
             kept = [row for row in recorded if row["step"] <= resume_step]
             self.dropped = len(recorded) - len(kept)
+            self.last_kept = kept[-1] if kept else {}
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             temporary.replace(self.path)

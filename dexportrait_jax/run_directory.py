@@ -9,19 +9,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-import dexportrait_jax
 from data_pipelines.files import write_json
-from dexportrait_jax import checkpoint, code_version, distributed, metrics
+from dexportrait_jax import checkpoint, distributed, environment, metrics
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 
@@ -29,7 +27,8 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
 # are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
-# it again).
+# it again). What the backward pass keeps changes numbers by rounding alone. A batch in other parts is the same samples
+# into the same State, but each part draws its own noise, and losses that compare samples see those of their part.
 FREE_KEYS = (
     "num_steps",
     "log_every",
@@ -40,9 +39,17 @@ FREE_KEYS = (
     "data.path",
     "loss.perceptual_weights",
     "mesh.",
+    "remat",
+    "accumulate",
     "optim.",
     "init.",
 )
+# Keys that came later than the first runs: what a run did before there was the key. Without an entry here, those who
+# update the code cannot go on with the runs they have.
+BEFORE_THE_KEY = {
+    "loss.person_leak": 0.0,
+    "loss.pose_leak": 0.0,
+}
 
 
 @contextlib.contextmanager
@@ -75,9 +82,8 @@ def claimed(workdir: Path) -> Iterator[None]:
 
 def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """UserError if the directory holds steps of a run that this config does not go on with."""
-    path, records = workdir / CONFIG_FILE, workdir / metrics.FILE
-    recorded = records.exists() and records.stat().st_size > 0
-    if not path.exists() or not (recorded or checkpoint.newest_step(workdir) is not None):
+    path = workdir / CONFIG_FILE
+    if not path.exists() or not (_recorded(workdir) or checkpoint.newest_step(workdir) is not None):
         return
     try:
         before = json.loads(path.read_text())
@@ -92,42 +98,94 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
     changed = [
         difference
         for difference in configs.differences(before, values)
-        if not difference[0].startswith(FREE_KEYS) or _changes_optimizer_state(*difference)
+        if not _goes_on(*difference)
     ]
     if changed:
-        key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(f"{workdir} was started {_what_changed(path, *changed[0], more)}")
+
+
+def check_nothing_lost(workdir: Path) -> None:
+    """UserError if steps are recorded and the checkpoints that held them are gone.
+
+    A run that ended before its first checkpoint has their folder, and nothing in it: it begins again. All processes
+    must ask, before any of them makes the folder.
+    """
+    folder, saved = workdir / checkpoint.FOLDER, workdir / checkpoint.LAST_SAVED
+    lost = (
+        _recorded(workdir)
+        and checkpoint.newest_step(workdir) is None
+        and (saved.exists() or not folder.is_dir())
+    )
+    if not distributed.everywhere(not lost):
         raise UserError(
-            f"{workdir} was started with config.{key}={old!r}, now it is {new!r}{more}; "
-            "give another --workdir, or the config it was started with"
+            f"{workdir / metrics.FILE} records steps, but there is no checkpoint in {folder} any more; put back what "
+            f"was there, give another --workdir, or remove {metrics.FILE} to train from the start"
         )
 
 
 def write_description(
-    workdir: Path, config: ml_collections.ConfigDict, data: dict[str, str]
-) -> None:
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    data: dict[str, str],
+    step: int = 0,
+    began: float | None = None,
+) -> float:
     """Writes config.json, environment.json and data.json, in the main process.
 
-    `data` is the fingerprint of what is trained on; a run that goes on with other data says so.
+    Args:
+      workdir: the run's directory.
+      config: what it is from now on.
+      data: the fingerprint of what is trained on; a run that goes on with other data says so.
+      step: steps done before.
+      began: when this process began, as time.time() has it; None: now.
+
+    Returns:
+      Seconds from the run's first start to this one.
     """
     if not distributed.is_main():
-        return
+        return 0.0
     write_json(workdir / CONFIG_FILE, configs.to_json(config))
     _tell_other_data(workdir / DATA_FILE, data)
     write_json(workdir / DATA_FILE, data)
-    write_json(
-        workdir / "environment.json",
-        {
-            "dexportrait_jax": dexportrait_jax.__version__,
-            "commit": code_version.commit(),
-            "code_sha256": code_version.code_sha256(),
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-            "devices": len(jax.devices()),
-            "platform": jax.default_backend(),
-            "processes": jax.process_count(),
-            "pid": os.getpid(),
-        },
+    anew = not step and not _recorded(workdir)
+    return environment.note_start(workdir, step, time.time() if began is None else began, anew)
+
+
+def _recorded(workdir: Path) -> bool:
+    """Whether a step was ever recorded."""
+    records = workdir / metrics.FILE
+    return records.exists() and records.stat().st_size > 0
+
+
+def _goes_on(key: str, old: Any, new: Any) -> bool:
+    """Whether a run whose config had `old` may go on with `new`."""
+    if key.startswith(FREE_KEYS):
+        return old is configs.ABSENT or not _changes_optimizer_state(key, old, new)
+    return old is configs.ABSENT and BEFORE_THE_KEY.get(key, configs.ABSENT) == new
+
+
+def _what_changed(file: Path, key: str, old: Any, new: Any, more: str) -> str:
+    """How the run of config `file` differs, and what to do about it."""
+    if old is configs.ABSENT and key in BEFORE_THE_KEY:
+        before = BEFORE_THE_KEY[key]
+        return (
+            f"before there was config.{key}, which is as {before!r}, now it is {new!r}{more}; give another --workdir, "
+            f"or --config.{key}={before}"
+        )
+    if old is configs.ABSENT:
+        return (
+            f"before there was config.{key}, now {new!r}{more}; give another --workdir, or write into {file} what it "
+            "did then"
+        )
+    if new is configs.ABSENT:
+        return (
+            f"with config.{key}={old!r}, which this version does not have{more}; give another --workdir, or go on "
+            f"with the version that {environment.FILE} names"
+        )
+    return (
+        f"with config.{key}={old!r}, now it is {new!r}{more}; give another --workdir, or the config it was started "
+        "with"
     )
 
 

@@ -9,6 +9,7 @@ trains is in `tasks/`; what one step does is in `step.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
 import time
@@ -23,13 +24,13 @@ from data_pipelines import loading
 from data_pipelines.survey import survey
 from dexportrait_jax import checkpoint, distributed, metric_sinks, run_directory, sharding
 from dexportrait_jax import config as configs
-from dexportrait_jax.efficiency import Efficiency, ProfileWindow
+from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
-from dexportrait_jax.wall_time import WallTime, Watch
+from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
 
 COMPUTE_TYPES = ("float32", "bfloat16", "float16")
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
@@ -55,11 +56,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         non-finite gradients.
       SystemExit: code 75 after SIGTERM, once the state is saved.
     """
-    started = time.monotonic()
+    started, began = time.monotonic(), time.time()
     wall = WallTime(started)
     check(config)
-    with run_directory.claimed(workdir), _sigterm() as stop_asked:
+    with (
+        run_directory.claimed(workdir),
+        _sigterm() as stop_asked,
+        contextlib.closing(_watch(config, wall, workdir)) as watch,
+    ):
         run_directory.check_same_run(workdir, config)
+        run_directory.check_nothing_lost(workdir)
         say = print if distributed.is_main() else lambda *_, **__: None
 
         # Mesh, task, the shape of everything, and the step.
@@ -102,7 +108,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
         if state is None:
             state = first_state(task, config, shardings)
         constants = jax.device_put(task.constants(), sharding.replicated(mesh))
-        run_directory.write_description(workdir, config, found.fingerprint)
+        before = run_directory.write_description(workdir, config, found.fingerprint, done, began)
 
         # The loop.
         sinks = metric_sinks.make_sinks(config, workdir, done) if distributed.is_main() else []
@@ -113,18 +119,20 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 "steps are done again",
                 file=sys.stderr,
             )
-        watch = Watch(wall, 60 * config.report.stuck_minutes, workdir)
+        wall.goes_on(writer.last_kept.get(GOOD_SECONDS, 0.0), before)
         efficiency = Efficiency(config, mesh.size)
         profile = ProfileWindow(config.report.profile, workdir / metric_sinks.TENSORBOARD)
         spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
         pictures = config.data.batch_size * loading.targets_of_a_source(config.data)
 
-        def figures(steps: int) -> dict[str, float]:
+        def figures(known: dict[str, float], steps: int) -> dict[str, float]:
             times = wall.row(steps, pictures)
-            return times | efficiency.row(times, steps)
+            return times | efficiency.row(times, steps) | known
 
+        agreement = distributed.Agreement(done)
+        compiled: set[frozenset[str]] = set()
         last_save = time.monotonic()
-        with jax.set_mesh(mesh), contextlib.closing(watch), contextlib.closing(profile):
+        with jax.set_mesh(mesh), contextlib.closing(profile):
             for step in range(done + 1, config.num_steps + 1):
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:
@@ -132,7 +140,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                         batch = sharding.put_batch(
                             next(loader), mesh, config.data.batch_size, sources
                         )
-                    state, metrics = step_function(state, batch, constants, events)
+                    with contextlib.nullcontext() if events in compiled else wall.spent("compile"):
+                        state, metrics = step_function(state, batch, constants, events)
+                    compiled.add(events)
                     result_is(metrics)
                 efficiency.add(events)
                 if step == done + 1:
@@ -145,17 +155,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                 watch.moved()
 
                 last = step == config.num_steps
-                late, stopping = False, False
-                # Asking the other processes makes all of them wait; alone, it costs nothing.
-                if jax.process_count() == 1 or last or step % config.log_every == 0:
-                    late, stopping = distributed.agree(
-                        _late(config.checkpoint, last_save), stop_asked()
-                    )
-                every = config.checkpoint.every_steps
-                save = last or stopping or late or (every and step % every == 0)
+                evaluating = found.evaluable and (
+                    (last and config.evaluate.at_end)
+                    or _falls_on(step, config.evaluate.every_steps)
+                )
+                # A signal waits for the end of an evaluation, and whoever sent it may not: what is evaluated is saved.
+                save = last or evaluating or _falls_on(step, config.checkpoint.every_steps)
+                stopping = False
+                if save or len(writer) >= config.log_every or agreement.due(step):
+                    asked = {"late": _late(config.checkpoint, last_save), "stop": stop_asked()}
+                    worst = {"time/data_seconds": wall.waited_for_data(), **memory_in_use()}
+                    worst = agreement.greatest(step, asked | worst)
+                    late, stopping = worst.pop("late") > 0, worst.pop("stop") > 0
+                    save = save or late or stopping
                 if save or len(writer) >= config.log_every:
                     # Rows reach the disk before the checkpoint that covers them.
-                    rows = writer.flush(figures)
+                    rows = writer.flush(functools.partial(figures, worst))
                     _refuse_endless_skipping(rows, task, config)
                     if distributed.is_main():
                         spikes.note(rows)
@@ -166,14 +181,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     last_save = time.monotonic()
                 if stopping and not last:
                     loader.close()
-                    checkpoints.close()
+                    with wall.spent("save"):
+                        checkpoints.close()
                     say(
                         f"{config.stage}: stopped at step {step}, saved; start the same command to go on"
                     )
                     raise SystemExit(RESUME_ME)
-                every = config.evaluate.every_steps
-                due = (last and config.evaluate.at_end) or (every and step % every == 0)
-                if due and found.evaluable:
+                if evaluating:
                     with wall.spent("evaluate"):
                         task.evaluate(state, constants, workdir, step)
         loader.close()
@@ -254,6 +268,15 @@ def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
             f"mesh data x fsdp = {replicas} has {config.data.batch_size // (replicas * config.accumulate)}; choose "
             f"config.accumulate={config.data.batch_size // replicas}, or more of data and fsdp"
         )
+
+
+def _watch(config: ml_collections.ConfigDict, wall: WallTime, workdir: Path) -> Watch:
+    file = stacks_file(workdir, jax.process_index(), jax.process_count())
+    return Watch(wall, 60 * config.report.stuck_minutes, file)
+
+
+def _falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _late(config: ml_collections.ConfigDict, last_save: float) -> bool:

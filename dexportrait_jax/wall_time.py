@@ -1,7 +1,8 @@
 """Where a run's time goes, and a word when it goes nowhere.
 
-The loop says what it is doing; what is left is steps. `goodput` is their share of the time since the process started:
-compiling, waiting for data, saving and evaluating are what a pod is paid for without learning anything.
+The loop says what it is doing; what is left is steps. `goodput` is the share of the steps that the run still has in the
+time since it was first started: compiling, waiting for data, saving, evaluating, steps that a kill took back and the
+time between two starts are what a pod is paid for without learning anything.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STEPS = "steps"
+GOOD_SECONDS = "time/good_seconds"
 
 
 class WallTime:
-    """The time of one process, by what it was spent on.
+    """The time of one process, by what it was spent on, and of the run over all its starts.
 
     Everything until the first `spent` or `ready` is "start". On an accelerator the host runs ahead of the device, so
     that some of its waiting for data costs nothing; all of it is counted, and the goodput is a lower bound.
@@ -32,6 +34,17 @@ class WallTime:
         self._window: collections.Counter[str] = collections.Counter()
         self.doing = "start"
         self.since = self._last
+        self._good_before = self._seconds_before = 0.0
+
+    def goes_on(self, good_seconds: float, seconds_before: float) -> None:
+        """Other processes trained the run before.
+
+        Args:
+          good_seconds: what the record says at the step that is gone on from. Steps after it are done again; those that
+            took their time first do not count.
+          seconds_before: from the run's first start to this one, whether a process ran or not.
+        """
+        self._good_before, self._seconds_before = good_seconds, seconds_before
 
     def ready(self) -> None:
         """The first step is done: from now on what is nothing else is steps."""
@@ -48,7 +61,7 @@ class WallTime:
             self._turn_to(before)
 
     def row(self, steps: int, pictures: int) -> dict[str, float]:
-        """Figures since the last row, and the goodput since the start, for the record of metrics.
+        """Figures since the last row, and the goodput since the run's first start, for the record of metrics.
 
         Args:
           steps: steps finished since the last row.
@@ -58,18 +71,30 @@ class WallTime:
         window, self._window = self._window, collections.Counter()
         seconds = sum(window.values())
         row = {f"time/{name}_seconds": value for name, value in window.items() if name != STEPS}
-        row["time/goodput"] = self._all[STEPS] / max(sum(self._all.values()), 1e-9)
+        row[GOOD_SECONDS], row["time/goodput"] = self._good()
         if steps and window[STEPS]:
             row["time/step_seconds"] = window[STEPS] / steps
             row["time/pictures_per_second"] = steps * pictures / seconds
         return row
 
     def summary(self) -> str:
-        """The whole run in a line."""
+        """This process in a line, and the goodput of the run where there were others."""
         self._turn_to(self.doing)
         total = max(sum(self._all.values()), 1e-9)
         parts = [f"{name} {value / total:.0%}" for name, value in self._all.most_common()]
-        return f"{total:.0f} s: {', '.join(parts)}"
+        line = f"{total:.0f} s: {', '.join(parts)}"
+        if self._seconds_before:
+            line += f"; of {self._seconds_before + total:.0f} s since its first start, steps {self._good()[1]:.0%}"
+        return line
+
+    def waited_for_data(self) -> float:
+        """Seconds since the last row."""
+        return self._window["data"]
+
+    def _good(self) -> tuple[float, float]:
+        """Seconds of the steps that the run has, and their share of the time since its first start."""
+        seconds = self._good_before + self._all[STEPS]
+        return seconds, seconds / max(self._seconds_before + sum(self._all.values()), 1e-9)
 
     def _turn_to(self, doing: str) -> None:
         now = time.monotonic()
@@ -88,18 +113,20 @@ class Watch:
 
     Args:
       wall: what the loop is doing.
-      seconds: how long one thing may take; 0: there is no watch.
-      folder: where `stacks.txt` is appended to.
+      seconds: how long one thing may take; what is in LONG may take PATIENCE times as long. 0: there is no watch.
+      file: what stacks are appended to.
       every: how often is looked.
     """
 
-    def __init__(self, wall: WallTime, seconds: float, folder: Path, every: float = 5.0):
-        self.wall, self.seconds = wall, seconds
-        self.file = Path(folder) / "stacks.txt"
+    LONG = ("start", "compile", "evaluate")
+    PATIENCE = 4
+
+    def __init__(self, wall: WallTime, seconds: float, file: Path, every: float = 5.0):
+        self.wall, self.seconds, self.file = wall, seconds, Path(file)
         self._every = min(every, seconds / 4) if seconds else every
         self._steps = 0
         self._moved = time.monotonic()
-        self._told = -1
+        self._told: tuple[int, float] | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         if seconds:
@@ -118,18 +145,24 @@ class Watch:
 
     def _look(self) -> None:
         while not self._done.wait(self._every):
+            doing, place = self.wall.doing, (self._steps, self.wall.since)
             waited = time.monotonic() - max(self._moved, self.wall.since)
-            if waited > self.seconds and self._told != self._steps:
-                self._told = self._steps
-                self._report(waited)
+            limit = self.seconds * (self.PATIENCE if doing in self.LONG else 1)
+            if waited > limit and self._told != place:
+                self._told = place
+                self._report(doing, waited)
 
-    def _report(self, waited: float) -> None:
-        doing = {STEPS: "a step"}.get(self.wall.doing, self.wall.doing)
+    def _report(self, doing: str, waited: float) -> None:
         line = (
-            f"warning: no progress for {waited:.0f} s, after {self._steps} steps of this process; it is at: {doing}; "
-            f"the stacks of all threads are in {self.file}"
+            f"warning: no progress for {waited:.0f} s, after {self._steps} steps of this process; it is at: "
+            f"{'a step' if doing == STEPS else doing}; the stacks of all threads are in {self.file}"
         )
         print(line, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError), self.file.open("a") as file:
             print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
+
+
+def stacks_file(workdir: Path, process: int, processes: int) -> Path:
+    """Where a process puts its stacks: each its own, so that one sees which of them hangs."""
+    return Path(workdir) / ("stacks.txt" if processes == 1 else f"stacks_{process}.txt")

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from dexportrait_jax import checkpoint
+from dexportrait_jax import checkpoint, sharding
 from dexportrait_jax.checkpoint import Checkpoints
 from dexportrait_jax.errors import UserError
 from tests.test_bad_input import small_disk
@@ -172,6 +172,53 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path):
         step, found = restored(disk / "run")
         assert step == 2
         assert_equal(found, state_of(2))
+        assert (disk / "run" / "last_saved.txt").read_text() == "2\n"
+
+
+def test_a_save_that_failed_does_not_stop_the_next(tmp_path, capsys):
+    """A disk that is full for a while: what could not be written is a warning once the next save is written."""
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    grown = state | {"opt": jax.device_put(np.random.default_rng(0).random((1024, 1024)))}
+    with small_disk(tmp_path / "disk", "size=2m") as disk:
+        checkpoints = Checkpoints(disk / "run")
+        checkpoints.save(2, grown)
+        checkpoints.save(4, state)
+        checkpoints.close()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "warning: checkpoint 2 was not saved (cannot write" in said
+        assert "the disk is full" in said and "trying again at step 4" in said
+        assert restored(disk / "run")[0] == 4
+
+
+def test_two_saves_that_fail_in_a_row_are_an_error_at_once(tmp_path, monkeypatch, capsys):
+    """With a save that fails behind one's back, as a bucket's does; the second is waited for."""
+    checkpoints = Checkpoints(tmp_path)
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    started, answers = (
+        [],
+        [OSError("no answer"), OSError("none again"), None, OSError("third"), None],
+    )
+
+    def wait():
+        if error := answers.pop(0):
+            raise error
+
+    inner = checkpoints._checkpointer
+    monkeypatch.setattr(inner, "wait", wait)
+    monkeypatch.setattr(inner, "save_async", lambda step, *_, **__: started.append(step))
+    checkpoints.save(1, state)
+    with pytest.raises(OSError, match="none again"):
+        checkpoints.save(2, state)
+    assert started == [1, 2]
+    checkpoints.save(3, state)
+    checkpoints.save(4, state)  # the third was written
+    checkpoints.save(5, state)  # the fourth was not, the fifth is
+    assert started == [1, 2, 3, 4, 5] and answers == []
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0].endswith("checkpoint 1 was not saved (no answer); trying again at step 2")
+    assert said[1].endswith("checkpoint 4 was not saved (third); trying again at step 5")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +246,40 @@ def test_averages_and_single_groups_without_the_rest(run, capsys):
     assert_equal(groups["encoder"], state_of(2)["ema"]["encoder"])
 
 
+@pytest.mark.parametrize(
+    ("groups", "average", "read"),
+    [
+        (None, True, {"ema/encoder/kernel", "params/decoder/bias"}),
+        (None, False, {"params/encoder/kernel", "params/decoder/bias"}),
+        (["encoder"], True, {"ema/encoder/kernel"}),
+        (["encoder"], False, {"params/encoder/kernel"}),
+        (["decoder"], True, {"params/decoder/bias"}),
+    ],
+)
+def test_no_more_is_read_than_was_asked_for(saved_run, monkeypatch, groups, average, read):
+    asked, load = [], ocp.load
+
+    def noting(place, wanted, **options):
+        leaves = jax.tree_util.tree_flatten_with_path(wanted)[0]
+        asked.extend(sharding.path_name(path) for path, _ in leaves)
+        return load(place, wanted, **options)
+
+    monkeypatch.setattr(ocp, "load", noting)
+    on_devices = len(jax.live_arrays())
+    _, _, found = checkpoint.load_groups(saved_run, groups, average)
+    assert set(asked) == read and len(jax.live_arrays()) == on_devices
+    wanted = state_of(4)
+    for name in read:
+        part, group, leaf = name.split("/")
+        assert type(found[group][leaf]) is np.ndarray
+        np.testing.assert_array_equal(found[group][leaf], wanted[part][group][leaf])
+
+
+def test_a_group_that_is_not_there(saved_run):
+    with pytest.raises(UserError, match="no group 'encodre'; it has decoder, encoder"):
+        checkpoint.load_groups(saved_run, ["encodre"])
+
+
 def described(run, **changes):
     """Changes what checkpoint 4 says of who wrote it."""
     file = run / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
@@ -217,10 +298,12 @@ def test_checkpoints_say_which_version_wrote_them(run):
     assert checkpoint.load_groups(run)[1] == 4
 
 
+@pytest.mark.parametrize("schema", [0, 7])
 @pytest.mark.parametrize("read", [restored, checkpoint.load_groups])
-def test_another_schema_names_its_version(run, read):
-    described(run, schema=7, dexportrait_jax="9.8")
-    with pytest.raises(UserError, match=r"was written by dexportrait_jax 9\.8 .* schema 7") as said:
+def test_another_schema_names_its_version(run, read, schema):
+    described(run, schema=schema, dexportrait_jax="9.8")
+    words = rf"was written by dexportrait_jax 9\.8 .* schema {schema}, this is "
+    with pytest.raises(UserError, match=words) as said:
         read(run)
     assert "\n" not in str(said.value) and (run / "checkpoints" / "4").is_dir()
 

@@ -61,3 +61,5 @@ def test_wrong_addresses(address, words):
 def test_differences_name_the_key():
     old = {"a": {"b": 1, "c": 2}, "d": 3}
     assert configs.differences(old, {"a": {"b": 1, "c": 4}, "d": 3}) == [("a.c", 2, 4)]
+    gone, new = ("a.c", 2, configs.ABSENT), ("e.f.g", configs.ABSENT, None)
+    assert configs.differences(old, {"a": {"b": 1}, "d": 3, "e": {"f": {"g": None}}}) == [gone, new]

@@ -1,12 +1,22 @@
 """What stands beside the checkpoints: config, code, environment and data."""
 
+import importlib
 import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from dexportrait_jax import code_version
 from dexportrait_jax import config as configs
-from dexportrait_jax.run_directory import write_description
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.run_directory import (
+    BEFORE_THE_KEY,
+    FREE_KEYS,
+    check_nothing_lost,
+    check_same_run,
+    write_description,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,13 +28,143 @@ def test_description(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert json.loads((tmp_path / "config.json").read_text())["stage"] == "autoencoder"
     assert json.loads((tmp_path / "data.json").read_text()) == {"train-0": "a", "train-1": "b"}
-    environment = json.loads((tmp_path / "environment.json").read_text())
-    assert environment["code_sha256"] == code_version.code_sha256()
-    assert {"jax", "commit", "devices", "platform", "processes"} <= environment.keys()
 
     write_description(tmp_path, config, {"train-0": "a", "train-1": "other"})
     said = capsys.readouterr().err
     assert "warning: the data are not those" in said and "(1 shards differ, train-1 first)" in said
+
+
+def test_every_start_is_kept(tmp_path, capsys, monkeypatch):
+    """A start, one after 100 s at step 3, one with other code; then the records are removed, and all begins anew."""
+    config, records = configs.load_config("configs/autoencoder.py:tiny", []), "metrics.jsonl"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one")
+    assert write_description(tmp_path, config, {}, step=0, began=1000.0) == 0
+    (tmp_path / records).write_text('{"step": 1}\n')
+    assert write_description(tmp_path, config, {}, step=3, began=1100.5) == 100.5
+    assert capsys.readouterr().err == ""
+    code = code_version.code_sha256()
+    monkeypatch.setattr(code_version, "code_sha256", lambda: "f" * 64)
+    assert write_description(tmp_path, config, {}, step=6, began=1200.0) == 200
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "was started with other code" in said and code[:12] in said and "ffffffffffff" in said
+
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    assert [start["step"] for start in starts] == [0, 3, 6]
+    assert [start["code_sha256"] for start in starts] == [code, code, "f" * 64]
+    first = starts[0]
+    assert first["started"] == "1970-01-01T00:16:40.000+00:00" and first["XLA_FLAGS"] == "--xla_one"
+    assert first["device_kind"] == "cpu" and first["python"].startswith("3.")
+    assert first["flax"] and first["optax"] and first["orbax-checkpoint"] and first["jaxlib"]
+    assert {"libtpu", "jax", "commit", "devices", "platform", "processes"} <= first.keys()
+
+    (tmp_path / records).unlink()
+    assert write_description(tmp_path, config, {}, began=1300.0) == 0
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+
+
+def test_the_one_start_that_older_versions_kept(tmp_path):
+    config = configs.load_config("configs/autoencoder.py:tiny", [])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = {"code_sha256": code_version.code_sha256(), "jax": "0.9"}
+    (tmp_path / "environment.json").write_text(json.dumps(before))
+    assert write_description(tmp_path, config, {}, step=1, began=1000.0) == 0
+    assert write_description(tmp_path, config, {}, step=2, began=1010.0) == 10
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    assert starts[0] == before and len(starts) == 3
+
+
+def started_with(tmp_path, config, **changes):
+    """A directory with a step of `config`, whose config.json has these keys as well; None takes one away."""
+    values = configs.to_json(config)
+    for dotted, value in changes.items():
+        *groups, key = dotted.split("__")
+        node = values
+        for group in groups:
+            node = node[group]
+        node.pop(key, None)
+        if value is not None:
+            node[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_a_run_goes_on_in_a_version_that_has_more_keys(tmp_path):
+    config = configs.load_config("configs/motion.py:tiny", [])
+    started_with(tmp_path, config, loss__pose_leak=None, accumulate=None, report__profile=None)
+    check_same_run(tmp_path, config)
+    other = configs.load_config("configs/motion.py:tiny", ["loss.pose_leak=0.5"])
+    with pytest.raises(UserError, match="before there was config.loss.pose_leak") as said:
+        check_same_run(tmp_path, other)
+    assert "as 0.0, now it is 0.5; give another --workdir, or --config.loss.pose_leak=0.0" in str(
+        said.value
+    )
+
+
+def test_what_saves_memory_may_change(tmp_path):
+    config = configs.load_config("configs/animator_image.py:tiny", [])
+    started_with(tmp_path, config)
+    less = configs.load_config("configs/animator_image.py:tiny", ["remat=blocks", "accumulate=4"])
+    check_same_run(tmp_path, less)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"ema_decay": None},
+            "was started before there was config.ema_decay, now 0.996; .* write into .*config.json",
+        ),
+        ({"loss__hinge": 2.0}, "was started with config.loss.hinge=2.0, which this version does"),
+        ({"loss": None}, r"before there was config.loss.adversarial, now .* \(and \d+ more\)"),
+    ],
+)
+def test_other_keys_are_an_error_that_names_them(tmp_path, changes, words):
+    config = configs.load_config("configs/motion.py:tiny", [])
+    started_with(tmp_path, config, **changes)
+    with pytest.raises(UserError, match=words) as said:
+        check_same_run(tmp_path, config)
+    assert "\n" not in str(said.value)
+
+
+def test_every_key_is_known_to_older_runs():
+    """A key that is new says in BEFORE_THE_KEY what runs did before it, or their owners cannot update the code."""
+    known = set((ROOT / "tests" / "golden" / "config_keys.txt").read_text().split())
+    variants = [
+        (name, variant)
+        for name in ("motion", "autoencoder", "animator_image", "animator_video")
+        for variant in importlib.import_module(f"configs.{name}").VARIANTS
+    ]
+    now = set()
+    for name, variant in variants:
+        values = configs.to_json(configs.load_config(f"configs/{name}.py:{variant}"))
+        now |= {key for key, _, _ in configs.differences({}, values)}
+    new = {key for key in now - known if not key.startswith(FREE_KEYS)}
+    assert new <= set(BEFORE_THE_KEY), "put them into run_directory.BEFORE_THE_KEY"
+    assert set(BEFORE_THE_KEY) <= now
+
+
+@pytest.mark.parametrize(
+    ("left", "lost"),
+    [
+        ({"records": True, "folder": False, "saved": False}, True),  # removed, or not copied
+        ({"records": True, "folder": True, "saved": True}, True),  # emptied
+        ({"records": True, "folder": True, "saved": False}, False),  # ended before its first
+        ({"records": False, "folder": False, "saved": True}, False),  # begins anew
+    ],
+)
+def test_a_run_does_not_begin_again_in_silence(tmp_path, left, lost):
+    if left["records"]:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    if left["folder"]:
+        (tmp_path / "checkpoints").mkdir()
+    if left["saved"]:
+        (tmp_path / "last_saved.txt").write_text("1\n")
+    if lost:
+        with pytest.raises(UserError, match="records steps, but there is no checkpoint") as said:
+            check_nothing_lost(tmp_path)
+        assert "give another --workdir, or remove metrics.jsonl" in str(said.value)
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    check_nothing_lost(tmp_path)
 
 
 def test_commit_is_gits():

@@ -1,10 +1,16 @@
 """Two processes equal one, and killed they equal the run left alone."""
 
+import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 from dexportrait_jax import config as configs
@@ -42,13 +48,24 @@ def test_two_processes_killed_and_damaged_equal_one_left_alone(tmp_path, monkeyp
     assert_same_but_for_rounding(soak.final_state(one), soak.final_state(alone))
 
     kills = [
-        Kill("save"),
-        Kill("steps", "process 1", "torn", 0.9),
+        Kill("save", part=0.0),  # as soon as its first files are there
+        # With those of steps 3, 6 and 9, so that there is one to go on from when two are spoilt.
+        Kill("steps", "process 1", "torn", 0.0, whole=3),
         Kill("start", damage="deleted"),
         Kill("steps", part=0.1, sent=signal.SIGTERM),
     ]
-    lives = soak.killed(soak.command(two, data, STEPS), tmp_path, kills)
+    programs = steps_kept(tmp_path)
+    job = soak.command(two, data, STEPS, "checkpoint.keep=9")
+    lives = soak.killed(job, tmp_path, kills)
     assert soak.compare(alone, two) == []
+    # What the kills are for did happen: one fell into a save, two checkpoints were spoilt.
+    assert lives[0].in_save
+    assert [life.damaged for life in lives] == [False, True, True, False, False]
+    # Every life took the programs that the run left alone had put where the environment says.
+    assert programs and steps_kept(tmp_path) == programs
+    # The one process before them too, and perhaps not the life that was killed while it started.
+    starts = json.loads((two / "environment.json").read_text())
+    assert [start["processes"] for start in starts] in ([1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2])
     assert lives[0].went_on_from == 3 and lives[0].done_again == STEPS - 3
     codes = [life.code for life in lives]
     assert codes[0] == codes[2] == -signal.SIGKILL and codes[3:] == [75, 0]
@@ -57,6 +74,51 @@ def test_two_processes_killed_and_damaged_equal_one_left_alone(tmp_path, monkeyp
     assert (
         "no checkpoint holds what was done after step 3" in (tmp_path / "life_00.log").read_text()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signal_to_one_process_does_not_wait_for_the_records(tmp_path):
+    """With 100000 steps between two records, SIGTERM to one of two ends both within seconds, saved."""
+    data = fixtures.make_dataset(tmp_path / "data", clips=5, frames=12, size=64)
+    more = ("log_every=100000", "checkpoint.every_steps=0")
+    job, log = soak.command(tmp_path / "run", data, 100000, *more), tmp_path / "log.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(job, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        while "ready to train" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        time.sleep(2)
+        psutil.Process(process.pid).children()[1].terminate()
+        assert process.wait(120) == 75, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    stopped = int(re.search(r"stopped at step (\d+), saved", log.read_text())[1])
+    assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir() and stopped < 100000
+    assert not list((tmp_path / "run").glob("stacks*.txt"))
+
+
+def test_damage_says_whether_it_was_done(tmp_path):
+    """Nothing is damaged that a run could not do without."""
+    for step in (3, 6, 9):
+        for process in range(soak.PROCESSES):
+            data = tmp_path / str(step) / "state" / f"ocdbt.process_{process}" / "d"
+            data.mkdir(parents=True)
+            (data / "arrays").write_bytes(bytes(2000))
+    rng = np.random.default_rng(0)
+    assert not soak._damage("none", tmp_path, rng)
+    assert soak._damage("torn", tmp_path, rng)
+    sizes = [path.stat().st_size for path in tmp_path.glob("9/**/arrays")]
+    assert sorted(sizes) == [1000, 2000] and soak._whole(tmp_path) == [3, 6]
+    assert soak._damage("deleted", tmp_path, rng) and soak._whole(tmp_path) == [3]
+    assert not soak._damage("deleted", tmp_path, rng) and soak._whole(tmp_path) == [3]
+
+
+def steps_kept(folder):
+    """Names of the compiled steps below what soak gives its jobs as JAX_COMPILATION_CACHE_DIR."""
+    return {path.name for path in (folder / "programs").glob("jit_step_function-*-cache")}
 
 
 def assert_same_but_for_rounding(one, other):

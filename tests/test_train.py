@@ -1,8 +1,11 @@
 """The loop's promises, for every stage: interrupted equals uninterrupted, sharded equals one device."""
 
 import json
+import shutil
 import signal
 import time
+from datetime import datetime
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import loading
+from dexportrait_jax import checkpoint, programs, run_directory, sharding
 from dexportrait_jax import config as configs
-from dexportrait_jax import run_directory, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
+from dexportrait_jax.tasks.autoencoder import AutoencoderTask
 from dexportrait_jax.train import check_shares, run_train, train
 from tests import fixtures
 from tests.stages import STAGES, micro
@@ -48,6 +52,12 @@ def learned(run):
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows
     ]
+
+
+def steps_kept():
+    """Names of the compiled steps in JAX's cache of programs, the folder that JAX_COMPILATION_CACHE_DIR names."""
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    return {path.name for path in folder.glob("jit_step_function-*-cache")}
 
 
 def interrupt_in_step(monkeypatch, number):
@@ -103,7 +113,10 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
             train(config, tmp_path / "parts")
     assert stop.value.code == 75
     assert [row["step"] for row in read_rows(tmp_path / "parts" / "metrics.jsonl")] == [1, 2, 3]
+    kept_in, kept = jax.config.jax_compilation_cache_dir, steps_kept()
     parts = leaves(train(config, tmp_path / "parts"))
+    # The second start compiles no step: its program is where the first left it, and where JAX was told to keep it.
+    assert kept and steps_kept() == kept and jax.config.jax_compilation_cache_dir == kept_in
 
     assert parts.keys() == whole.keys()
     different = [name for name in whole if not np.array_equal(whole[name], parts[name])]
@@ -112,6 +125,15 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     assert rows[0] == rows[1]
     timed = read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]
     assert 0 < timed["time/goodput"] < 1 and timed["time/step_seconds"] > 0
+    assert {"time/data_seconds", "memory/host_gib"} <= timed.keys()
+    starts = json.loads((tmp_path / "parts" / "environment.json").read_text())
+    assert [start["step"] for start in starts] == [0, 3]
+    third, final = (read_rows(tmp_path / "parts" / "metrics.jsonl")[at] for at in (2, -1))
+    seconds = [row["time/good_seconds"] / row["time/goodput"] for row in (third, final)]
+    # Of both starts and the time between: in all more than the second took by itself.
+    began = [datetime.fromisoformat(start["started"]).timestamp() for start in starts]
+    assert 0 < third["time/good_seconds"] < final["time/good_seconds"]
+    assert seconds[0] < began[1] - began[0] < seconds[1]
     assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
 
 
@@ -322,6 +344,7 @@ def test_what_helps_a_run_on_may_change(places, tmp_path):
     with pytest.raises(UserError, match="config.loss.l1"):
         run_directory.check_same_run(tmp_path, other)
     free = {"optim__autoencoder__learning_rate": 1e-5, "data__path": "moved", "num_steps": 9}
+    free |= {"accumulate": 2, "mesh__data": 4}
     run_directory.check_same_run(tmp_path, micro("autoencoder", *places, **free))
     for key, value in (("name", "adamw"), ("clip_norm", 0.0)):
         with pytest.raises(UserError, match=f"config.optim.autoencoder.{key}"):
@@ -405,13 +428,11 @@ def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
         train(config, tmp_path)
 
 
-def test_a_starving_loader_is_reported_with_all_stacks(
-    places, tmp_path, monkeypatch, one_device, capsys
-):
-    config = micro("autoencoder", *places, num_steps=3, report__stuck_minutes=0.5 / 60)
+def hungry(monkeypatch):
+    """The third batch takes so long that the watch speaks."""
     make = loading.make_loader
 
-    def hungry(data, **options):
+    def starving(data, **options):
         inner = make(data, **options)
 
         class Hungry:
@@ -420,7 +441,7 @@ def test_a_starving_loader_is_reported_with_all_stacks(
             def __next__(self):
                 self.step += 1
                 if self.step == 3:
-                    time.sleep(1.5)  # until then the watch has spoken
+                    time.sleep(1.5)
                 return next(inner)
 
             def close(self):
@@ -428,12 +449,88 @@ def test_a_starving_loader_is_reported_with_all_stacks(
 
         return Hungry()
 
-    monkeypatch.setattr(loading, "make_loader", hungry)
+    monkeypatch.setattr(loading, "make_loader", starving)
+
+
+def hanging(monkeypatch):
+    """The third step takes so long, as a collective does that waits for a lost host."""
+    make = programs.build
+
+    def building(*arguments):
+        abstract, shardings, step_function = make(*arguments)
+        steps = []
+
+        def waits_for_a_lost_host(*given):
+            steps.append(given)
+            if len(steps) == 3:
+                time.sleep(1.5)
+            return step_function(*given)
+
+        return abstract, shardings, waits_for_a_lost_host
+
+    monkeypatch.setattr("dexportrait_jax.train.build", building)
+    monkeypatch.setattr("dexportrait_jax.train.try_programs", lambda *_: None)
+
+
+def slow_to_save(monkeypatch):
+    """The last save of three steps is not on disk for so long."""
+    close = checkpoint.Checkpoints.close
+
+    def answers_late(self):
+        time.sleep(1.5)
+        close(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", answers_late)
+
+
+@pytest.mark.parametrize(
+    ("stuck", "steps", "place", "frame"),
+    [
+        (hungry, 2, "data", "in __next__"),
+        (hanging, 2, "a step", "in waits_for_a_lost_host"),
+        (slow_to_save, 3, "save", "in answers_late"),
+    ],
+)
+def test_what_hangs_is_reported_with_all_stacks(
+    stuck, steps, place, frame, places, tmp_path, monkeypatch, one_device, capsys
+):
+    config = micro("autoencoder", *places, num_steps=3, report__stuck_minutes=0.5 / 60)
+    stuck(monkeypatch)
     train(config, tmp_path)
-    said = [line for line in capsys.readouterr().err.splitlines() if "after 2 steps" in line]
-    assert len(said) == 1 and "it is at: data" in said[0] and "stacks.txt" in said[0]
-    stacks = (tmp_path / "stacks.txt").read_text().split("after 2 steps")[1]
-    assert "in __next__" in stacks and "Thread" in stacks
+    lines = capsys.readouterr().err.splitlines()
+    said = [line for line in lines if f"after {steps} steps" in line]
+    assert said and f"it is at: {place};" in said[-1] and "stacks.txt" in said[-1]
+    stacks = (tmp_path / "stacks.txt").read_text().split(f"after {steps} steps")[-1]
+    assert frame in stacks and "Thread" in stacks
+
+
+def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_device):
+    changes = {"num_steps": 5, "evaluate__every_steps": 2, "evaluate__split": "train"}
+    config = micro("autoencoder", *places, **changes)
+    order, save = [], checkpoint.Checkpoints.save
+    monkeypatch.setattr(
+        checkpoint.Checkpoints,
+        "save",
+        lambda self, step, state: order.append(("save", step)) or save(self, step, state),
+    )
+    monkeypatch.setattr(
+        AutoencoderTask, "evaluate", lambda self, *given: order.append(("evaluate", given[-1]))
+    )
+    train(config, tmp_path)
+    assert order == [(what, step) for step in (2, 4) for what in ("save", "evaluate")] + [
+        ("save", 5)
+    ]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(places, tmp_path, one_device):
+    config = micro("autoencoder", *places, num_steps=2)
+    train(config, tmp_path)
+    records = (tmp_path / "metrics.jsonl").read_text()
+    assert (tmp_path / "last_saved.txt").read_text() == "2\n"
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match="there is no checkpoint in .*checkpoints any more"):
+        train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == records
 
 
 def test_two_processes_cannot_train_in_one_directory(places, tmp_path):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dexportrait_jax import wall_time
-from dexportrait_jax.wall_time import WallTime, Watch
+from dexportrait_jax.wall_time import WallTime, Watch, stacks_file
 
 
 @pytest.fixture
@@ -24,7 +24,12 @@ def test_shares_by_hand(clock):
     clock[0] += 8  # the first step
     wall.ready()
     assert wall.row(1, 12) == pytest.approx(
-        {"time/start_seconds": 38.0, "time/data_seconds": 2.0, "time/goodput": 0.0}
+        {
+            "time/start_seconds": 38.0,
+            "time/data_seconds": 2.0,
+            "time/good_seconds": 0.0,
+            "time/goodput": 0.0,
+        }
     )
     for _ in range(4):
         with wall.spent("data"):
@@ -37,12 +42,33 @@ def test_shares_by_hand(clock):
         {
             "time/data_seconds": 4.0,
             "time/save_seconds": 5.0,
+            "time/good_seconds": 16.0,
             "time/goodput": 16 / 65,
             "time/step_seconds": 4.0,
             "time/pictures_per_second": 4 * 12 / 25,
         }
     )
     assert wall.summary() == "65 s: start 58%, steps 25%, data 9%, save 8%"
+
+
+def test_goodput_is_that_of_all_starts(clock):
+    """100 s until a kill, 80 of them steps, the last 30 after the checkpoint; then 20 s without a process."""
+    wall = WallTime()
+    wall.goes_on(good_seconds=50.0, seconds_before=120.0)
+    clock[0] += 10
+    wall.ready()
+    clock[0] += 70
+    assert wall.waited_for_data() == 0.0
+    with wall.spent("data"):
+        clock[0] += 2
+    assert wall.waited_for_data() == 2.0
+    row = wall.row(7, 1)
+    assert row["time/good_seconds"] == pytest.approx(50 + 70)
+    assert row["time/goodput"] == pytest.approx((50 + 70) / (120 + 82))
+    assert (
+        wall.summary()
+        == "82 s: steps 85%, start 12%, data 2%; of 202 s since its first start, steps 59%"
+    )
 
 
 def test_what_stands_still_is_reported_once_with_all_stacks(tmp_path, capsys):
@@ -56,7 +82,7 @@ def test_what_stands_still_is_reported_once_with_all_stacks(tmp_path, capsys):
 
     loader = threading.Thread(target=never_answers)
     loader.start()
-    watch = Watch(wall, 0.2, tmp_path)
+    watch = Watch(wall, 0.2, tmp_path / "stacks.txt")
     time.sleep(1.0)
     release.set()
     loader.join()
@@ -69,9 +95,28 @@ def test_what_stands_still_is_reported_once_with_all_stacks(tmp_path, capsys):
 
 def test_what_moves_is_not_reported(tmp_path, capsys):
     wall = WallTime()
-    watch = Watch(wall, 0.4, tmp_path)
+    watch = Watch(wall, 0.4, tmp_path / "stacks.txt")
     for _ in range(12):
         time.sleep(0.1)
         watch.moved()
     watch.close()
     assert capsys.readouterr().err == "" and not (tmp_path / "stacks.txt").exists()
+
+
+@pytest.mark.parametrize(("doing", "told"), [("save", True), ("compile", False), ("start", False)])
+def test_a_start_may_take_longer(tmp_path, capsys, doing, told):
+    """0.6 s, with a limit of 0.3 s for what is short and 1.2 s for what is long."""
+    wall = WallTime()
+    watch = Watch(wall, 0.3, tmp_path / "stacks.txt")
+    with wall.spent(doing):
+        time.sleep(0.6)
+    watch.close()
+    assert (f"it is at: {doing}" in capsys.readouterr().err) is told
+
+
+def test_each_process_has_its_own_stacks(tmp_path):
+    assert stacks_file(tmp_path, 0, 1) == tmp_path / "stacks.txt"
+    assert [stacks_file(tmp_path, process, 2).name for process in (0, 1)] == [
+        "stacks_0.txt",
+        "stacks_1.txt",
+    ]

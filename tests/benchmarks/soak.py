@@ -58,7 +58,7 @@ SETTINGS = (
 class Kill(NamedTuple):
     """How a life ends. `moment` is one of MOMENTS, `victim` of VICTIMS, `damage` of DAMAGES.
 
-    `part` in [0, 1) says how far into the moment; `sent` is the signal.
+    `part` in [0, 1) says how far into the moment; `sent` is the signal; `whole` checkpoints are there before it.
     """
 
     moment: str
@@ -66,6 +66,7 @@ class Kill(NamedTuple):
     damage: str = "none"
     part: float = 0.5
     sent: signal.Signals = signal.SIGKILL
+    whole: int = 0
 
 
 @dataclasses.dataclass
@@ -76,6 +77,7 @@ class Life:
     code: int = 0  # of the launcher
     seconds_to_end: float = 0.0  # from the signal until nothing of it was left
     in_save: bool = False  # a save was under way when the signal came
+    damaged: bool = False  # the newest checkpoint was, afterwards
     went_on_from: int = 0
     done_again: int = 0  # recorded steps of the lives before that no checkpoint held
 
@@ -143,7 +145,7 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
         began, started = time.time(), time.monotonic()
         process = _start(job, log, out)
         if kill:
-            _wait_for(kill.moment, process, checkpoints, log, began)
+            _wait_for(kill, process, checkpoints, log, began)
             if kill.moment != "start":
                 start_seconds = time.monotonic() - started
             _wait(process, kill.part * MOMENTS[kill.moment] * start_seconds)
@@ -160,14 +162,15 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
         if "ready to train" in said and life.went_on_from not in (whole[-1:] or [0]):
             raise RuntimeError(f"{log} goes on from {life.went_on_from}, the newest whole: {whole}")
         lives.append(life)
-        print(json.dumps(_row(life)), file=sys.stderr, flush=True)
         if life.code == 0 and f"trained to step {_steps(job)}" in said:
+            _tell(life)
             return lives
         if not kill or by_itself:
             raise RuntimeError(f"life {len(lives)} ended by itself:\n{said[-3000:]}")
         if kill.sent == signal.SIGTERM and life.code != RESUME_ME:
             raise RuntimeError(f"asked to end, life {len(lives)} ended with code {life.code}")
-        _damage(kill.damage, checkpoints, np.random.default_rng(len(lives)))
+        life.damaged = _damage(kill.damage, checkpoints, np.random.default_rng(len(lives)))
+        _tell(life)
         whole = _whole(checkpoints)
 
 
@@ -198,7 +201,7 @@ def summary(lives: Sequence[Life]) -> dict[str, object]:
         "during a save": sum(life.in_save for life in ended),
         "before the first step": sum(life.kill.moment == "start" for life in ended),
         "of one process alone": sum(life.kill.victim != "all" for life in ended),
-        "newest checkpoint damaged or deleted": sum(life.kill.damage != "none" for life in ended),
+        "newest checkpoint damaged or deleted": sum(life.damaged for life in ended),
         "steps done again": sum(life.done_again for life in lives),
         "longest end, seconds": round(max(life.seconds_to_end for life in lives), 1),
     }
@@ -220,13 +223,13 @@ def _start(job: Sequence[str], log: Path, out: Path) -> subprocess.Popen:
         )
 
 
-def _wait_for(moment, process, checkpoints, log, began) -> None:
+def _wait_for(kill, process, checkpoints, log, began) -> None:
     """Returns when the moment has come, or the job has ended."""
     while process.poll() is None:
-        if (
-            moment == "start"
-            or (moment == "steps" and "ready to train" in log.read_text())
-            or (moment == "save" and _unfinished(checkpoints, began))
+        if len(_whole(checkpoints)) >= kill.whole and (
+            kill.moment == "start"
+            or (kill.moment == "steps" and "ready to train" in log.read_text())
+            or (kill.moment == "save" and _unfinished(checkpoints, began))
         ):
             return
         time.sleep(0.02)
@@ -290,19 +293,20 @@ def _whole(checkpoints: Path) -> list[int]:
     return sorted(int(path.name) for path in found if not (path / TORN).exists())
 
 
-def _damage(kind: str, checkpoints: Path, rng: np.random.Generator) -> None:
-    """Damages or deletes the newest whole checkpoint, where it is not the only one."""
+def _damage(kind: str, checkpoints: Path, rng: np.random.Generator) -> bool:
+    """Damages or deletes the newest whole checkpoint, where it is not the only one; says whether it did."""
     whole = _whole(checkpoints)
     if kind == "none" or len(whole) < 2:
-        return
+        return False
     newest = checkpoints / str(whole[-1])
     if kind == "deleted":
         shutil.rmtree(newest)
-        return
+        return True
     # What one process wrote: it may be that it alone reads it.
     for part in (newest / "state" / f"ocdbt.process_{rng.integers(PROCESSES)}").glob("d/*"):
         part.write_bytes(part.read_bytes()[:1000])
     (newest / TORN).touch()
+    return True
 
 
 def _said(pattern: str, log: str) -> int:
@@ -314,9 +318,10 @@ def _steps(job: Sequence[str]) -> str:
     return next(word for word in job if word.startswith("--config.num_steps=")).split("=")[1]
 
 
-def _row(life: Life) -> dict[str, object]:
+def _tell(life: Life) -> None:
     kill = life.kill._asdict() if life.kill else {}
-    return kill | {key: value for key, value in vars(life).items() if key != "kill"}
+    row = kill | {key: value for key, value in vars(life).items() if key != "kill"}
+    print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:

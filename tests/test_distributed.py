@@ -1,0 +1,63 @@
+"""How often processes ask each other, and what they then know, with a second process that is made up."""
+
+import jax
+import numpy as np
+import pytest
+
+from dexportrait_jax import distributed
+from dexportrait_jax.distributed import Agreement
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """What the other process says: its seconds a step, then its figures."""
+    said = [0.0, 0.0, 0.0]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils,
+        "process_allgather",
+        lambda mine: np.stack([mine, np.array(said, np.float32)]),
+    )
+    return said
+
+
+def asked(agreement, clock, steps, seconds):
+    """The steps after which all ask, where a step takes so long here."""
+    found = []
+    for step in steps:
+        clock[0] += seconds
+        if agreement.due(step):
+            agreement.greatest(step, {"stop": False, "data": 1.0})
+            found.append(step)
+    return found
+
+
+def test_a_signal_waits_ten_seconds_however_short_steps_are(clock, other):
+    agreement = Agreement(100)
+    # The first takes a minute, to compile; the next tells how long steps are.
+    assert asked(agreement, clock, [101], 60.0) == [101]
+    assert asked(agreement, clock, range(102, 150), 0.5) == [102, 122, 142]
+    # The slowest decides, so that all ask after the same steps.
+    other[0] = 2.0
+    assert asked(agreement, clock, range(150, 190), 0.5) == [162, 167, 172, 177, 182, 187]
+    assert asked(agreement, clock, range(190, 195), 30.0) == [192, 193, 194]
+
+
+def test_the_worst_of_all_processes(clock, other):
+    other[1:] = [1.0, 3.5]
+    assert Agreement(0).greatest(1, {"stop": False, "data": 4.25}) == {"stop": 1.0, "data": 4.25}
+    assert Agreement(0).greatest(1, {"stop": False, "data": 0.0}) == {"stop": 1.0, "data": 3.5}
+
+
+def test_alone_one_always_knows():
+    agreement = Agreement(0)
+    assert all(agreement.due(step) for step in (1, 2, 3))
+    assert agreement.greatest(1, {"stop": True, "data": 0.5}) == {"stop": True, "data": 0.5}
+    assert agreement.due(2)
