@@ -30,12 +30,14 @@ class Driver:
         seen: (frames,) bool, whether a frame shows the face; the first and the last do, and as many as
             the clip has.
         left_out: what of the video is not there or not seen, in words; empty if nothing.
+        first: number in the video of the clip's first frame.
     """
 
     clip: records.Clip
     times: np.ndarray
     seen: np.ndarray
     left_out: str = ""
+    first: int = 0
 
     @classmethod
     def steady(cls, clip: records.Clip) -> Driver:
@@ -96,7 +98,7 @@ def driver_from_video(
     said = [*_gaps(observations, span, seen), *damage]
     if max_frames is None:  # behind the frames that are wanted, nothing is missed
         said += _outside(span, len(observations))
-    return Driver(clip, times - times[0], seen, "; ".join(said))
+    return Driver(clip, times - times[0], seen, "; ".join(said), int(span[0]))
 
 
 def _longest_shot(
