@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dexportrait_jax.weights.kinds import KINDS
+from dexportrait_jax.weights.kinds import ALIASES, KINDS
 
 
 class Job(NamedTuple):
@@ -361,8 +361,9 @@ def _evaluate(parser):
 
 
 def _import(parser):
-    what = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
-    _flag(parser, "kind", what, choices=tuple(KINDS), required=True)
+    known = [f"{name}: {kind.summary}" for name, kind in KINDS.items()]
+    known += [f"{name}: the same as {kind}" for name, kind in ALIASES.items()]
+    _flag(parser, "kind", "; ".join(known), choices=(*KINDS, *ALIASES), required=True)
     _flag(
         parser,
         "source",

@@ -194,12 +194,12 @@ def test_passes_of_the_denoiser(video_model, monkeypatch):
     monkeypatch.setattr(model, "_source", source)
     monkeypatch.setitem(model._denoisers, False, DenoiserPrograms(*counted))
     paper = Sampling(steps=35, guidance=2.5, hybrid_steps=5)
-    for frames, windows in ((2, 1), (11, 5)):
+    for frames, count in ((2, 1), (11, 5)):
         for one in (source, *counted):
             one.runs = 0
         pictures(model, frames, paper)
         assert source.runs == 1
-        assert [one.runs for one in counted] == [1, windows, 74 * windows]
+        assert [one.runs for one in counted] == [1, count, 74 * count]
 
 
 @pytest.mark.parametrize(
