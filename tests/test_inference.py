@@ -5,11 +5,15 @@ clip's length.
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from data_pipelines.video import read_frames
 from dexportrait_jax import animator_windows, pose_transfer
 from dexportrait_jax.animator_windows import DenoiserPrograms
 from dexportrait_jax.config import load_config
@@ -431,3 +435,24 @@ def test_an_export_older_than_a_knob_is_read(tmp_path):
     del described["config"]["data"]["augment"]["expression_crop"]["upright"]
     description.write_text(json.dumps(described))
     assert load_model(place).augment["expression_crop"]["upright"] is False
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_video(tmp_path, shared_data):
+    """Same seed, same video, bit for bit; another seed, another video."""
+    weights = export(tmp_path, "animator_video")
+    clip, still = shared_data / "clips" / "carphone.mp4", shared_data / "stills" / "astronaut.png"
+
+    def started(name, seed):
+        flags = [f"--weights={weights}", f"--source={still}", f"--driving={clip}"]
+        flags += [f"--out={tmp_path / name}", f"--seed={seed}", "--max_frames=3", "--steps=2"]
+        command = [sys.executable, "-m", "dexportrait_jax", "animate", *flags]
+        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+
+    running = [started("a.mp4", 3), started("b.mp4", 3), started("c.mp4", 4)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    a, b, c = (
+        np.stack([frame.image for frame in read_frames(tmp_path / name)])
+        for name in ("a.mp4", "b.mp4", "c.mp4")
+    )
+    assert (a == b).all() and (a != c).any()

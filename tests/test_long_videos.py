@@ -1,4 +1,6 @@
-"""animate on long videos: what a frame costs in memory, from the driver's file to the result's."""
+"""animate on long videos and short ones: what a frame costs in memory, from the driver's file to the result's,
+and clips that fill no window.
+"""
 
 import gc
 import os
@@ -36,7 +38,7 @@ class Animator(AnimatorModel):
         config = load_config("configs/animator_video.py:tiny", ["sampling.steps=4"])
         description = {"stage": config.stage, "step": 1, "groups": {}, "crop": None}
         super().__init__(description, config, {"temporal": None}, {})
-        self.decoded = 0
+        self.decoded, self.windows = 0, set()
         self._decode = self._decoded
         self._source = lambda params, source, pose: (np.zeros((1, *LATENT), np.float32), {}, None)
 
@@ -45,9 +47,12 @@ class Animator(AnimatorModel):
         return np.repeat(poses[None], len(pose_images), 0), np.zeros((len(pose_images), 32), "f4")
 
     def _denoiser(self, null):
-        return DenoiserPrograms(
-            lambda params, bank: {}, lambda params, conditions: {}, lambda params, z, t, c: 0.1 * z
-        )
+        def predict(params, latents, timesteps, conditions):
+            self.windows.add(len(latents))
+            return 0.1 * latents
+
+        nothing = lambda params, given: {}  # noqa: E731
+        return DenoiserPrograms(nothing, nothing, predict)
 
     def _decoded(self, params, latents):
         self.decoded += len(latents)
@@ -81,8 +86,9 @@ def run(files, tmp_path, monkeypatch):
     flags = {"source": str(files / "source.png"), "driving": str(files / "driver.mp4")}
 
     def make(frames):
-        out = str(tmp_path / "result.mp4")
-        animate.run_animate("weights", out=out, max_frames=frames, overwrite=True, **flags)
+        out = tmp_path / "result.mp4"
+        animate.run_animate("weights", out=str(out), max_frames=frames, overwrite=True, **flags)
+        return out
 
     make.model = model
     return make
@@ -111,3 +117,15 @@ def test_nothing_is_left_on_disk_after_an_error(run, tmp_path):
     assert str(tmp_path / "spilled") not in Path("/proc/self/maps").read_text()
     opened = [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")]
     assert not [path for path in opened if str(tmp_path / "spilled") in path]
+
+
+@pytest.mark.parametrize("frames", [3, 30])
+def test_a_driver_shorter_than_a_window_and_a_longer_one(frames, run, capsys):
+    """The denoiser sees whole windows of 8 in any case, and progress ends at its total, once."""
+    path = run(frames)
+    assert sum(1 for _ in video.read_frames(path)) == frames
+    assert run.model.windows == {8}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("animate ")]
+    done = [int(line.split(": ")[1].split("/")[0]) for line in told]
+    assert done == sorted(done) and done.count(frames) == 1
+    assert done[-1] == frames and f"{frames}/{frames} frames" in told[-1]
