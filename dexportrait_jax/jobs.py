@@ -355,6 +355,12 @@ def _evaluate(parser):
         type=int,
         default=None,
     )
+    _flag(
+        parser,
+        "beside",
+        "for flicker: another export, such as that of the image stage, on the same frames",
+        default=None,
+    )
     _flag(parser, "seed", "of the noise (default: %(default)s)", type=_seed, default=0)
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
     _flag(parser, "overwrite", "replace results that are there", action="store_true")

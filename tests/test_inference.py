@@ -439,20 +439,20 @@ def test_an_export_older_than_a_knob_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_video(tmp_path, shared_data):
-    """Same seed, same video, bit for bit; another seed, another video."""
+    """Same seed, same video, bit for bit, from the command line with real files."""
     weights = export(tmp_path, "animator_video")
     clip, still = shared_data / "clips" / "carphone.mp4", shared_data / "stills" / "astronaut.png"
 
-    def started(name, seed):
+    def started(name):
         flags = [f"--weights={weights}", f"--source={still}", f"--driving={clip}"]
-        flags += [f"--out={tmp_path / name}", f"--seed={seed}", "--max_frames=3", "--steps=2"]
+        flags += [f"--out={tmp_path / name}", "--seed=3", "--max_frames=3", "--steps=2"]
         command = [sys.executable, "-m", "dexportrait_jax", "animate", *flags]
         return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
 
-    running = [started("a.mp4", 3), started("b.mp4", 3), started("c.mp4", 4)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    a, b, c = (
+    running = [started("a.mp4"), started("b.mp4")]
+    assert [process.wait() for process in running] == [0, 0]
+    a, b = (
         np.stack([frame.image for frame in read_frames(tmp_path / name)])
-        for name in ("a.mp4", "b.mp4", "c.mp4")
+        for name in ("a.mp4", "b.mp4")
     )
-    assert (a == b).all() and (a != c).any()
+    assert len(a) == 3 and (a == b).all() and (a[0] != a[2]).any()
