@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ class Clip:
     source: str
     fps: float
     size: int
-    frames: list[bytes]
+    frames: Sequence[bytes]
     landmarks: np.ndarray
     blendshapes: np.ndarray
     head_pose: np.ndarray

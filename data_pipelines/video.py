@@ -92,6 +92,18 @@ def read_frames(
             raise UserError(f"{path} holds no video frames")
 
 
+def read_frame(path: str | os.PathLike, number: int) -> np.ndarray:
+    """One frame of a video, counted from 0, as `read_frames` gives it.
+
+    Raises:
+        UserError: it has no such frame, or cannot be read.
+    """
+    for index, frame in enumerate(read_frames(path, max_frames=number + 1)):
+        if index == number:
+            return frame.image
+    raise UserError(f"{path} has no frame {number}; was it changed while it was read?")
+
+
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """A picture file, or the first frame of a video, as uint8 RGB (H, W, 3); alpha lies on white.
 

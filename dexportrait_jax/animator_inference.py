@@ -2,7 +2,8 @@
 
 DDIM with the progressive hybrid guidance (method.md 7.1, 7.2), windows as in 7.4. The reference,
 the windows' warped features, the denoiser and the decoder are compiled once each; a clip's length
-changes none of their shapes, and what is kept on the device is bounded (WINDOW_CACHE_BYTES). The
+changes none of their shapes, and what is kept on the device is bounded (WINDOW_CACHE_BYTES). A clip's
+latents (64 KiB a frame at 512 pixels) are on disk, see `spill`; in memory are those of a window. The
 reference UNet runs once a clip, and so does the projection of its features to keys and values.
 """
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from data_pipelines import spill
 from dexportrait_jax.animator_windows import (
     BARE,
     WINDOW_CACHE_BYTES,
@@ -242,12 +244,16 @@ class AnimatorModel(PortraitModel):
         length, overlap = self.window
         source_latent = np.asarray(latent)[0]
         shape, steps = source_latent.shape, len(plan.steps)
+        start = spill.zeros((len(drive), *shape))
+        for first in range(0, len(drive), BATCH):
+            part = slice(first, min(first + BATCH, len(drive)))
+            start[part] = self._start(source_latent, part, plan, sampling.seed)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
             windowed(windows.predict, len(drive), length=length, overlap=overlap),
             self.schedule,
             plan,
-            self._start(source_latent, len(drive), plan, sampling.seed),
+            start,
             spacing=settings["spacing"],
             offset=settings["offset"],
             eta=settings["eta"],
@@ -255,6 +261,7 @@ class AnimatorModel(PortraitModel):
             progress=lambda step, done: report(
                 share * (step + done) / steps, f"step {step + 1} of {steps}"
             ),
+            in_place=True,
         )
         for first in range(0, len(latents), BATCH):
             chunk = latents[first : first + BATCH]
@@ -265,10 +272,10 @@ class AnimatorModel(PortraitModel):
             report(share + (1 - share) * done, "")
 
     def _start(
-        self, source: Float[np.ndarray, "h w c"], frames: int, plan: GuidancePlan, seed: int
+        self, source: Float[np.ndarray, "h w c"], part: slice, plan: GuidancePlan, seed: int
     ) -> Float[np.ndarray, "frames h w c"]:
-        """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1)."""
-        noise = self._noise(slice(0, frames), source.shape, seed, step=0)
+        """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1), of some frames."""
+        noise = self._noise(part, source.shape, seed, step=0)
         if self.config.sampling.start == "noise":
             return noise
         options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}

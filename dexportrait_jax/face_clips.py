@@ -82,11 +82,13 @@ class Faces:
     ) -> tuple[Clip, UInt8[np.ndarray, "h w 3"]]:
         """The source as a clip of one frame, and the full picture it was cut from.
 
-        Of a video the first frame is taken. ``as_video``: the first frame of its clip, cut by the
-        box of the whole clip, as it is when it drives itself.
+        Of a video the first frame is taken. ``as_video``: the first frame of its clip, which need not
+        be the video's, cut by the box of the whole clip, as it is when it drives itself.
         """
-        clip = self._video(path, max_frames).clip.part(0, 1) if as_video else self._picture(path)
-        return clip, video.read_image(path)
+        if not as_video or is_image(path):
+            return self._picture(path), video.read_image(path)
+        driver = self._video(path, max_frames)
+        return driver.clip.part(0, 1), video.read_frame(path, driver.first)
 
     def landmarks(self, image: UInt8[np.ndarray, "n n 3"]) -> Float[np.ndarray, "478 3"] | None:
         """Face points of a generated picture in its own coordinates [-1, 1]; None without a face."""

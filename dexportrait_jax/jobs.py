@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dexportrait_jax.weights.kinds import KINDS
+from dexportrait_jax.weights.kinds import ALIASES, KINDS
 
 
 class Job(NamedTuple):
@@ -355,14 +355,21 @@ def _evaluate(parser):
         type=int,
         default=None,
     )
+    _flag(
+        parser,
+        "beside",
+        "for flicker: another export, such as that of the image stage, on the same frames",
+        default=None,
+    )
     _flag(parser, "seed", "of the noise (default: %(default)s)", type=_seed, default=0)
     _flag(parser, "steps", "denoising steps (default: the config's)", type=int, default=None)
     _flag(parser, "overwrite", "replace results that are there", action="store_true")
 
 
 def _import(parser):
-    what = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
-    _flag(parser, "kind", what, choices=tuple(KINDS), required=True)
+    known = [f"{name}: {kind.summary}" for name, kind in KINDS.items()]
+    known += [f"{name}: the same as {kind}" for name, kind in ALIASES.items()]
+    _flag(parser, "kind", "; ".join(known), choices=(*KINDS, *ALIASES), required=True)
     _flag(
         parser,
         "source",

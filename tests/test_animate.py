@@ -16,6 +16,7 @@ from dexportrait_jax import animate, animate_jobs, cli, driving, pose_transfer, 
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import PortraitModel
 from tests import fixtures
+from tests.data_pipelines.prepare import scripted
 
 PEOPLE = {"a": 0, "b": 1, "c": 2}
 FRAMES = 6
@@ -71,6 +72,12 @@ class DrawnFaces(animate.Faces):
 
     def landmarks(self, image):
         return None
+
+
+class ScriptedFaces(animate.Faces):
+    """Real clips of real files, with a landmarker that is told by the picture what to find."""
+
+    landmarker = scripted.ScriptedLandmarker()
 
 
 @pytest.fixture
@@ -178,6 +185,21 @@ def test_paste_back_keeps_the_rest_of_the_picture(model, files, tmp_path):
     plan = animate.Plan("expression_only", 25.0, source, video.read_image(files / "a.png"), None)
     pasted = animate._paste(np.zeros((64, 64, 3), np.uint8), plan, DrawnFaces(model))
     assert pasted[32, 32].max() == 0 and (pasted[:3] == plan.full_picture[:3]).all()
+
+
+def test_a_face_that_appears_late_is_pasted_into_its_own_frame(model, tmp_path, monkeypatch):
+    """A video that is its own driver: the crop is that of its first usable frame, and so is the rest."""
+    monkeypatch.setattr(animate, "Faces", ScriptedFaces)
+    path = tmp_path / "late.mp4"
+    with video.VideoWriter(path, 25, quality=4) as writer:
+        for faces, shade in [(0, 30)] * 2 + [(1, 140)] * 4:
+            writer.write(scripted.picture(faces, shade))
+    out = tmp_path / "result.mp4"
+    job = {"source": str(path), "expression": str(path), "paste_back": True}
+    animate.run_animate("weights", out=str(out), **job)
+    shown = decoded(out)
+    assert shown.shape == (4, scripted.SIDE, scripted.SIDE, 3)
+    assert abs(int(np.median(shown[:, :20, 60:])) - 140) <= 3  # where nothing is pasted; 30 before
 
 
 def test_several_jobs_of_a_file(model, files, tmp_path):

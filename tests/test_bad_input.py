@@ -142,6 +142,13 @@ def test_every_job_has_help_with_an_example(capfd):
         assert "example: dexportrait" in capfd.readouterr().out
 
 
+def test_kinds_of_the_contract_can_be_imported(fails, tmp_path):
+    """design.md 5: the names of `--kind` stay."""
+    for kind in ("sd15", "vae", "motion_module", "image_encoder", "lpips", "convnextv2"):
+        said = fails("import", f"--kind={kind}", "--source=nowhere", f"--out={tmp_path / 'out'}")
+        assert "there is nothing at nowhere" in said
+
+
 def test_misspelt_config_key(fails, tmp_path):
     line = fails(
         "train",

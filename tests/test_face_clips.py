@@ -2,6 +2,7 @@
 back's seam.
 """
 
+import struct
 import tracemalloc
 
 import cv2
@@ -116,6 +117,14 @@ def test_portraits_of_every_kind(name, faces, shared_data, tmp_path):
     assert apart.mean() < 0.02 and apart.max() < 0.05
 
 
+def lying_jpeg(upright):
+    """A JPEG stored lying on its side, which EXIF (orientation 6) says to turn clockwise, as phones write it."""
+    data = cv2.imencode(".jpg", np.rot90(upright)[..., ::-1])[1].tobytes()
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + data[2:]
+
+
 def test_a_4k_portrait_on_its_side(faces, shared_data, tmp_path):
     """2160 x 3840, stored lying down and turned by metadata: the upright face, one frame in memory at a time."""
     still = video.read_image(shared_data / "stills" / "astronaut.png")
@@ -135,3 +144,21 @@ def test_a_4k_portrait_on_its_side(faces, shared_data, tmp_path):
     assert abs(roll) < 20  # on its side it would be 90
     # A frame takes 25 MB; while one is turned upright there are two, and the detector takes a copy.
     assert peak < 4 * 3840 * 2160 * 3
+
+    # As the source, a video and a picture, it is the same person, and what is pasted back is upright too.
+    (tmp_path / "4k.jpg").write_bytes(lying_jpeg(upright))
+    for name in ("4k.mp4", "4k.jpg"):
+        source, picture = faces.portrait(str(tmp_path / name))
+        assert picture.shape == (3840, 2160, 3)
+        assert np.abs(picture[::40, ::40].astype(int) - upright[::40, ::40]).mean() < 4
+        apart = source.landmarks[0, :, :2] - driver.clip.landmarks[0, :, :2]
+        assert (
+            np.abs(apart - apart.mean(0)).mean() < 0.02
+        )  # crops of one frame and of three differ by a shift
+    black = animate._paste(
+        np.zeros((64, 64, 3), np.uint8), animate.Plan("", None, source, picture, None), faces
+    )
+    rows, columns = np.nonzero(cv2.absdiff(black, picture)[::8, ::8].max(-1))
+    rows = 8 * rows
+    assert rows.min() >= 800 and rows.max() < 2960
+    assert abs(np.ptp(rows) / np.ptp(8 * columns) - 1.2) < 0.4  # a face is higher than wide

@@ -6,12 +6,15 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_pipelines import background, records, video
+from data_pipelines import background, records, spill, video
 from data_pipelines.prepare import crop, detect, filters, head_pose, masks
 from dexportrait_jax.errors import UserError
+
+LABELLED = 32  # frames whose labels are computed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,13 @@ def cut_out(
     naming: Naming,
     picture: tuple[int, int],
     settings: crop.Settings,
+    *,
+    spilled: bool = False,
 ) -> list[records.Clip]:
-    """A clip, cut by one box, of each group of frame numbers (n,) int; no frame is in two groups."""
+    """A clip, cut by one box, of each group of frame numbers (n,) int; no frame is in two groups.
+
+    ``spilled``: JPEGs, landmarks and polygons stay on disk (`spill`).
+    """
     boxes = [
         crop.crop_box(
             np.stack([observations[index].face.box for index in group]), picture, settings
@@ -71,7 +79,7 @@ def cut_out(
         for group in groups
     ]
     owner = {int(index): number for number, group in enumerate(groups) for index in group}
-    jpegs: list[list[bytes]] = [[] for _ in groups]
+    jpegs = [spill.Frames() if spilled else [] for _ in groups]
     last = max(owner, default=-1) + 1
     for index, frame in enumerate(video.read_frames(path, max_frames=last) if last else ()):
         if index in owner:
@@ -82,7 +90,9 @@ def cut_out(
     for group, box, frames in zip(groups, boxes, jpegs, strict=True):
         seen = [observations[index] for index in group]
         clip_id = f"{naming.name}-{group[0]:06d}-{group[-1]:06d}"
-        clips.append(_clip(clip_id, naming, path, seen, frames, box, picture, settings))
+        clips.append(
+            _clip(clip_id, naming, path, seen, frames, box, picture, settings, spilled=spilled)
+        )
     return clips
 
 
@@ -135,12 +145,15 @@ def observe(
     max_frames: int | None,
     on_damage: Callable[[str], None],
     on_frame: Callable[[int], None] | None = None,
+    *,
+    spilled: bool = False,
 ) -> tuple[list[filters.Observation], tuple[int, int]]:
     """What is seen in every frame, and width and height of the picture; no frame is kept.
 
-    ``on_frame`` is told how many frames were looked at.
+    ``on_frame`` is told how many frames were looked at. ``spilled``: the faces' arrays stay on disk.
     """
     observations: list[filters.Observation] = []
+    on_disk = [spill.Rows() for _ in detect.Face._fields]
     thumbnail, picture, asked = None, (0, 0), 0
     frames = video.read_frames(path, max_frames=max_frames, on_damage=on_damage)
     for index, frame in enumerate(frames):
@@ -154,6 +167,9 @@ def observe(
             difference = float(np.abs(now - thumbnail).mean())
             cut = filters.is_cut(observations[-1], seen.face, frame.time, difference, settings)
             seen = seen._replace(cut=cut)
+        if spilled and seen.face is not None:
+            face = (rows.append(part) for rows, part in zip(on_disk, seen.face, strict=True))
+            seen = seen._replace(face=detect.Face(*face))
         observations.append(seen)
         thumbnail = now
         if on_frame is not None:
@@ -161,8 +177,9 @@ def observe(
     return observations, picture
 
 
-def _clip(clip_id, naming, path, seen, frames, box, picture, settings) -> records.Clip:
-    landmarks = crop.to_crop(np.stack([one.face.landmarks for one in seen]), box)
+def _clip(
+    clip_id, naming, path, seen, frames, box, picture, settings, *, spilled=False
+) -> records.Clip:
     times = np.array([one.time for one in seen], np.float32)
     length = float(times[-1] - times[0])
     return records.Clip(
@@ -174,13 +191,35 @@ def _clip(clip_id, naming, path, seen, frames, box, picture, settings) -> record
         fps=(len(seen) - 1) / length if length > 0 else 25.0,
         size=settings.size,
         frames=frames,
-        landmarks=landmarks,
         blendshapes=np.stack([one.face.blendshapes for one in seen]),
-        head_pose=head_pose.head_pose(landmarks, np.stack([one.face.transform for one in seen])),
-        face_boxes=np.concatenate([landmarks[..., :2].min(1), landmarks[..., :2].max(1)], axis=1),
-        mask_polygons=masks.polygons(landmarks),
         timestamps=times,
         crop_box=box.astype(np.float32),
         original_size=np.array(picture, np.float32),
         settings=dataclasses.asdict(settings),
+        **_labels(seen, box, spilled),
     )
+
+
+def _labels(seen: list[filters.Observation], box: np.ndarray, spilled: bool) -> dict[str, Any]:
+    """What of a clip follows from its faces' landmarks; the large ones on disk where they are ``spilled``."""
+    frames, large = len(seen), spill.zeros if spilled else np.zeros
+    landmarks = large((frames, *seen[0].face.landmarks.shape), np.float32)
+    polygons = {
+        name: large((frames, points, 2), np.float32) for name, points in records.POLYGONS.items()
+    }
+    poses, boxes = np.zeros((frames, 3, 4), np.float32), np.zeros((frames, 4), np.float32)
+    for first in range(0, frames, LABELLED):
+        part = slice(first, first + LABELLED)
+        faces = [one.face for one in seen[part]]
+        points = crop.to_crop(np.stack([face.landmarks for face in faces]), box)
+        landmarks[part] = points
+        poses[part] = head_pose.head_pose(points, np.stack([face.transform for face in faces]))
+        boxes[part] = np.concatenate([points[..., :2].min(1), points[..., :2].max(1)], axis=1)
+        for name, polygon in masks.polygons(points).items():
+            polygons[name][part] = polygon
+    return {
+        "landmarks": landmarks,
+        "head_pose": poses,
+        "face_boxes": boxes,
+        "mask_polygons": polygons,
+    }

@@ -30,12 +30,14 @@ class Driver:
         seen: (frames,) bool, whether a frame shows the face; the first and the last do, and as many as
             the clip has.
         left_out: what of the video is not there or not seen, in words; empty if nothing.
+        first: number in the video of the clip's first frame.
     """
 
     clip: records.Clip
     times: np.ndarray
     seen: np.ndarray
     left_out: str = ""
+    first: int = 0
 
     @classmethod
     def steady(cls, clip: records.Clip) -> Driver:
@@ -70,6 +72,9 @@ def driver_from_video(
 ) -> Driver:
     """The shot with the most usable frames, from the first to the last of them.
 
+    Pictures and landmarks of the clip are on disk (`spill`). Of each frame less than a kilobyte stays in
+    memory: blendshapes, pose, box, times; and as much again while it is made.
+
     Args:
         max_frames: how many frames of the video are read.
         on_frame: told how many frames were looked at.
@@ -83,20 +88,21 @@ def driver_from_video(
     )
     damage: list[str] = []
     observations, picture = clips.observe(
-        path, landmarker, settings, max_frames, damage.append, on_frame
+        path, landmarker, settings, max_frames, damage.append, on_frame, spilled=True
     )
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
     if not runs:
         raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
     good = _longest_shot(runs, observations)
-    (clip,) = clips.cut_out(path, observations, [good], clips.Naming.of(path), picture, settings)
+    naming = clips.Naming.of(path)
+    (clip,) = clips.cut_out(path, observations, [good], naming, picture, settings, spilled=True)
     span = np.arange(good[0], good[-1] + 1)
     times = np.array([observations[index].time for index in span])
     seen = np.isin(span, good)
     said = [*_gaps(observations, span, seen), *damage]
     if max_frames is None:  # behind the frames that are wanted, nothing is missed
         said += _outside(span, len(observations))
-    return Driver(clip, times - times[0], seen, "; ".join(said))
+    return Driver(clip, times - times[0], seen, "; ".join(said), int(span[0]))
 
 
 def _longest_shot(

@@ -126,6 +126,7 @@ def sample(
     eta: float = 0.0,
     noise: Callable[[int, slice], Latents] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    in_place: bool = False,
 ) -> Latents:
     """Denoise ``latents`` by the plan: as many DDIM steps as it has.
 
@@ -133,12 +134,14 @@ def sample(
         guided: the guided prediction in parts: ``whole(denoise)``, or ``windows.windowed``.
         schedule: the schedule the network was trained with.
         plan: branches and coefficients of every step.
-        latents: (B, h, w, C) at the noise level of the first timestep; left as they are.
+        latents: (B, h, w, C) at the noise level of the first timestep; left as they are, unless ``in_place``.
         spacing, offset: see ``sampling_timesteps``.
         eta: 0 deterministic, 1 as stochastic as DDPM.
         noise: step number and frames -> their noise, for eta above 0.
         progress: told after every part which step it belongs to, from 0, and the share of that step
             that is done.
+        in_place: the result is written over ``latents`` (float32), so that a long clip's, which may lie on
+            disk, are there once.
 
     Raises:
         ValueError: eta above 0 without noise.
@@ -148,7 +151,8 @@ def sample(
         raise ValueError("eta above 0 needs noise")
     timesteps = sampling_timesteps(schedule, count, spacing=spacing, offset=offset)
     stride = schedule.steps // count
-    latents = np.array(latents, np.float32)
+    if not in_place:
+        latents = np.array(latents, np.float32)
     for index, (timestep, step) in enumerate(zip(timesteps.tolist(), plan.steps, strict=True)):
         batch = np.full((frames,), timestep, np.int32)
         for part, prediction in guided(latents, batch, step):

@@ -14,9 +14,11 @@ from jaxtyping import Bool, Float, UInt8
 
 from data_pipelines.dataset import ClipDataset
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.evaluation import metrics
 from dexportrait_jax.evaluation.results import Findings
-from dexportrait_jax.evaluation.runner import FirstFrames, Frames, Runner, row
+from dexportrait_jax.evaluation.runner import FirstFrames, Frames, Runner, in_batches, row
 from dexportrait_jax.face_clips import enlarge
+from dexportrait_jax.inference import PortraitModel
 from dexportrait_jax.metrics import Progress
 
 Flow = Float[np.ndarray, "h w 2"]
@@ -24,46 +26,61 @@ Flow = Float[np.ndarray, "h w 2"]
 _RELATIVE, _ABSOLUTE = 0.01, 0.5
 
 
-def evaluate_flicker(runner: Runner, clips: ClipDataset) -> Findings:
+def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None = None) -> Findings:
     """warped_error of results, and of the true frames (warped_error_truth), which no result need be below.
 
     Mean absolute difference in [0, 1]. ``runner.max_frames`` consecutive frames of every clip, at the stride that
-    the model was trained with.
+    the model was trained with. Blur lowers the figure too, so psnr to the true frames stands beside it. ``beside``:
+    another model on the same frames, for warped_error_beside and psnr_beside. UserError where it was trained with
+    another stride, so that these are no frames of its own, or makes pictures of another size.
     """
+    stride = runner.model.config.data.frame_stride
+    models = {"": runner, **({"_beside": beside} if beside else {})}
+    if beside is not None:
+        _check_alike(runner.model, beside.model)
     first, people = FirstFrames(clips.directory), runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
     items, rows = [], []
     progress = Progress("evaluate flicker", len(chosen), unit="clip")
     for done, number in enumerate(chosen):
         clip = clips[number]
-        indices = np.arange(1, len(clip), runner.model.config.data.frame_stride)
-        indices = indices[: runner.max_frames]
+        indices = np.arange(1, len(clip), stride)[: runner.max_frames]
         if len(indices) < 2:
             continue
         portrait = first(clip)
         truth = runner.pictures(clip, indices)
-        made = runner.make(portrait, (clip, indices), (clip, indices))
         flows = [_flow(later, earlier) for earlier, later in zip(truth, truth[1:], strict=False)]
-        items.append(
-            {
-                "clip": clip.clip_id,
-                "source": portrait.clip_id,
-                "warped_error": warped_error(made, flows),
-                "warped_error_truth": warped_error(truth, flows),
-            }
-        )
-        shown = list(zip(truth, made, strict=True))
-        rows.append(row(runner.pictures(portrait, [0])[0], shown))
+        item, shown = {"clip": clip.clip_id, "source": portrait.clip_id}, [truth]
+        for name, one in models.items():
+            made = one.make(portrait, (clip, indices), (clip, indices))
+            item[f"warped_error{name}"] = warped_error(made, flows)
+            item[f"psnr{name}"] = float(np.mean(in_batches(metrics.psnr, made, truth)))
+            shown.append(made)
+        item["warped_error_truth"] = warped_error(truth, flows)
+        items.append(item)
+        rows.append(row(runner.pictures(portrait, [0])[0], list(zip(*shown, strict=True))))
         progress.update(done + 1)
     if not items:
         raise UserError(
             f"no clip of {clips.directory} ({clips.split}) has two frames beyond its first"
         )
-    values = {
-        name: float(np.mean([item[name] for item in items]))
-        for name in ("warped_error", "warped_error_truth")
-    }
-    return Findings(values, items, rows)
+    figures = [name for name, value in items[0].items() if not isinstance(value, str)]
+    values = {name: float(np.mean([item[name] for item in items])) for name in figures}
+    return Findings({**values, "frame_stride": stride}, items, rows)
+
+
+def _check_alike(model: PortraitModel, other: PortraitModel) -> None:
+    strides = [one.config.data.frame_stride for one in (model, other)]
+    if strides[0] != strides[1]:
+        raise UserError(
+            f"--weights were trained with data.frame_stride={strides[0]}, --beside with {strides[1]}: the farther "
+            "frames are apart, the more changes, so flicker cannot be compared; give models of one stride"
+        )
+    if model.image_size != other.image_size:
+        raise UserError(
+            f"--weights make pictures of {model.image_size} pixels, --beside of {other.image_size}; give models "
+            "of one size"
+        )
 
 
 def warped_error(frames: Frames, flows: list[tuple[Flow, Bool[np.ndarray, "h w"]]]) -> float:

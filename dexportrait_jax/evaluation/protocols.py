@@ -66,12 +66,13 @@ def run_evaluate(
     steps: int | None = None,
     overwrite: bool = False,
     max_people: int | None = None,
+    beside: str | None = None,
     estimator: FaceEstimator | None = None,
 ) -> dict[str, Any]:
     """The job `evaluate`: writes metrics.json, report.html and pictures into ``out``, returns the JSON.
 
     ``max_frames``: frames measured of each clip. ``max_people``: measured, the first of the split; None: all of
-    them. ``estimator``: reads pose and expression off
+    them. ``beside``: another export, for flicker. ``estimator``: reads pose and expression off
     pictures, by default MediaPipe. UserError for what the user can put right; an ``out`` that was there stays
     as it was then.
     """
@@ -81,15 +82,20 @@ def run_evaluate(
         raise UserError(f"--max_frames={max_frames}: at least 1")
     if max_people is not None and max_people < 1:
         raise UserError(f"--max_people={max_people}: at least 1")
+    if beside is not None and protocol != "flicker":
+        raise UserError(f"--beside is for --protocol=flicker; leave it out with {protocol}")
     target = Path(out)
     check_replaceable(target, overwrite)
     clips = open_clips(data, split)
     model = load_model(weights)
     runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames, max_people)
     model.settings(runner.sampling)  # wrong settings are found before the first clip
+    other = None
+    if beside is not None:
+        other = Runner(load_model(beside), runner.sampling, max_frames, max_people)
     start = time.monotonic()
     try:
-        found = _measure(protocol, runner, data, clips, estimator)
+        found = _measure(protocol, runner, data, clips, estimator, other)
     except RecordError as error:
         # Training leaves such a record out; a figure of the others would be another dataset's.
         raise UserError(f"{data}, split '{split}' is damaged: {error}; prepare it again") from error
@@ -102,6 +108,9 @@ def run_evaluate(
         "frames": runner.frames,
         "seconds": round(time.monotonic() - start, 1),
     }
+    if other is not None:
+        digest = provenance.weights_digest(other.model.description)
+        about |= {"beside_stage": other.model.stage, "beside_weights_sha256": digest}
     result = write_results(target, about, found)
     shown = ", ".join(
         f"{name} {value:.4g}" for name, value in found.values.items() if value is not None
@@ -112,12 +121,17 @@ def run_evaluate(
 
 
 def _measure(
-    protocol: str, runner: Runner, data: str, clips: ClipDataset, estimator: FaceEstimator | None
+    protocol: str,
+    runner: Runner,
+    data: str,
+    clips: ClipDataset,
+    estimator: FaceEstimator | None,
+    beside: Runner | None,
 ) -> Findings:
     if protocol == "synthetic":
         return evaluate_synthetic(runner, open_clips(data, "train"), clips)
     if protocol == "flicker":
-        return evaluate_flicker(runner, clips)
+        return evaluate_flicker(runner, clips, beside)
     function = {
         "self": evaluate_self,
         "cross": evaluate_cross,

@@ -38,7 +38,7 @@ ROWS = {
     "cross": "Each row: the source, then driving frame and result in turn.",
     "disentangled": "Each row: the source, then driver of the pose, driver of the expression and result in turn.",
     "synthetic": "Each row: the source, then driver of the pose, driver of the expression, result and truth in turn.",
-    "flicker": "Each row: the source, then true frame and result in turn.",
+    "flicker": "Each row: the source, then true frame, result and, if given, the other model's in turn.",
 }
 GRIDS = {
     "grid": ("Every face by every driver", "pose and expression"),

@@ -19,6 +19,8 @@ GROUP = "image_encoder"
 _NOT_NEEDED = (
     r"text_model\..*|text_projection\..*|logit_scale|vision_model\.embeddings\.position_ids"
 )
+# Queries, keys and values are one tensor there, and the projection lies the other way.
+_OPENAI = re.compile(r"(^|\.)visual\.(conv1\.weight|proj)$")
 _NEEDED = (
     "vision_model.embeddings.patch_embedding.weight",
     "vision_model.embeddings.position_embedding.weight",
@@ -33,6 +35,12 @@ def plan(files: TensorFiles) -> ImportPlan:
     the weights; without it they are OpenAI's: 64 channels a head, quick_gelu. Raises UserError when this is no CLIP.
     """
     absent = [key for key in _NEEDED if key not in files.shapes]
+    if absent and any(_OPENAI.search(key) for key in files.shapes):
+        raise UserError(
+            f"{files.source} holds CLIP in the names of OpenAI and open_clip (visual.*), as single files of SD's image "
+            "variations do; they are not read: give the folder image_encoder of the same model in diffusers' "
+            "layout, or CLIPVisionModelWithProjection of transformers, saved as safetensors"
+        )
     if absent:
         raise UserError(
             f"{files.source} holds no image encoder of CLIP with its projection: {', '.join(absent)} is not in it; "

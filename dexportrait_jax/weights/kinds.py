@@ -79,6 +79,10 @@ KINDS = {
 }
 
 
+# Other names that `--kind` takes.
+ALIASES = {"sd15": "unet", "motion_module": "motion_modules"}
+
+
 class ImportPlan(NamedTuple):
     """Where every parameter of the new export comes from.
 
@@ -93,11 +97,14 @@ class ImportPlan(NamedTuple):
     left_out: list[str]
 
 
-def kind_called(name: str) -> Kind:
-    """The kind of that name; UserError for one that is not known."""
-    if name not in KINDS:
-        raise UserError(f"there is no kind {name!r} to import; kinds are {', '.join(KINDS)}")
-    return KINDS[name]
+def kind_called(name: str) -> tuple[str, Kind]:
+    """The kind of that name or alias, behind its own name; UserError for one that is not known."""
+    known = ALIASES.get(name, name)
+    if known not in KINDS:
+        raise UserError(
+            f"there is no kind {name!r} to import; kinds are {', '.join((*KINDS, *ALIASES))}"
+        )
+    return known, KINDS[known]
 
 
 def plan_import(kind: Kind, files: TensorFiles) -> ImportPlan:

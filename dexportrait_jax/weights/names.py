@@ -11,6 +11,7 @@ Needs numpy alone: neither jax nor torch.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -124,17 +125,36 @@ def from_torch(
 
 
 def refuse_misfit(where: str, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
-    """Raise UserError, one line with counts and the first names, unless all three lists are empty."""
-    complaints = [
-        f"{len(items)} {what}: {listed(items)}"
-        for what, items in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if items
-    ]
-    if complaints:
-        raise UserError(
-            f"{where} does not fit this network: {'; '.join(complaints)}. Use weights of the same "
-            "network and sizes, or a config with the sizes of these weights"
-        )
+    """Raise UserError unless all three lists are empty.
+
+    One line with counts and the first names; where there are more, all of them are in a file of the temporary
+    directory, which the line names, and below the traceback of --debug.
+    """
+    lists = {"missing": missing, "extra": extra, "misshapen": misshapen}
+    complaints = [f"{len(items)} {what}: {listed(items)}" for what, items in lists.items() if items]
+    if not complaints:
+        return
+    text = f"{where} does not fit this network: {'; '.join(complaints)}. "
+    everything = "".join(f"{what}: {item}\n" for what, items in lists.items() for item in items)
+    if max(map(len, lists.values())) > _SHOWN:
+        text += f"All of them: {_written(everything)}. "
+    error = UserError(
+        f"{text}Use weights of the same network and sizes, or a config with the sizes of these weights"
+    )
+    error.add_note(everything)
+    raise error
+
+
+def _written(text: str) -> str:
+    """A new file with the text, or what to do where none can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dexportrait-keys-", suffix=".txt", delete=False
+        ) as stream:
+            stream.write(text)
+    except OSError:
+        return "add --debug"
+    return stream.name
 
 
 def guessed_leaf(key: str, dimensions: int) -> str:

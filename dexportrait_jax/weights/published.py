@@ -29,7 +29,7 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
     nothing is written.
     """
     check_replaceable(Path(out), overwrite)
-    sort = kind_called(kind)
+    kind, sort = kind_called(kind)
     files = TensorFiles(source, folder=sort.folder, parts=sort.parts)
     plan = plan_import(sort, files)
     groups = {

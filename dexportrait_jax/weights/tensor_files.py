@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,11 +194,19 @@ def _refuse_pickle(file: Path) -> None:
     if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
         raise UserError(
             f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
-            'it where you trust it: python -c "import torch, safetensors.torch as s; w = torch.load('
-            f"'{file.name}', weights_only=True, map_location='cpu'); w = w.get('model', w); "
-            "s.save_file({k: v.contiguous().clone() for k, v in w.items()}, "
-            f"'{file.stem}.safetensors')\""
+            f"it where you trust it: python -c {shlex.quote(_conversion(file))}"
         )
+
+
+def _conversion(file: Path) -> str:
+    """A program of one line that makes safetensors of a checkpoint's tensors, wherever in it they commonly lie."""
+    return (
+        "import torch, safetensors.torch as s; "
+        f'w = torch.load({json.dumps(str(file))}, weights_only=True, map_location="cpu"); '
+        'w = next((w[k] for k in ("state_dict", "model", "module") if isinstance(w.get(k), dict)), w); '
+        "s.save_file({k: v.contiguous().clone() for k, v in w.items() if torch.is_tensor(v)}, "
+        f"{json.dumps(str(file.with_suffix('.safetensors')))})"
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import pkgutil
 import sys
 
 import tests.benchmarks
+from dexportrait_jax.errors import UserError
 
 NAMES = [
     module.name
@@ -17,4 +18,8 @@ if __name__ == "__main__":
     if name not in NAMES:
         print(f"usage: python -m tests.benchmarks NAME; names: {', '.join(NAMES)}", file=sys.stderr)
         raise SystemExit(2)
-    importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])
+    try:
+        importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])
+    except UserError as error:
+        print(f"tests.benchmarks {name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

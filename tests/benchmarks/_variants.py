@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.files import write_json
+
 # Column title -> (key of the figures, digits).
 Columns = Mapping[str, tuple[str, int]]
 
@@ -65,6 +67,13 @@ def evaluate(export: Path, data: str, protocol: str, *flags: str) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
+def kept(place: Path, measure: Callable[[], dict]) -> dict:
+    """What a file says that `measure` has made, now or before."""
+    if not place.exists():
+        write_json(place, measure())
+    return json.loads(place.read_text())
+
+
 def table(found: Mapping[str, list[dict]], columns: Columns) -> str:
     """Markdown, one row a variant: mean over the seeds, and the deviation of a single one."""
     lines = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (len(columns) + 1)}"]
@@ -73,7 +82,11 @@ def table(found: Mapping[str, list[dict]], columns: Columns) -> str:
             continue
         cells = []
         for key, digits in columns.values():
-            values = np.array([result[key] for result in results])
+            # No face found in any result of a run: no figure.
+            values = np.array([result[key] for result in results if result[key] is not None])
+            if not len(values):
+                cells.append("–")
+                continue
             spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")

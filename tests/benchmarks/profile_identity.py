@@ -11,16 +11,17 @@ beside it what other people's true pictures have, and the PSNR.
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 
 from data_pipelines.dataset import open_clips
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics, synthetic
 from dexportrait_jax.evaluation.disentanglement import pose_angles
 from dexportrait_jax.evaluation.runner import Runner, in_batches
 from dexportrait_jax.inference import Sampling, load_model
 from tests import mobileface
+from tests.benchmarks import _identity
 
 FRONTAL, FRAMES = 15.0, 4  # degrees of yaw, and frames a driver gives
 
@@ -37,9 +38,12 @@ def main(arguments: list[str]) -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
-    """Mean identity and PSNR for both S, and the identity of other people."""
+    """Mean identity and PSNR for both S, and the identity of other people.
+
+    UserError where the data has not two people who are seen both turned and from the front.
+    """
     model, clips = load_model(given.weights), open_clips(given.data, "validation")
-    recognise = mobileface.load(Path(given.recogniser))
+    recognise = mobileface.load(given.recogniser)
     chosen = model.config.sampling.hybrid_steps
     runners = {
         f"S = {steps}": Runner(model, dataclasses.replace(Sampling(), hybrid_steps=steps), FRAMES)
@@ -49,27 +53,28 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     people = [person for person in sources if person in drivers][: given.people]
     found: dict[str, list[np.ndarray]] = {}
     truths = []
+    if len(people) < 2:
+        raise UserError(
+            f"{given.data}: {len(people)} people of its validation split have both a frame turned by {given.yaw:g} "
+            f"degrees or more and one within {FRONTAL:g}; two are needed: render more heads, or lower --yaw"
+        )
     for place, person in enumerate(people):
         number, frames = sources[person]
         portrait = clips[number].part(frames[0], frames[0] + 1)
         number, frames = drivers[people[(place + 1) % len(people)]]
         driver, frames = clips[number], frames[:FRAMES]
-        known, wanted = synthetic.truth_of(portrait), synthetic.truth_of(driver)
-        drawn = [
-            known.render(wanted.expression[frame], wanted.pose[frame], model.image_size)
-            for frame in frames
-        ]
+        wanted = synthetic.truth_of(driver)
+        drawn = _identity.drawn(
+            synthetic.truth_of(portrait),
+            wanted.pose[frames],
+            wanted.expression[frames],
+            model.image_size,
+        )
         true = np.stack([one.image for one in drawn])
-
-        def vectors(pictures, drawn=drawn):
-            points = [(one.landmarks[:, :2] + 1) / 2 * model.image_size for one in drawn]
-            pairs = zip(pictures, points, strict=True)
-            return recognise(np.stack([mobileface.aligned(*pair) for pair in pairs]))
-
-        truths.append(vectors(true))
+        truths.append(_identity.vectors(recognise, true, drawn))
         for name, runner in runners.items():
             made = runner.make(portrait, (driver, frames), (driver, frames))
-            cosine = (vectors(made) * truths[-1]).sum(-1)
+            cosine = (_identity.vectors(recognise, made, drawn) * truths[-1]).sum(-1)
             found.setdefault(f"identity, {name}", []).append(cosine)
             found.setdefault(f"PSNR, {name}", []).append(in_batches(metrics.psnr, made, true))
     others = [

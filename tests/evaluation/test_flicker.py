@@ -6,9 +6,9 @@ import pytest
 
 from data_pipelines.dataset import ClipDataset
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.evaluation import flicker
+from dexportrait_jax.evaluation import flicker, protocols
 from tests import fixtures
-from tests.evaluation.test_protocols import dataset, model, run
+from tests.evaluation.test_protocols import CopyModel, dataset, model, run
 
 __all__ = ["dataset", "model"]  # fixtures
 
@@ -70,6 +70,45 @@ def test_the_protocol(dataset, model, tmp_path):
     runner = flicker.Runner(model, None, 4)
     truth = runner.pictures(clip, [1, 3, 5, 7])
     assert result["items"][0]["warped_error_truth"] == flicker.warped_error(truth, flows_of(truth))
+
+
+class Flickering(CopyModel):
+    """Repeats the source, brighter in every other frame."""
+
+    def animate(self, source, drive, sampling, report=None):
+        for number in range(len(drive)):
+            yield np.clip(source[None].astype(int) + 20 * (number % 2), 0, 255).astype(np.uint8)
+
+
+def test_two_models_on_the_same_frames(dataset, model, tmp_path, monkeypatch, capsys):
+    models = {"weights": model, "other": Flickering()}
+    monkeypatch.setattr(protocols, "load_model", models.get)
+    result = run(dataset, tmp_path / "out", "flicker", max_frames=4, beside="other")
+    assert result["warped_error_beside"] > result["warped_error"] + 0.03
+    assert result["frames"] == 12 and result["frame_stride"] == 2
+    clip = ClipDataset(dataset, "validation")[0]
+    runner = flicker.Runner(model, None, 4)
+    truth, source = runner.pictures(clip, [1, 3, 5, 7]), runner.pictures(clip, [0])
+    error = np.square((truth.astype(float) - source) / 255).mean((1, 2, 3))
+    assert result["items"][0]["psnr"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=0.01)
+    said = capsys.readouterr().out
+    assert f"psnr {result['psnr']:.4g}" in said and "psnr_beside" in said
+    alone = run(dataset, tmp_path / "alone", "flicker", max_frames=4)
+    assert alone["warped_error"] == result["warped_error"] and "psnr_beside" not in alone
+
+
+def test_models_that_cannot_stand_beside_each_other(dataset, model, tmp_path, monkeypatch):
+    other = Flickering()
+    monkeypatch.setattr(protocols, "load_model", {"weights": model, "other": other}.get)
+    other.config.data.frame_stride = 1
+    with pytest.raises(UserError, match="frame_stride=2, --beside with 1:"):
+        run(dataset, tmp_path / "out", "flicker", beside="other")
+    other.config.data.frame_stride, other.image_size = 2, 32
+    with pytest.raises(UserError, match="64 pixels, --beside of 32"):
+        run(dataset, tmp_path / "out", "flicker", beside="other")
+    with pytest.raises(UserError, match="--beside is for --protocol=flicker"):
+        run(dataset, tmp_path / "out", "cross", beside="other")
+    assert not (tmp_path / "out").exists()
 
 
 def test_clips_too_short(model, tmp_path):

@@ -22,16 +22,16 @@ HELD_OUT = source.parse(DATA).split()["validation"]
 
 
 class TruthfulModel(CopyModel):
-    """Knows every picture of DATA: its true pose (in a gauge) and parameters. Draws with the renderer."""
+    """Knows every picture of ``data``: its true pose (in a gauge) and parameters. Draws with the renderer."""
 
     gauge = np.eye(4)
     deaf = False  # to the expression
 
-    def __init__(self):
+    def __init__(self, data=DATA, splits=("train", "validation")):
         super().__init__()
         self.known, self.faces = self.frontal(), {}
-        for split in ("train", "validation"):
-            clips = open_clips(DATA, split)
+        for split in splits:
+            clips = open_clips(data, split)
             for clip in (clips[number] for number in range(len(clips))):
                 truth = synthetic.truth_of(clip)
                 inputs = model_inputs(self, clip, np.arange(len(clip)))

@@ -100,6 +100,13 @@ def test_the_video_stage_starts_from_them(tmp_path, layout, middle):
     )
 
 
+def test_the_contracts_name_of_the_kind(tmp_path):
+    source = as_adapter(adapter(middle=False), tmp_path)
+    out = tmp_path / "out"
+    assert cli.run(["import", "--kind=motion_module", f"--source={source}", f"--out={out}"]) == 0
+    assert json.loads((out / "model.json").read_text())["config"]["kind"] == "motion_modules"
+
+
 def test_clips_longer_than_they_know_and_modules_in_the_middle(tmp_path):
     assert imported(as_adapter(adapter(middle=False, frames=24), tmp_path), tmp_path / "out") == 0
     for changes, word in (

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from dexportrait_jax import cli
@@ -73,3 +74,13 @@ def test_equals_transformers(tmp_path, make, capsys):
         expected = model.visual_projection(model.vision_model(seen).pooler_output)
     ours = jax.jit(lambda params, images: network.bind(params)(images))(params, images)
     assert relative_error(ours, expected) <= 1e-4
+
+
+def test_names_of_openai_are_told_apart(tmp_path, capsys):
+    """In a single file of SD's image variations they stand behind a prefix."""
+    for number, prefix in enumerate(("", "cond_stage_model.model.")):
+        source = tmp_path / f"{number}.safetensors"
+        save_file({f"{prefix}visual.proj": np.zeros((4, 4), np.float32)}, source)
+        arguments = ["--kind=image_encoder", f"--source={source}", f"--out={tmp_path / 'out'}"]
+        assert cli.run(["import", *arguments]) == 1
+        assert "visual.*" in (said := capsys.readouterr().err) and "image_encoder" in said

@@ -4,8 +4,12 @@ import json
 import os
 import pickle
 import re
+import shlex
+import tempfile
+import traceback
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -241,6 +245,25 @@ def test_a_pickle_is_not_opened(tmp_path, fails):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("under", [None, "state_dict", "model"])
+def test_the_printed_conversion_of_a_pickle_runs(under, tmp_path, fails):
+    """As it is printed, on checkpoints that keep more than weights; what it makes can be imported."""
+    weights = published_model().state_dict()
+    checkpoint = {**weights, "epoch": 3, "name": "x"}
+    if under:
+        checkpoint = {"epoch": 3, under: {**weights, "note": "no tensor"}, "optimizer": {"a": 1}}
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    torch.save(checkpoint, folder / "a.ckpt")
+    said = fails(folder / "a.ckpt")
+    python, flag, program = shlex.split(said[said.index("python -c") :])
+    exec(compile(program, "printed", "exec"), {})
+    made = safetensors.torch.load_file(folder / "a.safetensors")
+    assert made.keys() == weights.keys()
+    assert all(torch.equal(made[key], weights[key]) for key in weights)
+    published.run_import("convnextv2", str(folder / "a.safetensors"), str(tmp_path / "export"))
+
+
 def test_files_that_cannot_be_read(tmp_path, fails):
     whole = as_timm_file(published_model(), tmp_path).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -275,6 +298,31 @@ def test_tensors_that_do_not_fit(tmp_path, fails):
     assert "not finite" in fails(written(tmp_path / "endless.safetensors", endless))
     whole = tensors | {"stem.0.bias": np.zeros(8, np.int32)}
     assert "type I32" in fails(written(tmp_path / "whole.safetensors", whole))
+
+
+def test_all_tensors_that_do_not_fit_are_listed(tmp_path, fails, monkeypatch):
+    """In a file that the line names, and with --debug."""
+    kept = tempfile.mkdtemp()
+    monkeypatch.setattr(tempfile, "tempdir", kept)
+    tensors = timm_tensors(published_model())
+    absent = [key for key in tensors if key.startswith("stages.1.blocks.0.")]
+    left = {key: value for key, value in tensors.items() if key not in absent}
+    left |= {f"surplus.{number}": np.zeros(2, np.float32) for number in range(9)}
+    left["stem.0.bias"] = np.zeros(9, np.float32)
+    source = written(tmp_path / "short.safetensors", left)
+    said = fails(source)
+    (path,) = re.findall(rf"All of them: ({kept}\S+\.txt)\. ", said)
+    lines = Path(path).read_text().splitlines()
+    assert sum(line.startswith("missing: stages.1.0.") for line in lines) == len(absent) > 6
+    assert [line for line in lines if line.startswith("extra: ")] == [
+        f"extra: surplus.{number}" for number in range(9)
+    ]
+    assert lines[-1] == "misshapen: stem.0.bias is (9,), expected (8,)"
+    arguments = ["import", "--kind=convnextv2", f"--source={source}", f"--out={tmp_path / 'e'}"]
+    with pytest.raises(UserError) as error:
+        cli.run([*arguments, "--debug"])
+    shown = "".join(traceback.format_exception(error.value))
+    assert all(line in shown for line in lines)
 
 
 def test_an_export_is_replaced_only_on_request(tmp_path, capsys):

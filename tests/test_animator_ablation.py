@@ -1,0 +1,142 @@
+"""The benchmarks of the animator that need a face recogniser: what they compute, with a model that is known."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+
+from dexportrait_jax.errors import UserError
+from tests import mobileface
+from tests.benchmarks import _identity, _variants, animator_ablation, profile_identity
+from tests.evaluation.test_protocols import CopyModel
+from tests.evaluation.test_synthetic import TruthfulModel
+
+DATA = "synthetic:identities=6,frames=4,size=64,holdout=0.5"
+YAW = 12  # of a "profile" among so few
+
+
+def mean_colour(pictures):
+    """A recogniser of the colour of skin and hair."""
+    found = pictures.astype(float).mean((1, 2))
+    found -= 128
+    return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+class OneWhite(CopyModel):
+    """The same white picture for everybody."""
+
+    def animate(self, source, drive, sampling, report=None):
+        yield np.full((len(drive), *source.shape), 255, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def truthful():
+    model = TruthfulModel(DATA, ("validation",))
+    data = {"data": {"frame_stride": 1}, "sampling": {"hybrid_steps": 5}}
+    model.config = ml_collections.ConfigDict(data)
+    return model
+
+
+def test_csim_of_the_truth_and_of_nobody(truthful, monkeypatch):
+    monkeypatch.setattr(_identity, "MAX_FRAMES", 2)
+    truth = _identity.csim_of(truthful, DATA, 3, mean_colour)
+    assert set(truth) == {"csim", "csim_truth", "cross_csim", "cross_csim_truth"}
+    for name in ("csim", "cross_csim"):
+        assert truth[name] == pytest.approx(truth[f"{name}_truth"], abs=0.01)
+        assert truth[name] > 0.9
+    nobody = _identity.csim_of(OneWhite(), DATA, 3, mean_colour)
+    assert nobody["csim"] < 0.5 and nobody["csim_truth"] == truth["csim_truth"]
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Runs the ablation without training: what it would run, and figures that say which protocol they are of."""
+    trained, evaluated = {}, []
+
+    def train(config, place, overrides):
+        trained[place.name] = (config, dict(one.split("=", 1) for one in overrides))
+        place.mkdir(parents=True)
+        return place / "export"
+
+    def evaluate(export, data, protocol, *flags):
+        evaluated.append((export.parent.name, protocol, flags))
+        values = {"cross": 1.0, "disentangled": 2.0, "synthetic": 3.0}
+        return {
+            key: values[protocol] for key in ("apd", "aed")[: 2 * (protocol != "synthetic")]
+        } | {
+            key: values[protocol]
+            for key, _ in animator_ablation.COLUMNS.values()
+            if not key.endswith(("apd", "aed", "csim", "csim_truth"))
+        }
+
+    figures = {name: 0.5 for name in ("csim", "csim_truth", "cross_csim", "cross_csim_truth")}
+    monkeypatch.setattr(_variants, "train", train)
+    monkeypatch.setattr(_variants, "evaluate", evaluate)
+    monkeypatch.setattr(_identity, "csim", lambda *arguments: figures)
+    flags = {"data": "heads", "latents": "latents", "autoencoder": "taef2", "motion": "with"}
+
+    def run(**more):
+        given = {**flags, "out": tmp_path / "out", "seeds": 2, **more}
+        animator_ablation.main([f"--{name}={value}" for name, value in given.items()])
+        return trained, evaluated
+
+    return run
+
+
+def test_the_ablations_table_is_table_2(commands, capsys):
+    trained, evaluated = commands(motion_without="a,b", people=5)
+    lines = capsys.readouterr().out.splitlines()
+    header = [cell.strip() for cell in lines[0].split("|")][2:8]
+    assert header == [
+        "cross CSIM",
+        "cross AED",
+        "cross APD, degrees",
+        "dis. CSIM",
+        "dis. AED",
+        "dis. APD, degrees",
+    ]
+    full = next(line for line in lines[::-1] if line.startswith("| full"))
+    values = [cell.split("±")[0].strip() for cell in full.split("|")][2:8]
+    assert values == ["0.500", "1.0000", "1.00", "0.500", "2.0000", "2.00"]
+    assert {protocol for _, protocol, _ in evaluated} == {"cross", "disentangled", "synthetic"}
+    assert {flags for *_, flags in evaluated} == {("--max_people=5",)}
+    encoders = {name: overrides["init.motion"] for name, (_, overrides) in trained.items()}
+    assert [encoders[f"without_augmentation-{seed}"] for seed in (0, 1)] == ["a", "b"]
+    assert {encoders[f"full-{seed}"] for seed in (0, 1)} == {"with"}
+
+
+def test_encoders_that_are_not_one_a_seed(commands, capsys):
+    with pytest.raises(SystemExit):
+        commands(motion_without="a,b,c")
+    assert "--motion_without names 3 exports" in capsys.readouterr().err
+
+
+def test_figures_are_kept(tmp_path):
+    assert _variants.kept(tmp_path / "a.json", lambda: {"a": 1.5}) == {"a": 1.5}
+    assert _variants.kept(tmp_path / "a.json", lambda: {"a": 2.5}) == {"a": 1.5}
+    assert json.loads(Path(tmp_path / "a.json").read_text()) == {"a": 1.5}
+
+
+def profile(monkeypatch, model, **more):
+    monkeypatch.setattr(profile_identity, "load_model", lambda weights: model)
+    monkeypatch.setattr(mobileface, "load", lambda folder: mean_colour)
+    given = {"weights": "weights", "data": DATA, **more}
+    return profile_identity.main([f"--{name}={value}" for name, value in given.items()])
+
+
+def test_identity_of_profiles(truthful, monkeypatch, capsys):
+    """The truth is the same person for every S."""
+    profile(monkeypatch, truthful, people=3, yaw=YAW)
+    found = json.loads(capsys.readouterr().out)
+    assert 2 <= found["people"] <= 3
+    assert found["identity, S = 0"] == found["identity, S = 5"] == pytest.approx(1, abs=0.01)
+    assert found["identity of another person"] < 0.99
+    assert found["PSNR, S = 0"] > 40
+
+
+def test_nobody_is_seen_from_the_side(truthful, monkeypatch):
+    with pytest.raises(UserError, match=r"0 people .* lower --yaw") as caught:
+        profile(monkeypatch, truthful, yaw=170)
+    assert "\n" not in str(caught.value)
