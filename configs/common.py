@@ -45,6 +45,7 @@ def base(stage: str, variant: str) -> ConfigDict:
             "profile": {"after": 10, "steps": 0},
         }
     )
+    # On TPUs set by what follows the variant, as in `full@v5e:16x16`: see meshes.py.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.checkpoint = ConfigDict(
         {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}

@@ -14,6 +14,7 @@ real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; peop
     dexportrait prepare --videos='videos/*.mp4' --out=data/faces --size=128 --face_scale=1.6 --holdout_fraction=0.25
 and measured, on the people held out, by `dexportrait evaluate` with --protocol=self and --protocol=cross.
 small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
+On TPUs `full@v5e:4x4` spreads it over such a slice (see meshes.py).
 """
 
 from __future__ import annotations

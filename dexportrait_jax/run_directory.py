@@ -27,9 +27,9 @@ from dexportrait_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
-# Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
-# are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
-# it again).
+# Changing these goes on with the same run: how long and where it runs, what it computes twice to save memory, how fast
+# it learns (what helps after steps that are not finite), where the same data and weights lie now, and where it once
+# started from (a running one does not read it again).
 FREE_KEYS = (
     "num_steps",
     "log_every",
@@ -40,6 +40,7 @@ FREE_KEYS = (
     "data.path",
     "loss.perceptual_weights",
     "mesh.",
+    "remat",
     "optim.",
     "init.",
 )
