@@ -198,9 +198,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
     config.ema_decay = 0.99 if tiny else 0.9999
     set_data(config, **sizes(variant, latent_diffusion=True))
     config.evaluate.at_end = not tiny
-    # Of the two UNets, what the backward pass keeps: none (of it is recomputed) | products | blocks (see
-    # models/rematerialisation.py).
-    config.remat = "none"
+    config.remat = "none"  # of the two UNets with their temporal modules; see motion.py
     config.model = ConfigDict(
         encoders(variant)
         | {

@@ -35,6 +35,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     tiny = variant == "tiny"
     config = common.base("motion", variant)
     config.num_steps = 620 if tiny else 200_000
+    # Of appearance encoder, generator and discriminator, what the backward pass keeps: none (of it is recomputed) |
+    # products | blocks (see models/rematerialisation.py).
+    config.remat = "none"
     config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
     config.init = ConfigDict(
         {

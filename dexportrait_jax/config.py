@@ -79,7 +79,8 @@ def what_topology_changed(address: str, config: ml_collections.ConfigDict) -> st
     before = load_config(f"{path}:{variant}" if variant else path).data.batch_size
     if before == config.data.batch_size:
         return None
-    return f"@{topology}: a batch has {config.data.batch_size} sources instead of {before}, so that its chips can share it"
+    now = config.data.batch_size
+    return f"@{topology}: a batch has {now} sources instead of {before}, so that its chips can share it"
 
 
 def _parts(address: str) -> tuple[str, str, str]:
