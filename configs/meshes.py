@@ -31,7 +31,8 @@ MOST_FSDP = 16  # more parts of the weights save little memory and make every ga
 MOST_TENSOR = 8  # attention heads of SD1.5
 
 # By the memory of a chip in GiB: pictures that it may have at once, and what the backward pass keeps of the UNets.
-# Chosen by counting activations of SD1.5; `python -m tests.benchmarks pods --parts=plans` says whether they hold.
+# Estimates, made before any of `full` was compiled; `python -m tests.benchmarks pods --parts=plans` says whether they
+# hold.
 _ROOM = {
     "motion": {16: (4, "none"), 32: (8, "none"), 96: (28, "none")},
     "autoencoder": {16: (1, "none"), 32: (2, "none"), 96: (8, "none")},

@@ -52,6 +52,12 @@ def run_plan(
     """The job `plan`; prints the plan and, with `json_file`, writes it."""
     topology, slices = _where(config, topology, slices)
     settings = configs.load_config(config, overrides)
+    if job == "train" and _refused(settings, overrides, topology, slices):
+        config = f"{config}@{f'{slices}x' if slices > 1 else ''}{topology}"
+        settings = configs.load_config(config, overrides)
+        print(
+            f"its batch cannot be shared as it is; planned and to be trained as --config={config}"
+        )
     changed = configs.what_topology_changed(config, settings)
     if changed:
         print(changed)
@@ -89,6 +95,19 @@ def _where(config: str, topology: str | None, slices: int | None) -> tuple[str, 
             "leave out one of them"
         )
     return asked
+
+
+def _refused(config, overrides: list[str], topology: str, slices: int) -> bool:
+    """Whether a config that leaves the mesh open cannot be shared by all devices of a topology."""
+    if config.mesh.data != -1 or any(override.startswith("mesh.") for override in overrides):
+        return False
+    devices = chips.grid(topology)[1] * slices
+    everywhere = jax.sharding.AbstractMesh((devices, 1, 1, 1), sharding.AXES)
+    try:
+        check_shares(config, everywhere)
+    except UserError:
+        return True
+    return False
 
 
 def plan(

@@ -215,6 +215,34 @@ def test_advice_leaves_a_part_of_data_to_every_slice():
     assert advice(config, dict(config.mesh), slices=2) == []
 
 
+@pytest.mark.parametrize("job", ["train", "animate"])
+def test_a_mesh_that_is_left_open_is_that_of_the_topology(job, tmp_path, monkeypatch, capsys):
+    """Of a batch that the chips cannot share one source each; the address to train with is said."""
+    asked = []
+
+    def made_up(config, topology, slices, effort, name):
+        asked.append((config.data.batch_size, dict(config.mesh)))
+        rest = {"programs": [], "effort": effort, "job": "train"}
+        return summary([program()], CHIPS["v5e"], 4) | NAMES | rest
+
+    monkeypatch.setitem(plan.run_plan.__globals__, "plan", made_up)
+    monkeypatch.setitem(plan.run_plan.__globals__, "plan_clip", made_up)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = ("plan", f"--job={job}", "--config=configs/animator_image.py:full")
+    assert cli.run([*full, "--topology=v5e:8x8"]) == 0
+    said = capsys.readouterr().out
+    if job == "animate":
+        assert asked[0][1]["data"] == -1 and "instead" not in said
+        return
+    assert asked == [(16, {"data": 1, "fsdp": 16, "context": 4, "tensor": 1})]
+    assert "--config=configs/animator_image.py:full@v5e:8x8" in said
+    assert "16 sources instead of 12" in said
+    assert cli.run([*full, "--topology=v5e:2x2", "--config.data.batch_size=4"]) == 0
+    assert asked[1][1]["data"] == -1
+    assert cli.run([*full, "--topology=v5e:2x2", "--slices=2"]) == 0
+    assert asked[2] == (12, {"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
+
+
 def test_topologies_of_config_and_flag():
     tiny = "configs/autoencoder.py:tiny"
     assert plan._where(tiny, "v5e:2x2", None) == ("v5e:2x2", 1)

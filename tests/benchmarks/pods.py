@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs import meshes
+from data_pipelines.files import write_json
 from dexportrait_jax import chips
 from dexportrait_jax import config as configs
 from dexportrait_jax.jobs import JOBS
@@ -40,7 +41,7 @@ UPWARDS = {
 SCALES = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16", "2xv5e:16x16", "4xv5e:16x16")
 # Chips that one source, or one clip, can keep busy.
 CHIPS_OF_A_SOURCE = {"motion": 4, "animator_image": 4, "animator_video": 8}
-GIB = 2**30
+VERSIONS = ("jax", "libtpu", "flax", "optax", "orbax-checkpoint")
 
 
 def main(arguments: list[str]) -> None:
@@ -59,7 +60,9 @@ def main(arguments: list[str]) -> None:
     unknown = sorted(set(chosen) - set(parts))
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}, only {', '.join(parts)}")
+    _refuse_other_versions(parser, options.out)
     for part in chosen:
+        options.dates = set()  # on which what a part tells was measured
         parts[part](options)
 
 
@@ -81,7 +84,9 @@ def plans(options) -> None:
                 if found["fits"]:
                     rows.append((stage, where, found | {"smallest": True}))
                     break
-        _table("Plans: full on slices, compiled, not run", PLAN_COLUMNS, map(_plan_row, rows))
+        _table(
+            "Plans: full on slices, compiled, not run", PLAN_COLUMNS, map(_plan_row, rows), options
+        )
 
 
 def scaling(options) -> None:
@@ -95,7 +100,9 @@ def scaling(options) -> None:
             larger = sources > config.data.batch_size
             overrides = [f"data.batch_size={sources}"] if larger else []
             rows.append((stage, where, _plan(stage, where, options, overrides)))
-        _table(f"Bound of {stage}:full, compiled, not run", PLAN_COLUMNS, map(_plan_row, rows))
+        _table(
+            f"Bound of {stage}:full, compiled, not run", PLAN_COLUMNS, map(_plan_row, rows), options
+        )
 
 
 PLAN_COLUMNS = (
@@ -159,12 +166,13 @@ def _plan(stage: str, where: str, options, overrides: list[str] = ()) -> dict:
         ]
         subprocess.run([sys.executable, "-m", "dexportrait_jax", *job], check=True)
     config = configs.load_config(address, list(overrides))
-    return json.loads(file.read_text()) | {"remat": config.get("remat", "none")}
+    return _read(file, options) | {"remat": config.get("remat", "none")}
 
 
 def unet(options) -> None:
     """Our UNet's step at the setting at which MaxDiffusion's was compiled."""
     from dexportrait_jax.models.rematerialisation import Remat
+    from tests.benchmarks._pods_compiled import plan_unet
 
     rows = [
         ["MaxDiffusion", "4", "", "fsdp 16", "14.06", "", "985 (exact)"],
@@ -174,7 +182,7 @@ def unet(options) -> None:
     for images in map(int, options.images.split(",")):
         for remat in Remat.__args__:
             file = options.out / f"unet-{images}-{remat}-{options.effort}.json"
-            found = _kept(file, plan_unet, images, remat, options.effort)
+            found = _kept(file, options, plan_unet, images, remat, options.effort)
             needed = found["hbm_gib_per_device"]
             said = "?" if needed is None else f"{needed:.2f}"
             rows.append(
@@ -193,94 +201,15 @@ def unet(options) -> None:
                 "compile s",
             )
             title = "SD1.5's UNet, one training step, v5e:4x4: 859.5 M, AdamW, float32 weights, bfloat16, 64x64"
-            _table(f"{title}; compiled, not run", titles, rows)
-
-
-def plan_unet(images: int, remat: str, effort: str) -> dict:
-    """What one step takes on each of 16 chips, with `images` of its own."""
-    import jax
-    import jax.numpy as jnp
-    import ml_collections
-    import optax
-
-    from dexportrait_jax import chips, flops, sharding
-    from dexportrait_jax.compiling import compiled, placed
-    from dexportrait_jax.models.animator.unet import UNet
-    from dexportrait_jax.models.attention import attention_backend
-    from dexportrait_jax.models.convolution import convolution_backend
-    from dexportrait_jax.platforms import planned_for
-    from dexportrait_jax.state import Network, parameter_count
-    from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
-
-    network = Network(lambda rngs: UNet(dtype=jnp.bfloat16, remat=remat, rngs=rngs))
-
-    def loss(params, batch, key, step, shared, events):
-        guess = network.bind(params["unet"])(batch["latents"], batch["times"], batch["text"])
-        return jnp.mean((guess - batch["noise"]) ** 2), Outputs({}, {})
-
-    phase = Phase("denoise", ("unet",), loss, optax.adamw(1e-5, weight_decay=1e-2))
-    step = make_step((phase,), seed=0, ema_decay=0.0)
-    params = {"unet": network.abstract}
-    state = {
-        "step": jax.ShapeDtypeStruct((), jnp.int32),
-        "params": params,
-        "opt": jax.eval_shape(lambda tree: init_optimizers((phase,), tree), params),
-        "ema": {},
-    }
-    _, devices = chips.topology("v5e:4x4")
-    axes = ml_collections.ConfigDict({"data": 1, "fsdp": 16, "context": 1, "tensor": 1})
-    mesh = sharding.make_mesh(axes, devices)
-    rows = 16 * images
-    batch = {
-        "latents": jax.ShapeDtypeStruct((rows, 64, 64, 4), jnp.float32),
-        "noise": jax.ShapeDtypeStruct((rows, 64, 64, 4), jnp.float32),
-        "times": jax.ShapeDtypeStruct((rows,), jnp.float32),
-        "text": jax.ShapeDtypeStruct((rows, 77, 768), jnp.float32),
-    }
-    places = sharding.state_shardings(state, mesh)
-    run = jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
-    with planned_for("tpu"):
-        with convolution_backend("xla"), attention_backend("plain"):
-            work = flops.count(step, state, batch, {})
-        on_mesh = placed(batch, sharding.batch_shardings(batch, mesh))
-        with jax.set_mesh(mesh):
-            found = compiled(
-                lambda: run.lower(placed(state, places), on_mesh, {}),
-                f"UNet, {images} images a chip, remat {remat}",
-                effort,
-            )
-    model = work.macs - work.recomputed
-    return found | {
-        "params": parameter_count(network.abstract),
-        "recompute_overhead": 1 + work.recomputed / model,
-        "model_tflops": 2 * model / 1e12,
-    }
+            _table(f"{title}; compiled, not run", titles, rows, options)
 
 
 def _state_gib(stage: str, where: str, options) -> float:
-    """What a device at least has of the State."""
+    """What a device has of the State: more than its memory needs no compiling."""
+    from tests.benchmarks._pods_compiled import state_gib
+
     file = options.out / f"state-{stage}-{where.replace(':', '_')}.json"
-    return _kept(file, state_gib, f"configs/{stage}.py:full@{where}")
-
-
-def state_gib(address: str) -> float:
-    import jax
-    import numpy as np
-
-    from dexportrait_jax import sharding
-    from dexportrait_jax.programs import abstract_state
-    from dexportrait_jax.tasks import make_task
-
-    config = configs.load_config(address)
-    sizes = tuple(config.mesh[axis] for axis in sharding.AXES)
-    places = jax.sharding.AbstractMesh(sizes, sharding.AXES)
-    state = abstract_state(make_task(config), config)
-    held = jax.tree.map(
-        lambda leaf, place: np.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        state,
-        sharding.state_shardings(state, places),
-    )
-    return float(sum(jax.tree.leaves(held))) / GIB
+    return _kept(file, options, state_gib, f"configs/{stage}.py:full@{where}")["gib"]
 
 
 # --- run here -----------------------------------------------------------------------------
@@ -295,7 +224,7 @@ def sharded(options) -> None:
         found = {}
         for name in MESHES:
             file = options.out / f"sharded-{stage}-{name.replace(' ', '_')}.json"
-            found[name] = _kept(file, step_seconds, stage, name)
+            found[name] = _kept(file, options, step_seconds, stage, name)
         alone = found["one device"]
         rows += [
             [stage, name, f"{each['seconds']:.3f}", f"{each['seconds'] / alone['seconds']:.2f}"]
@@ -303,7 +232,7 @@ def sharded(options) -> None:
             for name, each in found.items()
         ]
         titles = ("stage, micro", "mesh", "seconds a step", "of one device's", "compile s")
-        _table("A step here, 8 sources, float32, eight fake devices", titles, rows)
+        _table("A step here, 8 sources, float32, eight fake devices", titles, rows, options)
 
 
 def save(options) -> None:
@@ -314,7 +243,7 @@ def save(options) -> None:
     for stage in _stages(options, ("autoencoder", *STAGES)):
         address = f"configs/{stage}.py:{options.save_variant}"
         file = options.out / f"save-{stage}-{options.save_variant}.json"
-        found = _kept(file, save_seconds, address, str(options.out / "checkpoints"))
+        found = _kept(file, options, save_seconds, address, str(options.out / "checkpoints"))
         between = 60 * found["minutes_between"]
         rows.append(
             [f"{stage}:{options.save_variant}", f"{found['gib']:.3f}"]
@@ -329,7 +258,7 @@ def save(options) -> None:
             "restored s",
             "pause, of the time between saves",
         )
-        _table("Checkpoints on this disk, one process", titles, rows)
+        _table("Checkpoints on this disk, one process", titles, rows, options)
 
 
 # --- what the parts share -----------------------------------------------------------------
@@ -344,7 +273,7 @@ def _devices(where: str) -> int:
     return chips.grid(topology)[1] * slices
 
 
-def _kept(file: Path, measured: Callable, *arguments):
+def _kept(file: Path, options, measured: Callable, *arguments) -> dict:
     """What `measured` gives, in a process of its own whose CPU plays eight devices, once for each file."""
     if not file.exists():
         devices = "--xla_force_host_platform_device_count=8"
@@ -357,17 +286,28 @@ def _kept(file: Path, measured: Callable, *arguments):
         finally:
             os.environ.clear()
             os.environ.update(before)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
-        partial.replace(file)
+        write_json(file, found)
+    return _read(file, options)
+
+
+def _read(file: Path, options) -> dict:
+    options.dates.add(datetime.date.fromtimestamp(file.stat().st_mtime).isoformat())
     return json.loads(file.read_text())
 
 
-def _table(title: str, titles, rows) -> None:
-    versions = ", ".join(
-        f"{name} {_version(name)}" for name in ("jax", "libtpu", "orbax-checkpoint")
-    )
-    print(f"\n{title} ({datetime.date.today()}, {versions})\n")
+def _refuse_other_versions(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Figures of two compilers do not belong into one table."""
+    file = out / "versions.json"
+    versions = {name: _version(name) for name in VERSIONS}
+    if file.exists() and json.loads(file.read_text()) != versions:
+        parser.error(f"{out} holds figures of other versions ({file}); give another --out")
+    write_json(file, versions)
+
+
+def _table(title: str, titles, rows, options) -> None:
+    dates = sorted(options.dates)
+    versions = ", ".join(f"{name} {_version(name)}" for name in VERSIONS)
+    print(f"\n{title} ({' to '.join(sorted({dates[0], dates[-1]}))}, {versions})\n")
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
