@@ -23,7 +23,6 @@ from collections.abc import Collection, Iterator
 
 from ml_collections import ConfigDict
 
-from data_pipelines.loading import targets_of_a_source
 from dexportrait_jax import chips
 from dexportrait_jax.errors import UserError
 
@@ -79,6 +78,9 @@ def set_mesh(config: ConfigDict, where: str, given: Collection[str] = ()) -> Non
     Raises:
       UserError: no such topology, or a given batch that it cannot share.
     """
+    # Imported here: it brings all that reads data, and every config's address is read with this module.
+    from data_pipelines.loading import targets_of_a_source
+
     topology, slices = address(where)
     kind, devices = chips.grid(topology)
     room = _ROOM.get(config.stage)
@@ -89,9 +91,10 @@ def set_mesh(config: ConfigDict, where: str, given: Collection[str] = ()) -> Non
     memory = min(room, key=lambda gib: abs(gib - chips.CHIPS[kind].hbm_gib))
     pictures, remat = room[memory]
     exact = "data.batch_size" in given
+    targets = targets_of_a_source(config.data)
     found = spread(
         config.data.batch_size,
-        targets_of_a_source(config.data),
+        targets,
         devices * slices,
         pictures,
         slices,
@@ -100,7 +103,7 @@ def set_mesh(config: ConfigDict, where: str, given: Collection[str] = ()) -> Non
     if found is None:
         larger = spread(
             config.data.batch_size,
-            targets_of_a_source(config.data),
+            targets,
             devices * slices,
             pictures,
             slices,
