@@ -17,6 +17,7 @@ The paper's batches are 28 sources x 4 targets, 12 x 4, and 8 clips x 24 frames;
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -90,28 +91,16 @@ def set_mesh(config: ConfigDict, where: str, given: Collection[str] = ()) -> Non
         )
     memory = min(room, key=lambda gib: abs(gib - chips.CHIPS[kind].hbm_gib))
     pictures, remat = room[memory]
-    exact = "data.batch_size" in given
-    targets = targets_of_a_source(config.data)
-    found = spread(
-        config.data.batch_size,
-        targets,
-        devices * slices,
-        pictures,
-        slices,
-        exact,
+    sources, total = config.data.batch_size, devices * slices
+    share = functools.partial(
+        spread, sources, targets_of_a_source(config.data), total, pictures, slices
     )
+    found = share(exact="data.batch_size" in given)
     if found is None:
-        larger = spread(
-            config.data.batch_size,
-            targets,
-            devices * slices,
-            pictures,
-            slices,
-        )
-        wanted = f"; choose {larger.sources}" if larger else ""
+        larger = share()
         raise UserError(
-            f"@{where}: config.data.batch_size={config.data.batch_size} cannot be shared by "
-            f"{devices * slices} devices{wanted}"
+            f"@{where}: config.data.batch_size={sources} cannot be shared by {total} devices"
+            + (f"; choose {larger.sources}" if larger else "")
         )
     fsdp = math.gcd(found.parts // slices, MOST_FSDP)
     values = {

@@ -19,6 +19,8 @@ from dexportrait_jax.models.attention import choose_backend
 from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for, target_platform
+from dexportrait_jax.programs import abstract_state
+from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import check_shares
 
 KEYS = [
@@ -376,6 +378,32 @@ def test_programs_for_chips_that_are_not_here(tmp_path):
         assert found["programs"][0]["loops_counted_once"] == []
     memory = {stage: found["hbm_gib_per_device"] for stage, found in plans.items()}
     assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gradients_alone_cross_slices(tmp_path):
+    """Two slices of four chips: every device gets its part of the gradient from the other slice, and some scalars."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    changes = ["data.batch_size=8", "mesh.data=2", "mesh.fsdp=4"]
+    changes += [
+        "model.autoencoder.block_channels=(32,64,64)"
+    ]  # wide enough for fsdp to cut something
+    flags = [f"--config.{change}" for change in changes]
+    found = planned(tmp_path, "--config=configs/autoencoder.py:tiny", "--slices=2", *flags)
+    assert found["slices"] == 2 and found["devices"] == 8
+    config = plan.configs.load_config("configs/autoencoder.py:tiny", changes)
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), sharding.AXES)
+    state = abstract_state(make_task(config), config)
+    cut = whole = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state["params"])[0]:
+        spec = sharding.parameter_spec(sharding.path_name(path), leaf.shape, mesh)
+        size = leaf.size * leaf.dtype.itemsize
+        cut, whole = cut + (size if any(spec) else 0), whole + (0 if any(spec) else size)
+    assert cut > 8 * whole
+    # Of weights that every device has, the compiler sums some in parts and some as they are.
+    crossing, scalars = found["between_slices_bytes"], 4096
+    assert cut / 4 + whole / 4 <= crossing <= cut / 4 + whole + scalars
 
 
 def test_programs_of_a_clip(monkeypatch):
