@@ -10,8 +10,9 @@ minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:synthetic`;
     cores, which has not been run yet. Its latents are made first by
     dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
     and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
-small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps.
-    In these two half of the targets are another camera's where there are several (data.cross_view; else it is 0).
+small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps;
+    on TPUs `full@v5e:8x8` spreads it over such a slice (see meshes.py). In both half of the targets are another
+    camera's where there are several (data.cross_view; else it is 0).
 """
 
 from __future__ import annotations

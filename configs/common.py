@@ -45,6 +45,7 @@ def base(stage: str, variant: str) -> ConfigDict:
             "profile": {"after": 10, "steps": 0},
         }
     )
+    # On TPUs set by what follows the variant, as in `full@v5e:16x16`: see meshes.py.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.checkpoint = ConfigDict(
         {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}
@@ -199,9 +200,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
     config.ema_decay = 0.99 if tiny else 0.9999
     set_data(config, **sizes(variant, latent_diffusion=True))
     config.evaluate.at_end = not tiny
-    # Of the two UNets, what the backward pass keeps: none (of it is recomputed) | products | blocks (see
-    # models/rematerialisation.py).
-    config.remat = "none"
+    config.remat = "none"  # of the two UNets with their temporal modules; see motion.py
     config.model = ConfigDict(
         encoders(variant)
         | {

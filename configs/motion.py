@@ -15,6 +15,7 @@ real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; peop
 and measured, on the people held out, by `dexportrait evaluate` with --protocol=self and --protocol=cross.
 small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
     In these two half of the targets are another camera's where there are several (data.cross_view; else it is 0).
+On TPUs `full@v5e:4x4` spreads it over such a slice (see meshes.py).
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     tiny = variant == "tiny"
     config = common.base("motion", variant)
     config.num_steps = 620 if tiny else 200_000
+    # Of appearance encoder, generator and discriminator, what the backward pass keeps: none (of it is recomputed) |
+    # products | blocks (see models/rematerialisation.py).
+    config.remat = "none"
     config.model = ConfigDict(common.encoders(variant) | _networks(tiny))
     config.init = ConfigDict(
         {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import re
 from typing import Any
 
@@ -31,6 +32,7 @@ class Chip:
         the pages do not say.
       dimensions: of the topology's grid.
       options: what libtpu has to be told beside the grid.
+      devices: that JAX sees of one chip.
     """
 
     flops: float
@@ -40,6 +42,7 @@ class Chip:
     dcn_bytes: float | None
     dimensions: int
     options: tuple[tuple[str, str], ...] = ()
+    devices: int = 1
 
 
 CHIPS = {
@@ -48,7 +51,7 @@ CHIPS = {
     "v5p": Chip(459e12, 95.74, 2765e9, 600e9, 50e9 / 8, 3),
     "v6e": Chip(918e12, 31.25, 1638e9, 400e9, 100e9 / 8, 2),
     # Two devices a chip, each with half of it.
-    "tpu7x": Chip(2307e12 / 2, 94.75, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 3),
+    "tpu7x": Chip(2307e12 / 2, 94.75, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2, 3, devices=2),
 }
 
 
@@ -71,6 +74,26 @@ def peak_flops(device_kind: str) -> float | None:
     return CHIPS[kind].flops if kind else None
 
 
+def grid(name: str) -> tuple[str, int]:
+    """The kind of chip that "v5e:4x4" names, and how many devices JAX sees of such a slice: ("v5e", 16).
+
+    Raises:
+      UserError: no such chip, or no grid of its dimensions. (Which grids exist, libtpu alone knows.)
+    """
+    kind, _, sides = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(
+            f"topology {name}: the kinds of chips are {', '.join(CHIPS)}; write it as v5e:4x4, the kind and the grid"
+        )
+    chip = CHIPS[kind]
+    if not re.fullmatch("x".join([r"[1-9]\d*"] * chip.dimensions), sides):
+        example = "4x4" if chip.dimensions == 2 else "2x2x4"
+        raise UserError(
+            f"topology {name}: a {kind} slice is a grid of {chip.dimensions} sides, as in {kind}:{example}"
+        )
+    return kind, chip.devices * math.prod(int(side) for side in sides.split("x"))
+
+
 def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     """The kind of chip that "v5e:4x4" names, and its devices, those of the first slice first.
 
@@ -79,17 +102,8 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     Raises:
       UserError: no such chip or grid, or libtpu is not installed.
     """
-    kind, _, grid = name.partition(":")
-    if kind not in CHIPS:
-        raise UserError(
-            f"--topology={name}: the kinds of chips are {', '.join(CHIPS)}; write it as v5e:4x4, the kind and the grid"
-        )
+    kind, _ = grid(name)
     chip = CHIPS[kind]
-    if not re.fullmatch("x".join([r"[1-9]\d*"] * chip.dimensions), grid):
-        example = "4x4" if chip.dimensions == 2 else "2x2x4"
-        raise UserError(
-            f"--topology={name}: a {kind} slice is a grid of {chip.dimensions} sides, as in {kind}:{example}"
-        )
     if slices < 1:
         raise UserError(f"--slices={slices} is out of range; it is 1 or more")
     if slices > 1 and chip.dcn_bytes is None:
@@ -103,7 +117,7 @@ def topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
     from jax.experimental import topologies
 
     options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
-    if grid in ("1x1", "1x1x1"):
+    if name.partition(":")[2] in ("1x1", "1x1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)

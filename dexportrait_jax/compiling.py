@@ -26,7 +26,8 @@ def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any
       effort: one of EFFORTS.
 
     Returns:
-      `fits`, `hbm_gib_per_device`, `compile_seconds`; where it fits also `state_gib_per_device` (given back in place),
+      `fits`, `hbm_gib_per_device` (None where it does not fit and XLA does not say by how much), `compile_seconds`;
+      where it fits also `state_gib_per_device` (given back in place),
       `argument_gib_per_device` and what the program's text says: FLOPs, traffic, collectives.
     """
     started = time.monotonic()
@@ -34,12 +35,11 @@ def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any
         try:
             program = lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed_gib(str(error))
-            if needed is None:
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return {
                 "fits": False,
-                "hbm_gib_per_device": needed,
+                "hbm_gib_per_device": _needed_gib(str(error)),
                 "compile_seconds": round(time.monotonic() - started, 1),
             }
     memory = program.memory_analysis()
@@ -84,9 +84,7 @@ def _figures(program: Program) -> dict[str, Any]:
 
 
 def _needed_gib(message: str) -> float | None:
-    """What XLA says that a program needs, where it says that memory ran out."""
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
+    """What a program needs, in the words of XLA that are known; None in others."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(
         r"total memory required .*?\(([\d.]+)([KMGT])\)", message
     )

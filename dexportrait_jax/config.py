@@ -1,5 +1,7 @@
 """Configs: a Python file with `get_config(variant)`, addressed as `configs/motion.py:tiny`.
 
+`configs/motion.py:full@v5e:16x16` spreads it over such a slice (see `configs/meshes.py`).
+
 Every knob of a run stands in one ConfigDict. Overrides come from the command line as `--config.a.b=value`;
 a key that does not exist or a value of another type is an error that names the nearest key.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import meshes
 from dexportrait_jax.errors import UserError
 
 ABSENT: Any = object()
@@ -23,17 +26,18 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_config(address: str, overrides: list[str] | None = None) -> ml_collections.ConfigDict:
-    """Reads `file.py[:variant]`, applies `a.b=value` overrides, and locks the result.
+    """Reads `file.py[:variant][@topology]`, applies `a.b=value` overrides, and locks the result.
 
     Args:
       address: path of a config file, relative to the working directory or to the project's root, and
-        the variant after a colon; without one, the file's default.
+        the variant after a colon; without one, the file's default. A topology sets mesh, accumulate, remat and the
+        batch as far as the overrides do not.
       overrides: `dotted.key=value` strings (what follows `--config.` on the command line).
 
     Raises:
-      UserError: the file, the variant or a key does not exist, or a value has the wrong type.
+      UserError: the file, the variant, the topology or a key does not exist, or a value has the wrong type.
     """
-    path_text, _, variant = address.partition(":")
+    path_text, variant, topology = _parts(address)
     path = _find(path_text)
     if path.suffix != ".py":
         raise UserError(f"config {path} is not a Python file; is it a config file?")
@@ -56,7 +60,37 @@ def load_config(address: str, overrides: list[str] | None = None) -> ml_collecti
     config.lock()
     for override in overrides or []:
         apply_override(config, override)
+    if topology:
+        given = {override.partition("=")[0] for override in overrides or []}
+        meshes.set_mesh(config, topology, given)
     return config
+
+
+def topology_of(address: str) -> tuple[str, int] | None:
+    """The topology that an address ends with, and how many slices of it; None where it has none."""
+    topology = _parts(address)[2]
+    return meshes.address(topology) if topology else None
+
+
+def what_topology_changed(address: str, config: ml_collections.ConfigDict) -> str | None:
+    """A sentence where the topology of an address gave its config another batch."""
+    path, variant, topology = _parts(address)
+    if not topology:
+        return None
+    before = load_config(f"{path}:{variant}" if variant else path).data.batch_size
+    if before == config.data.batch_size:
+        return None
+    now = config.data.batch_size
+    return f"@{topology}: a batch has {now} sources instead of {before}, so that its chips can share it"
+
+
+def _parts(address: str) -> tuple[str, str, str]:
+    """File, variant and topology, the latter two "" where they are left out."""
+    start, _, topology = address.rpartition("@")
+    if not start or "/" in topology:  # no @, or one in the name of a folder
+        start, topology = address, ""
+    path, _, variant = start.partition(":")
+    return path, variant, topology
 
 
 def apply_override(config: ml_collections.ConfigDict, override: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ _KINDS = "a dataset, its latents, run, checkpoint, export, config.py[:variant], 
 
 
 def _config_address(path: str) -> bool:
-    return path.partition(":")[0].endswith(".py")
+    return re.split("[:@]", path)[0].endswith(".py")
 
 
 def _kind_of(place: Path) -> tuple[Callable[..., None], tuple[Any, ...]]:

@@ -191,7 +191,10 @@ def _inspect(parser):
 
 def _train(parser):
     _flag(
-        parser, "config", "config file and variant, such as configs/motion.py:tiny", required=True
+        parser,
+        "config",
+        "config file and variant, such as configs/motion.py:tiny, or configs/motion.py:full@v5e:16x16 for such a slice",
+        required=True,
     )
     _flag(parser, "workdir", "the run's directory; an existing run goes on", required=True)
     _flag(
@@ -204,9 +207,17 @@ def _train(parser):
 
 
 def _plan(parser):
-    _flag(parser, "config", "configs/FILE.py:VARIANT", required=True)
     _flag(
-        parser, "topology", "kind and grid of the chips, as v5e:16x16 or v5p:4x4x4", required=True
+        parser,
+        "config",
+        "configs/FILE.py:VARIANT, or configs/FILE.py:VARIANT@TOPOLOGY with the mesh for these chips",
+        required=True,
+    )
+    _flag(
+        parser,
+        "topology",
+        "kind and grid of the chips, as v5e:16x16 or v5p:4x4x4 (default: the config's)",
+        default=None,
     )
     _flag(
         parser,
@@ -215,7 +226,7 @@ def _plan(parser):
         choices=("train", "animate"),
         default="train",
     )
-    _flag(parser, "slices", "of that grid (default: %(default)s)", type=int, default=1)
+    _flag(parser, "slices", "of that grid (default: the config's, or 1)", type=int, default=None)
     _flag(
         parser,
         "effort",
@@ -438,7 +449,7 @@ JOBS = {
     ),
     "plan": Job(
         "does a config fit on TPUs that are not here, what bounds it, how fast can it be; compiled, not run",
-        "dexportrait plan --config=configs/animator_image.py:full --topology=v5e:4x4 --config.mesh.fsdp=16",
+        "dexportrait plan --config=configs/animator_image.py:full@v5e:4x4 --json=plan.json",
         _plan,
         "dexportrait_jax.plan:run_plan",
         True,

@@ -1,6 +1,6 @@
 """Does a config fit on a pod, what bounds it, and how fast can it be at best? Asked before the pod is paid for.
 
-    dexportrait plan --config=configs/animator_video.py:full --topology=v5e:16x16 --json=plan.json
+    dexportrait plan --config=configs/animator_video.py:full@v5e:16x16 --json=plan.json
 
 Compiles the step that `train` would run, for devices that are not there. Memory is what the compiler says, and so is
 whether it fits. Compute, memory and network are bounds: what the program moves and multiplies at the chips' best rates.
@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import ml_collections
 
+from data_pipelines import loading
 from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.code_version import code_sha256
 from dexportrait_jax.compiling import compiled, placed
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_clip import plan_clip
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
@@ -39,16 +41,26 @@ from dexportrait_jax.workload import abstract_batch, step_work
 
 def run_plan(
     config: str,
-    topology: str,
     overrides: list[str],
+    topology: str | None = None,
     job: str = "train",
-    slices: int = 1,
+    slices: int | None = None,
     effort: str = "quick",
     json_file: str | None = None,
     again: bool = False,
 ) -> None:
     """The job `plan`; prints the plan and, with `json_file`, writes it."""
+    topology, slices = _where(config, topology, slices)
     settings = configs.load_config(config, overrides)
+    if job == "train" and _refused(settings, overrides, topology, slices):
+        config = f"{config}@{f'{slices}x' if slices > 1 else ''}{topology}"
+        settings = configs.load_config(config, overrides)
+        print(
+            f"its batch cannot be shared as it is; planned and to be trained as --config={config}"
+        )
+    changed = configs.what_topology_changed(config, settings)
+    if changed:
+        print(changed)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
     kept = _cache_file(settings, job, topology, slices, effort)
     found = None if again else _planned_before(kept)
@@ -67,6 +79,35 @@ def run_plan(
     with contextlib.suppress(OSError, UserError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_json(kept, found)
+
+
+def _where(config: str, topology: str | None, slices: int | None) -> tuple[str, int]:
+    """What is planned for: what the flags say, else what the config's address says."""
+    named = configs.topology_of(config)
+    if topology is None and named is None:
+        raise UserError(
+            f"--topology is missing; give one, as v5e:16x16, or a config that is spread over it: {config}@v5e:16x16"
+        )
+    asked = (topology or named[0], slices or (named[1] if named and not topology else 1))
+    if named and asked != named:
+        raise UserError(
+            f"--config={config} is spread over another topology than --topology={asked[0]} --slices={asked[1]}; "
+            "leave out one of them"
+        )
+    return asked
+
+
+def _refused(config, overrides: list[str], topology: str, slices: int) -> bool:
+    """Whether a config that leaves the mesh open cannot be shared by all devices of a topology."""
+    if config.mesh.data != -1 or any(override.startswith("mesh.") for override in overrides):
+        return False
+    devices = chips.grid(topology)[1] * slices
+    everywhere = jax.sharding.AbstractMesh((devices, 1, 1, 1), sharding.AXES)
+    try:
+        check_shares(config, everywhere)
+    except UserError:
+        return True
+    return False
 
 
 def plan(
@@ -89,18 +130,25 @@ def plan(
         for events, share in programs.items():
             label = f"{name}: {', '.join(sorted(events)) or 'step'}"
             found.append(_compiled(task, config, mesh, events, effort, label) | {"share": share})
+    together = summary(found, chip, mesh.size)
     return {
         "job": "train",
         "topology": topology,
         "slices": slices,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "batch": {
+            "sources": config.data.batch_size,
+            "targets": loading.targets_of_a_source(config.data),
+            "accumulate": config.accumulate,
+        },
         "params": {
             group: parameter_count(network.abstract) for group, network in task.networks.items()
         },
         "hbm_limit_gib": chip.hbm_gib,
         "effort": effort,
-        **summary(found, chip, mesh.size),
+        **together,
+        "advice": [] if together["fits"] else advice(config, dict(mesh.shape), slices),
         "programs": found,
     }
 
@@ -140,9 +188,10 @@ def _planned_before(kept: Path) -> dict[str, Any] | None:
 
 
 def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:
-    """Named by everything that the plan depends on: config, job, topology, code and versions."""
+    """Named by everything that the plan depends on: config, job, topology, code, versions, the compiler's flags."""
     versions = [_version(package) for package in ("jax", "jaxlib", "libtpu", "flax", "optax")]
-    asked = [config.to_json(), job, topology, slices, effort, code_sha256(), versions]
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    asked = [config.to_json(), job, topology, slices, effort, code_sha256(), versions, flags]
     name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "dexportrait" / "plans" / f"{name}.json"

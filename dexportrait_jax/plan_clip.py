@@ -31,8 +31,12 @@ def plan_clip(
     `hbm_gib_per_device` is all weights, what is kept for the clip, and the most that a program takes beside it.
 
     Raises:
-      UserError: no such topology, or a stage that makes no clips.
+      UserError: no such topology, several slices, or a stage that makes no clips.
     """
+    if slices != 1:
+        raise UserError(
+            f"--slices={slices}: --job=animate works on one chip; plan it for one slice"
+        )
     if config.stage not in STAGES:
         raise UserError(
             f"--job=animate: the stage {config.stage!r} makes no clips; give a config of {', '.join(STAGES)}"
@@ -52,8 +56,8 @@ def plan_clip(
             each["hbm_gib_per_device"] += resident - each["argument_gib_per_device"]
             each["fits"] = each["hbm_gib_per_device"] <= chip.hbm_gib
     together = summary(found, chip, 1)
-    if together["fits"]:
-        together["bound_seconds_per_frame"] = together["bound_step_seconds"] / frames
+    seconds = together["bound_step_seconds"]
+    together["bound_seconds_per_frame"] = None if seconds is None else seconds / frames
     return {
         "job": "animate",
         "topology": topology,

@@ -6,6 +6,17 @@ from typing import Any
 
 from dexportrait_jax.chips import Chip
 
+# Keys whose figures only a program that fits has; null in the plan of one that does not.
+OF_WHAT_FITS = (
+    "collectives",
+    "between_slices_bytes",
+    "bound_seconds",
+    "bound_step_seconds",
+    "bound_mfu",
+    "recompute_overhead",
+    "executed_overhead",
+)
+
 
 def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[str, Any]:
     """Of all programs together: memory of the largest, the rest a sum, each times its share.
@@ -14,34 +25,44 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
     """
     fits = all(program["fits"] for program in programs)
     model = sum(program["share"] * program["model_tflops"] for program in programs)
-    found = {
-        "hbm_gib_per_device": max(program["hbm_gib_per_device"] for program in programs),
+    needed = [program["hbm_gib_per_device"] for program in programs]
+    found: dict[str, Any] = {
+        # None where XLA does not say how much too much it is.
+        "hbm_gib_per_device": None if None in needed else max(needed),
         "fits": fits,
         "model_tflops_per_step": round(model, 3),
         "compile_seconds": round(sum(program["compile_seconds"] for program in programs), 1),
     }
     if not fits:
-        return found
+        return found | dict.fromkeys(OF_WHAT_FITS)
     bound = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-    step_seconds = executed = again = 0.0
+    collectives: dict[str, dict[str, float]] = {}
+    step_seconds = executed = again = between = 0.0
     for program in programs:
-        inside = sum(found["bytes"] for found in program["collectives"].values())
+        share = program["share"]
+        inside = sum(each["bytes"] for each in program["collectives"].values())
+        outside = program["between_slices_bytes_per_device"]
         seconds = {
             "compute": program["executed_tflops_per_device"] * 1e12 / chip.flops,
             "memory": program["hbm_bytes_per_device"] / chip.hbm_bytes,
             # Links within a slice and cards between slices work at the same time.
-            "network": max(
-                inside / chip.ici_bytes,
-                program["between_slices_bytes_per_device"] / (chip.dcn_bytes or float("inf")),
-            ),
+            "network": max(inside / chip.ici_bytes, outside / (chip.dcn_bytes or float("inf"))),
         }
-        bound = {name: bound[name] + program["share"] * seconds[name] for name in bound}
-        step_seconds += program["share"] * max(seconds.values())
-        again += program["share"] * program["rematerialised_tflops"]
-        executed += program["share"] * program["executed_tflops_per_device"] * devices
+        bound = {name: bound[name] + share * seconds[name] for name in bound}
+        step_seconds += share * max(seconds.values())
+        again += share * program["rematerialised_tflops"]
+        executed += share * program["executed_tflops_per_device"] * devices
+        between += share * outside
+        for kind, each in program["collectives"].items():
+            mean = collectives.setdefault(kind, {"count": 0.0, "bytes": 0.0})
+            for key in mean:
+                mean[key] += share * each[key]
     return found | {
-        # Of the program that most steps run.
-        "collectives": programs[0]["collectives"],
+        "collectives": {
+            kind: {"count": round(mean["count"], 2), "bytes": round(mean["bytes"])}
+            for kind, mean in sorted(collectives.items())
+        },
+        "between_slices_bytes": round(between),
         "bound_seconds": bound,
         "bound_step_seconds": step_seconds,
         "bound_mfu": model * 1e12 / (step_seconds * devices * chip.flops),
@@ -65,10 +86,13 @@ def in_words(found: dict[str, Any]) -> str:
         f"  weights    {sum(found['params'].values()) / 1e6:,.1f} M parameters",
         f"  model      {found['model_tflops_per_step']:,.4g} TFLOP {unit}",
     ]
+    if not clip:
+        batch = found["batch"]
+        parts = f" in {batch['accumulate']} parts" if batch["accumulate"] > 1 else ""
+        lines.insert(1, f"  batch      {batch['sources']} x {batch['targets']}{parts}")
     if not found["fits"]:
-        lines.append(
-            f"  memory     does not fit: needs {used:.2f} of {limit:.2f} GiB; {_advice(found)}"
-        )
+        needs = f"more than {limit:.2f}" if used is None else f"{used:.2f} of {limit:.2f}"
+        lines.append(f"  memory     does not fit: needs {needs} GiB; {_advice(found)}")
         return "\n".join(lines)
     seconds = found["bound_seconds"]
     slowest = max(seconds, key=seconds.get)
@@ -89,9 +113,18 @@ def in_words(found: dict[str, Any]) -> str:
         lines.append(
             f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs by rematerialisation, {executed}"
         )
+    tensor = found["mesh"]["tensor"]
+    if tensor > 1:
+        lines.append(
+            f"             tensor shares heads and feed-forward widths alone; {tensor} devices do all else alike"
+        )
     for kind, each in found["collectives"].items():
         lines.append(
-            f"  {kind:<18} {each['count']:>5} a step, {each['bytes'] / 2**20:,.3g} MiB to each device"
+            f"  {kind:<18} {each['count']:>5,.4g} a step, {each['bytes'] / 2**20:,.3g} MiB to each device"
+        )
+    if found["between_slices_bytes"]:
+        lines.append(
+            f"  between slices     {found['between_slices_bytes'] / 2**20:,.3g} MiB to each device a step"
         )
     for key, what in (
         ("loops_counted_once", "loops of unknown length, counted once"),
@@ -107,5 +140,6 @@ def in_words(found: dict[str, Any]) -> str:
 def _advice(found: dict[str, Any]) -> str:
     if found["job"] == "animate":
         return "try a kind of chip with more memory, or shorter windows (--config.data.frames)"
-    mesh = found["mesh"]
-    return f"try --config.mesh.fsdp={2 * mesh['fsdp']} or --config.accumulate=2"
+    if not found["advice"]:
+        return "this batch cannot be spread further: try more chips, or a kind with more memory"
+    return f"try {' or '.join(found['advice'][:3])}"

@@ -1,9 +1,9 @@
 """Meshes and where every array lives on them.
 
-Axes: `data` (replicas), `fsdp` (parameters and batch), `context` (a clip's frames, or a source's targets),
-`tensor` (heads and feed-forward widths). Parameters: the first rule whose pattern matches, else the largest
-dimension that `fsdp` divides. Optimizer state and moving averages follow their parameters, because their paths
-end alike.
+Axes: `data` (replicas), `fsdp` (parameters and batch), `context` (a clip's frames, or a source's targets; parameters
+too), `tensor` (heads and feed-forward widths). Parameters: the first rule whose pattern matches gives `tensor` its
+dimension; the largest that is left goes over `fsdp` and `context`, if it can be cut. Optimizer state and moving
+averages follow their parameters, because their paths end alike.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dexportrait_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Devices that share the targets of a source need the same weights no more than others do: each keeps its part.
+PARAMETER_AXES = ("fsdp", "context")
 
 # Attention heads and feed-forward widths over `tensor`: columns of the first matrix, rows of the second.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -88,19 +90,25 @@ def make_mesh(
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where the array at `path` ("a/b/kernel") of this shape goes."""
-    axes: list[str | None] = [None] * len(shape)
+    axes: list[str | tuple[str, ...] | None] = [None] * len(shape)
     for pattern, spec in RULES:
         if re.fullmatch(pattern, path) and len(spec) == len(shape):
             for dimension, axis in enumerate(spec):
                 if axis and shape[dimension] % mesh.shape[axis] == 0 and mesh.shape[axis] > 1:
                     axes[dimension] = axis
             break
-    size = mesh.shape["fsdp"]
-    if size > 1 and np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
-        for dimension in sorted(range(len(shape)), key=lambda d: -shape[d]):
-            if axes[dimension] is None and shape[dimension] % size == 0:
-                axes[dimension] = "fsdp"
-                break
+    over = tuple(axis for axis in PARAMETER_AXES if mesh.shape[axis] > 1)
+    if over and np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
+        largest = sorted(range(len(shape)), key=lambda d: -shape[d])
+        # One dimension for all axes, or else one for each: 320 can be cut by 64, not by 256.
+        for together in (over, *((axis,) for axis in over if len(over) > 1)):
+            size = int(np.prod([mesh.shape[axis] for axis in together]))
+            free = (d for d in largest if axes[d] is None and shape[d] % size == 0)
+            dimension = next(free, None)
+            if dimension is not None:
+                axes[dimension] = together if len(together) > 1 else together[0]
+                if together == over:
+                    break
     return PartitionSpec(*axes)
 
 

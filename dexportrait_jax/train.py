@@ -45,7 +45,11 @@ def run_train(
             f"--workdir={workdir} is an address, not a directory; mount the bucket and give the path it has there"
         )
     distributed.initialize(distributed_mode)
-    train(configs.load_config(config, overrides), Path(workdir))
+    settings = configs.load_config(config, overrides)
+    changed = configs.what_topology_changed(config, settings)
+    if changed and distributed.is_main():
+        print(changed)
+    train(settings, Path(workdir))
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -243,14 +247,16 @@ def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.
     return mesh
 
 
-def check_shares(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_shares(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> None:
     """Raises UserError where batch or clips cannot be cut into equal parts."""
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % (replicas * config.accumulate):
         raise UserError(
             f"config.data.batch_size={config.data.batch_size} cannot be shared by mesh data x fsdp = "
             f"{replicas} devices in {config.accumulate} part(s); choose a multiple of "
-            f"{replicas * config.accumulate}, or spread over context or tensor"
+            f"{replicas * config.accumulate}, or spread over context or tensor, as FILE.py:VARIANT@TOPOLOGY does"
         )
     if mesh.shape["context"] == 1:
         return

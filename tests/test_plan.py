@@ -3,19 +3,25 @@
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
-from dexportrait_jax import animator_inference, cli, compiling, plan, plan_clip
+from dexportrait_jax import animator_inference, cli, compiling, plan, plan_clip, sharding
 from dexportrait_jax.chips import CHIPS
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Sampling, model_kind
 from dexportrait_jax.models.attention import choose_backend
+from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for, target_platform
+from dexportrait_jax.programs import abstract_state
+from dexportrait_jax.tasks import make_task
+from dexportrait_jax.train import check_shares
 
 KEYS = [
     "topology",
@@ -79,22 +85,176 @@ def test_programs_count_by_their_share():
     assert found["bound_step_seconds"] == pytest.approx(0.75 * 0.6 + 0.25 * 2)
 
 
-def test_what_does_not_fit_is_an_answer():
-    lacking = {"share": 1.0, "fits": False, "hbm_gib_per_device": 19.4, "compile_seconds": 5.0}
-    found = summary([lacking | {"model_tflops": 1.0}], CHIPS["v5e"], 4)
-    assert found["fits"] is False and "bound_seconds" not in found
-    mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
-    said = in_words(
-        found
-        | {
-            "job": "train",
-            "devices": 4,
-            "mesh": mesh,
-            "params": {"a": 10**6},
-            "hbm_limit_gib": 15.75,
-        }
+def test_collectives_are_those_of_the_mean_step():
+    """Every sixteenth step sends ten times as much, and to other slices too."""
+    rare = program(
+        share=1 / 16,
+        collectives={
+            "all-reduce": {"count": 30, "bytes": 200e9},
+            "all-to-all": {"count": 4, "bytes": 1600},
+        },
+        between_slices_bytes_per_device=3200.0,
     )
-    assert "does not fit: needs 19.40 of 15.75 GiB; try --config.mesh.fsdp=8" in said
+    found = summary([program(share=15 / 16), rare], CHIPS["v5e"], 4)
+    assert found["collectives"] == {
+        "all-reduce": {"count": round(3 * 15 / 16 + 30 / 16, 2), "bytes": 31.25e9},
+        "all-to-all": {"count": 0.25, "bytes": 100},
+    }
+    assert found["between_slices_bytes"] == 200
+    said = in_words(found | {"programs": [], "effort": "quick"} | NAMES)
+    assert "between slices" in said and "0.25 a step" in said
+
+
+# What a plan says of config and mesh, made up.
+NAMES = {
+    "job": "train",
+    "topology": "v5e:2x2",
+    "devices": 4,
+    "mesh": {"data": 1, "fsdp": 4, "context": 1, "tensor": 1},
+    "batch": {"sources": 4, "targets": 2, "accumulate": 1},
+    "params": {"a": 10**6},
+    "hbm_limit_gib": 15.75,
+}
+LACKING = {
+    "share": 1.0,
+    "fits": False,
+    "hbm_gib_per_device": 19.4,
+    "model_tflops": 1.0,
+    "compile_seconds": 5.0,
+}
+
+
+def test_what_does_not_fit_is_an_answer():
+    advised = ["--config.remat=blocks", "--config.accumulate=2"]
+    found = summary([LACKING], CHIPS["v5e"], 4) | NAMES | {"advice": advised}
+    assert found["fits"] is False and set(KEYS) <= set(found)
+    assert found["bound_seconds"] is found["collectives"] is found["bound_mfu"] is None
+    assert "needs 19.40 of 15.75 GiB; try --config.remat=blocks or --config.accumulate=2" in (
+        in_words(found)
+    )
+    assert "try more chips" in in_words(found | {"advice": []})
+
+
+def test_too_much_by_nobody_says_how_much():
+    """One program of two of which XLA says only that memory ran out, in words that are not known here."""
+    unknown = LACKING | {"hbm_gib_per_device": None, "share": 0.5}
+    found = summary([program(share=0.5), unknown], CHIPS["v5e"], 4) | NAMES | {"advice": []}
+    assert found["hbm_gib_per_device"] is None and not found["fits"]
+    assert "does not fit: needs more than 15.75 GiB;" in in_words(found)
+    json.dumps(found)
+
+
+def test_memory_that_ran_out_in_other_words():
+    def lower():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more, in some other words")
+
+    found = compiling.compiled(lower, "name", "quick")
+    assert found["fits"] is False and found["hbm_gib_per_device"] is None
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiling.compiled(broken, "name", "quick")
+
+
+def test_while_it_compiles_it_says_so(capsys):
+    with compiling._told("motion.py:full on v5e:16x16: r1", every=0.02):
+        time.sleep(0.3)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "motion.py:full on v5e:16x16: r1: compiling"
+    assert others and all(
+        re.fullmatch(r"motion.py:full on v5e:16x16: r1: compiling, \d+ s", line) for line in others
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "overrides", "advised"),
+    [
+        # 12 sources by fsdp 4 and context 4, three parts: nothing can be cut further but what is kept.
+        ("animator_image.py:full@v5e:4x4", [], ["--config.remat=blocks"]),
+        (
+            "animator_image.py:full",
+            ["mesh.data=2", "mesh.fsdp=2", "data.batch_size=12"],
+            [
+                "--config.remat=products",
+                "--config.remat=blocks",
+                "--config.mesh.data=1 --config.mesh.fsdp=4",
+                "--config.mesh.data=1 --config.mesh.context=2 --config.accumulate=6",
+                "--config.mesh.fsdp=1 --config.mesh.context=2 --config.accumulate=6",
+            ],
+        ),
+        (
+            "autoencoder.py:full",
+            ["mesh.data=1", "mesh.fsdp=16"],
+            [
+                "--config.accumulate=2",
+                "--config.mesh.fsdp=8 --config.mesh.context=2 --config.accumulate=4",
+            ],
+        ),
+        (
+            "autoencoder.py:tiny",
+            ["mesh.data=2", "data.targets=1"],
+            ["--config.mesh.data=1 --config.mesh.fsdp=2"],
+        ),
+    ],
+)
+def test_advice_names_only_what_can_be_done(address, overrides, advised):
+    config = plan.configs.load_config(f"configs/{address}", overrides)
+    found = advice(config, dict(config.mesh))
+    assert found == advised
+    for flags in found:
+        changes = [flag.removeprefix("--config.") for flag in flags.split()]
+        config = plan.configs.load_config(f"configs/{address}", overrides + changes)
+        sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+        check_shares(config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+
+
+def test_advice_leaves_a_part_of_data_to_every_slice():
+    config = plan.configs.load_config(
+        "configs/autoencoder.py:tiny", ["mesh.data=2", "data.targets=1"]
+    )
+    assert advice(config, dict(config.mesh), slices=2) == []
+
+
+@pytest.mark.parametrize("job", ["train", "animate"])
+def test_a_mesh_that_is_left_open_is_that_of_the_topology(job, tmp_path, monkeypatch, capsys):
+    """Of a batch that the chips cannot share one source each; the address to train with is said."""
+    asked = []
+
+    def made_up(config, topology, slices, effort, name):
+        asked.append((config.data.batch_size, dict(config.mesh)))
+        rest = {"programs": [], "effort": effort, "job": "train"}
+        return summary([program()], CHIPS["v5e"], 4) | NAMES | rest
+
+    monkeypatch.setitem(plan.run_plan.__globals__, "plan", made_up)
+    monkeypatch.setitem(plan.run_plan.__globals__, "plan_clip", made_up)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = ("plan", f"--job={job}", "--config=configs/animator_image.py:full")
+    assert cli.run([*full, "--topology=v5e:8x8"]) == 0
+    said = capsys.readouterr().out
+    if job == "animate":
+        assert asked[0][1]["data"] == -1 and "instead" not in said
+        return
+    assert asked == [(16, {"data": 1, "fsdp": 16, "context": 4, "tensor": 1})]
+    assert "--config=configs/animator_image.py:full@v5e:8x8" in said
+    assert "16 sources instead of 12" in said
+    assert cli.run([*full, "--topology=v5e:2x2", "--config.data.batch_size=4"]) == 0
+    assert asked[1][1]["data"] == -1
+    assert cli.run([*full, "--topology=v5e:2x2", "--slices=2"]) == 0
+    assert asked[2] == (12, {"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
+
+
+def test_topologies_of_config_and_flag():
+    tiny = "configs/autoencoder.py:tiny"
+    assert plan._where(tiny, "v5e:2x2", None) == ("v5e:2x2", 1)
+    assert plan._where(f"{tiny}@2xv5e:2x2", None, None) == ("v5e:2x2", 2)
+    assert plan._where(f"{tiny}@v5e:2x2", "v5e:2x2", None) == ("v5e:2x2", 1)
+    with pytest.raises(UserError, match="autoencoder.py:tiny@v5e:16x16"):
+        plan._where(tiny, None, None)
+    for other in (("v5e:2x4", None), (None, 2)):
+        with pytest.raises(UserError, match="leave out one of them"):
+            plan._where(f"{tiny}@v5e:2x2", *other)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +265,7 @@ def test_what_does_not_fit_is_an_answer():
             "exceeds available HBM (15.75G).",
             1.02 * 1024,
         ),
+        ("RESOURCE_EXHAUSTED: other words", None),
         (
             "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.40G "
             "of 15.75G hbm. Exceeded hbm capacity by 3.65G.",
@@ -138,20 +299,12 @@ def test_mesh_and_batch_that_do_not_fit(monkeypatch):
 
 
 def test_planned_before(tmp_path, monkeypatch, capsys):
-    """Kept by config, topology and effort; written to --json each time."""
+    """Kept by config, topology, effort and the compiler's flags; written to --json each time."""
     asked = []
-    mesh = {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}
 
     def made_up(config, topology, slices, effort, name):
         asked.append((config.num_steps, topology, effort))
-        rest = {
-            "job": "train",
-            "devices": 4,
-            "mesh": mesh,
-            "params": {"a": 1},
-            "hbm_limit_gib": 15.75,
-        }
-        return summary([program()], CHIPS["v5e"], 4) | rest | {"programs": [], "effort": effort}
+        return summary([program()], CHIPS["v5e"], 4) | NAMES | {"programs": [], "effort": effort}
 
     monkeypatch.setattr(plan, "plan", made_up)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -168,8 +321,13 @@ def test_planned_before(tmp_path, monkeypatch, capsys):
         assert cli.run([*job, *flags]) == 0
         assert json.loads(out.read_text())["fits"] is True
     assert len(asked) == 4 and len(set(asked)) == 3
+    # XLA listens to these, too.
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=1")
+    assert cli.run(list(job)) == 0 and len(asked) == 5
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_something=1")
+    assert cli.run(list(job)) == 0 and len(asked) == 6
     said = capsys.readouterr().out
-    assert said.count("planned before") == 1 and said.count("compute bounds it") == 5
+    assert said.count("planned before") == 1 and said.count("compute bounds it") == 7
 
 
 def planned(tmp_path, *flags):
@@ -222,6 +380,32 @@ def test_programs_for_chips_that_are_not_here(tmp_path):
     assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gradients_alone_cross_slices(tmp_path):
+    """Two slices of four chips: every device gets its part of the gradient from the other slice, and some scalars."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    changes = ["data.batch_size=8", "mesh.data=2", "mesh.fsdp=4"]
+    changes += [
+        "model.autoencoder.block_channels=(32,64,64)"
+    ]  # wide enough for fsdp to cut something
+    flags = [f"--config.{change}" for change in changes]
+    found = planned(tmp_path, "--config=configs/autoencoder.py:tiny", "--slices=2", *flags)
+    assert found["slices"] == 2 and found["devices"] == 8
+    config = plan.configs.load_config("configs/autoencoder.py:tiny", changes)
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), sharding.AXES)
+    state = abstract_state(make_task(config), config)
+    cut = whole = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state["params"])[0]:
+        spec = sharding.parameter_spec(sharding.path_name(path), leaf.shape, mesh)
+        size = leaf.size * leaf.dtype.itemsize
+        cut, whole = cut + (size if any(spec) else 0), whole + (0 if any(spec) else size)
+    assert cut > 8 * whole
+    # Of weights that every device has, the compiler sums some in parts and some as they are.
+    crossing, scalars = found["between_slices_bytes"], 4096
+    assert cut / 4 + whole / 4 <= crossing <= cut / 4 + whole + scalars
+
+
 def test_programs_of_a_clip(monkeypatch):
     """The paper's guidance: 74 passes a window, the reference and its projections once; nothing has weights here."""
     config = plan.configs.load_config("configs/animator_video.py:tiny", ["sampling.steps=35"])
@@ -262,6 +446,12 @@ def test_memory_of_a_clip_is_that_of_all_weights(monkeypatch):
     needs["hbm_gib_per_device"] = 17.75
     found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
     assert not found["fits"] and "shorter windows" in in_words(found)
+
+
+def test_a_clip_is_made_on_one_chip():
+    config = plan.configs.load_config("configs/motion.py:tiny", [])
+    with pytest.raises(UserError, match="--slices=2: --job=animate works on one chip"):
+        plan_clip.plan_clip(config, "v5e:2x2", 2, "quick", "name")
 
 
 def test_a_stage_without_clips():

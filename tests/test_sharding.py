@@ -65,6 +65,21 @@ def test_parameter_rule(path, shape, spec):
     assert found == PartitionSpec(*spec)
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 256), (None, None, None, ("fsdp", "context"))),
+        ((3, 3, 66, 260), (None, None, "context", "fsdp")),  # 260 goes into 4 parts, not into 8
+        ((260, 65), ("fsdp", None)),
+        ((130, 129), ("context", None)),
+        ((256,), (None,)),
+    ],
+)
+def test_devices_that_share_targets_share_the_weights_too(shape, spec):
+    found = sharding.parameter_spec("params/g/kernel", shape, mesh(fsdp=4, context=2))
+    assert found == PartitionSpec(*spec)
+
+
 def test_frames_go_over_context():
     where = sharding.batch_shardings({"source_image": 0, "target_image": 0}, mesh(2, 2, 2))
     assert where["source_image"].spec == PartitionSpec(("data", "fsdp"))

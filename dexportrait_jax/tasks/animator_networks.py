@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import jax.numpy as jnp
 import ml_collections
 
-from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.denoiser import Denoiser
 from dexportrait_jax.models.animator.image_encoder import ImageEncoder
 from dexportrait_jax.models.animator.reference import ReferenceUNet
 from dexportrait_jax.models.animator.temporal import TemporalModules
-from dexportrait_jax.models.rematerialisation import Remat
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import autoencoder
-from dexportrait_jax.tasks.motion_networks import encoder_networks
+from dexportrait_jax.tasks.motion_networks import chosen_remat, encoder_networks
 
 
 def denoiser_network(config: ml_collections.ConfigDict, **changes: Any) -> Network:
@@ -25,7 +23,7 @@ def denoiser_network(config: ml_collections.ConfigDict, **changes: Any) -> Netwo
         "in_channels": model.autoencoder.latent_channels,
         "expression_latent": model.expression.latent,
         "dtype": jnp.dtype(config.dtype),
-        "remat": _remat(config),
+        "remat": chosen_remat(config),
         **model.unet,
         **model.attn2,
         **model.denoiser,
@@ -47,7 +45,7 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
             **model.attn2,
             **model.reference,
             **build,
-            remat=_remat(config),
+            remat=chosen_remat(config),
             rngs=rngs,
         )
     )
@@ -61,11 +59,3 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
             lambda rngs: ImageEncoder(**model.image_encoder, **build, rngs=rngs)
         )
     return networks
-
-
-def _remat(config: ml_collections.ConfigDict) -> Remat:
-    """What the UNets keep for the backward pass; exports made before the key was there only run forward."""
-    remat = config.get("remat", "none")
-    if remat not in get_args(Remat):
-        raise UserError(f"config.remat is one of {', '.join(get_args(Remat))}, not {remat!r}")
-    return remat

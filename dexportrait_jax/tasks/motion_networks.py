@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dexportrait_jax import geometry
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.motion.appearance import AppearanceEncoder
 from dexportrait_jax.models.motion.discriminator import Discriminator
 from dexportrait_jax.models.motion.expression import ExpressionEncoder
 from dexportrait_jax.models.motion.generator import Generator
 from dexportrait_jax.models.motion.pose import PoseEncoder
+from dexportrait_jax.models.rematerialisation import Remat
 from dexportrait_jax.state import Network
 
 BLENDSHAPES = 52
@@ -50,23 +52,36 @@ def encoder_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     }
 
 
+def chosen_remat(config: ml_collections.ConfigDict) -> Remat:
+    """What the backward pass keeps; exports made before the key was there only run forward.
+
+    Raises:
+      UserError: a name that is not known.
+    """
+    remat = config.get("remat", "none")
+    if remat not in get_args(Remat):
+        raise UserError(f"config.remat is one of {', '.join(get_args(Remat))}, not {remat!r}")
+    return remat
+
+
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Groups appearance, pose, expression, generator, discriminator, label_heads."""
-    model, dtype = config.model, jnp.dtype(config.dtype)
+    model = config.model
+    build = {"dtype": jnp.dtype(config.dtype), "remat": chosen_remat(config)}
     return encoder_networks(config) | {
         "appearance": Network(
-            lambda rngs: AppearanceEncoder(**model.appearance, dtype=dtype, rngs=rngs)
+            lambda rngs: AppearanceEncoder(**model.appearance, **build, rngs=rngs)
         ),
         "generator": Network(
             lambda rngs: Generator(
                 expression_features=model.expression.latent,
                 **model.generator,
-                dtype=dtype,
+                **build,
                 rngs=rngs,
             )
         ),
         "discriminator": Network(
-            lambda rngs: Discriminator(**model.discriminator, dtype=dtype, rngs=rngs)
+            lambda rngs: Discriminator(**model.discriminator, **build, rngs=rngs)
         ),
         "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent, rngs=rngs)),
     }

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from dexportrait_jax.models.layers import Conv, Normalisation, normalisation
 from dexportrait_jax.models.motion.blocks import ResBlock3d, average_halves, features_to_depth
+from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
 
 class ConvNormRelu(nnx.Module):
@@ -39,7 +40,8 @@ class ConvNormRelu(nnx.Module):
 class AppearanceEncoder(nnx.Module):
     """Image (B, H, W, 3) in [-1, 1] -> volume (B, D, H/4, W/4, C) (method.md 3.2).
 
-    ``widths`` are the features at H, H/2 and H/4; more of them halve further.
+    ``widths`` are the features at H, H/2 and H/4; more of them halve further. ``remat``: what the backward pass
+    keeps of a block, a name of ``rematerialisation``.
     """
 
     def __init__(
@@ -50,11 +52,12 @@ class AppearanceEncoder(nnx.Module):
         volume_channels: int = 32,
         blocks: int = 6,
         norm: Normalisation = "group",
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         build = {"norm": norm, "dtype": dtype, "rngs": rngs}
-        self.volume_depth = volume_depth
+        self.volume_depth, self.remat = volume_depth, remat
         self.first = ConvNormRelu(3, widths[0], **build)
         pairs = zip(widths[:-1], widths[1:], strict=True)
         self.down_blocks = nnx.List([ConvNormRelu(a, b, **build) for a, b in pairs])
@@ -68,12 +71,12 @@ class AppearanceEncoder(nnx.Module):
         )
 
     def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b depth h4 w4 channels"]:
-        hidden = self.first(image)
+        hidden = rematerialised(self.first, self.remat)(image)
         for block in self.down_blocks:
-            hidden = average_halves(block(hidden))
+            hidden = average_halves(rematerialised(block, self.remat)(hidden))
         volume = features_to_depth(self.second_conv(hidden), self.volume_depth)
         for index in range(len(self.resblocks_3d)):
-            volume = self.resblocks_3d[f"3dr{index}"](volume)
+            volume = rematerialised(self.resblocks_3d[f"3dr{index}"], self.remat)(volume)
         return volume
 
 

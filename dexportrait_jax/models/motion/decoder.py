@@ -22,6 +22,7 @@ from dexportrait_jax.models.motion.stylegan import (
     convolve_changing,
     upsample,
 )
+from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
 Injection = Literal["modulated", "adain"]
 
@@ -155,6 +156,7 @@ class Decoder(nnx.Module):
         mapping_features: None, or the width of a two-layer MLP in front of the style.
         expression_features: length of the expression latent.
         expression_mixing: 0, or the gain of an ``ExpressionMixing`` at the entry and at every level of the way up.
+        remat: what the backward pass keeps of a level's two convolutions, a name of ``rematerialisation``.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class Decoder(nnx.Module):
         injection: Injection = "modulated",
         mapping_features: int | None = None,
         expression_mixing: float = 0.0,
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -179,7 +182,7 @@ class Decoder(nnx.Module):
                 f"rgb_channels {rgb}: {levels} levels need as many, the last of them 3"
             )
         build = {"dtype": dtype, "rngs": rngs}
-        self.dtype = dtype
+        self.remat, self.dtype = remat, dtype
         if mapping_features is None:
             self.mapping = None
         else:
@@ -230,16 +233,23 @@ class Decoder(nnx.Module):
         def mix(level: int, hidden: Array) -> Array:
             return self.mixings[level](hidden, expression) if self.mixings else hidden
 
+        def level(convs: nnx.List, number: int, up: bool):
+            """The pair of convolutions of a level, which on the way up also mixes."""
+
+            def run(hidden: Array, style: Array) -> Array:
+                for conv in (convs[2 * number], convs[2 * number + 1]):
+                    hidden = conv(hidden, style)
+                return mix(number + 1, hidden) if up else hidden
+
+            return rematerialised(run, self.remat)
+
         entry = mix(0, self.conv1(features.astype(self.dtype), style))
         going_down, going_up = [], []
         for convs, kept in ((self.down_convs, going_down), (self.up_convs, going_up)):
             hidden = entry
-            for index, conv in enumerate(convs):
-                hidden = conv(hidden, style)
-                if index % 2:
-                    if kept is going_up:
-                        hidden = mix(index // 2 + 1, hidden)
-                    kept.append(hidden)
+            for number in range(len(convs) // 2):
+                hidden = level(convs, number, kept is going_up)(hidden, style)
+                kept.append(hidden)
         output = None
         for hidden, to_rgb in zip([*reversed(going_down), *going_up], self.to_rgbs, strict=True):
             output = to_rgb(hidden, style, output)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dexportrait_jax.models.motion.stylegan import EqualConv, EqualLinear, FusedLeakyReLU
+from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
 
 def _layer(
@@ -45,7 +46,8 @@ class Discriminator(nnx.Module):
     """Image (B, S, S, 3) in [-1, 1] -> logits (B,) float32, large for real images.
 
     ``widths``: features at S, S/2, ... down to 4; there must be log2(S) - 1 of them. ``head_features``:
-    width of the last convolution and of the hidden linear layer (default: the last of ``widths``).
+    width of the last convolution and of the hidden linear layer (default: the last of ``widths``). ``remat``: what
+    the backward pass keeps of a block, a name of ``rematerialisation``.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Discriminator(nnx.Module):
         widths: Sequence[int] = (128, 256, 512, 512, 512, 512, 512),
         head_features: int | None = None,
         group: int = 4,
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -64,7 +67,7 @@ class Discriminator(nnx.Module):
                 f"not to image_size {image_size}"
             )
         build = {"dtype": dtype, "rngs": rngs}
-        self.group = group
+        self.group, self.remat = group, remat
         blocks = [_layer(3, widths[0], 1, **build)]
         pairs = zip(widths[:-1], widths[1:], strict=True)
         blocks += [DiscriminatorBlock(a, b, **build) for a, b in pairs]
@@ -81,7 +84,7 @@ class Discriminator(nnx.Module):
     def __call__(self, image: Float[Array, "b s s 3"]) -> Float[Array, " b"]:
         hidden = _run(self.convs[0], image)
         for block in list(self.convs)[1:]:
-            hidden = block(hidden)
+            hidden = rematerialised(block, self.remat)(hidden)
         hidden = _run(self.final_conv, _with_deviation(hidden, self.group))
         # Features before positions, as PyTorch flattens, so that exported weights mean the same.
         hidden = hidden.transpose(0, 3, 1, 2).reshape(hidden.shape[0], -1)

@@ -12,6 +12,7 @@ from dexportrait_jax.models.layers import Normalisation
 from dexportrait_jax.models.motion.appearance import AppearanceLatent
 from dexportrait_jax.models.motion.blocks import ResBlock3d, depth_to_features
 from dexportrait_jax.models.motion.decoder import Decoder, Injection
+from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
 
 class Generator(nnx.Module):
@@ -29,6 +30,7 @@ class Generator(nnx.Module):
         appearance_widths, appearance_strides: of ``AppearanceLatent``.
         down_channels, up_channels, rgb_channels, injection, mapping_features, expression_mixing: of ``Decoder``,
             which enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
+        remat: what the backward pass keeps of a block, a name of ``rematerialisation``.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Generator(nnx.Module):
         mapping_features: int | None = None,
         expression_mixing: float = 0.0,
         norm: Normalisation = "group",
+        remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
-        self.expression_gain = expression_gain
+        self.expression_gain, self.remat = expression_gain, remat
         self.flatten = ResBlock3d(
             2 * volume_channels, volume_channels, halve=True, norm=norm, **build
         )
@@ -73,6 +76,7 @@ class Generator(nnx.Module):
             mapping_features=mapping_features,
             expression_features=expression_features,
             expression_mixing=expression_mixing,
+            remat=remat,
             **build,
         )
 
@@ -85,8 +89,10 @@ class Generator(nnx.Module):
         sources, batch = volume.shape[0], warped_volume.shape[0]
         if batch % sources:
             raise ValueError(f"{batch} outputs cannot be shared out among {sources} volumes")
-        appearance = jnp.repeat(self.appearance_latent(volume), batch // sources, axis=0)
+        latent = rematerialised(self.appearance_latent, self.remat)(volume)
+        appearance = jnp.repeat(latent, batch // sources, axis=0)
         both = [jnp.repeat(volume, batch // sources, axis=0), warped_volume.astype(volume.dtype)]
-        features = depth_to_features(self.flatten(jnp.concatenate(both, axis=-1)))
+        flatten = rematerialised(self.flatten, self.remat)
+        features = depth_to_features(flatten(jnp.concatenate(both, axis=-1)))
         style = [self.expression_gain * expression, appearance.astype(expression.dtype)]
         return self.decoder(features, jnp.concatenate(style, axis=-1), expression)
