@@ -21,7 +21,7 @@ from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.autoencoder import AutoencoderTask
-from dexportrait_jax.train import check_shares, run_train, train
+from dexportrait_jax.train import run_train, train
 from tests import fixtures
 from tests.stages import STAGES, micro
 
