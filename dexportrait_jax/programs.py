@@ -30,11 +30,17 @@ def build(
         abstract,
         shardings,
     )
+
+    def in_use(weights):
+        places = sharding.shardings_in_use(weights, mesh)
+        return jax.lax.with_sharding_constraint(weights, places)
+
     step = make_step(
         task.phases,
         seed=config.seed,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
+        in_use=in_use if mesh.shape["context"] > 1 else None,
     )
     compiled = jax.jit(
         step,

@@ -121,6 +121,23 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def shardings_in_use(tree: Any, mesh: Mesh) -> Any:
+    """Of weights while a step computes with them: whole over `context`.
+
+    Left to itself, the compiler sees the cut weights of networks whose pictures do not lie over `context`, such as
+    those that read the source, and cuts the pictures' channels to match, back and forth.
+    """
+
+    def place(path, leaf):
+        spec = parameter_spec(path_name(path), tuple(leaf.shape), mesh)
+        whole = (("fsdp" if part == PARAMETER_AXES else part) for part in spec)
+        return NamedSharding(
+            mesh, PartitionSpec(*(None if part == "context" else part for part in whole))
+        )
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's place in a tree, "a/b/kernel", alike for dicts, named tuples and sequences."""
     return "/".join(

@@ -71,6 +71,7 @@ def make_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
+    in_use: Callable[[Tree], Tree] | None = None,
 ) -> Callable[[Tree, Tree, Tree, frozenset[str]], tuple[Tree, dict[str, jax.Array]]]:
     """Builds the pure function `(state, batch, constants, events) -> (state, metrics)`.
 
@@ -81,6 +82,7 @@ def make_step(
         min(decay, (1+n)/(10+n)).
       accumulate: the batch is cut into this many parts along its first axis and the gradients averaged; what a
         phase shares stays in these parts, so that a later phase sees with each part what was made of it.
+      in_use: puts weights where they are to lie while losses are computed; the State lies elsewhere.
 
     `events` are the names of what happens in this step and not in every step (a lazy penalty, a phase that has
     not started before). They are static: each set of them is a program of its own, which computes nothing that
@@ -111,6 +113,7 @@ def make_step(
                     shared,
                     events,
                     accumulate,
+                    in_use or (lambda weights: weights),
                 )
                 params |= trained
                 shared |= given
@@ -131,11 +134,13 @@ def make_step(
     return step_function
 
 
-def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, events, accumulate):
+def _run_phase(
+    phase, params, opt_state, constants, batch, key, step, shared, events, accumulate, in_use
+):
     trained = {group: params[group] for group in phase.groups}
-    frozen = {
-        group: tree for group, tree in params.items() if group not in phase.groups
-    } | constants
+    used = in_use(params)
+    frozen = {group: tree for group, tree in used.items() if group not in phase.groups} | constants
+    used = {group: used[group] for group in phase.groups}
 
     def loss_of(trained, batch, key, shared):
         value, outputs = phase.loss(frozen | trained, batch, key, step, shared, events)
@@ -143,11 +148,11 @@ def _run_phase(phase, params, opt_state, constants, batch, key, step, shared, ev
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
     if accumulate == 1:
-        (value, outputs), gradients = differentiate(trained, batch, key, shared)
+        (value, outputs), gradients = differentiate(used, batch, key, shared)
         metrics, given = outputs
     else:
         (value, metrics, gradients), given = _accumulated(
-            differentiate, trained, batch, key, shared, accumulate
+            differentiate, used, batch, key, shared, accumulate
         )
 
     norm = optax.tree.norm(gradients)

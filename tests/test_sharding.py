@@ -80,6 +80,20 @@ def test_devices_that_share_targets_share_the_weights_too(shape, spec):
     assert found == PartitionSpec(*spec)
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 256), (None, None, None, "fsdp")),
+        ((3, 3, 66, 260), (None, None, None, "fsdp")),
+        ((130, 129), (None, None)),
+    ],
+)
+def test_weights_are_whole_over_context_while_they_are_used(shape, spec):
+    weights = {"g": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}
+    places = sharding.shardings_in_use(weights, mesh(fsdp=4, context=2))
+    assert places["g"]["kernel"].spec == PartitionSpec(*spec)
+
+
 def test_frames_go_over_context():
     where = sharding.batch_shardings({"source_image": 0, "target_image": 0}, mesh(2, 2, 2))
     assert where["source_image"].spec == PartitionSpec(("data", "fsdp"))
