@@ -118,9 +118,7 @@ class Asked:
         signal = SIGNAL[self.timesteps]
         self.snr = signal / (1 - signal)
         self.clean = SCALE * latents["target_latents"][:, :, 0].reshape(self.noisy.shape)
-        self.signal, self.amount = (
-            np.sqrt(x)[:, None, None, None] for x in (signal, 1 - signal)
-        )
+        self.signal, self.amount = (np.sqrt(x)[:, None, None, None] for x in (signal, 1 - signal))
         self.noise = (self.noisy - self.signal * self.clean) / self.amount
 
     def error(self, wanted):
@@ -155,6 +153,29 @@ def test_loss_by_hand(monkeypatch):
     assert asked.conditions.reference_token_keep is None
 
 
+def test_a_preset_reaches_the_loss(monkeypatch):
+    """With X-NeMo's betas, what was added to the latents is standard noise by its table, not by SD1.5's."""
+    asked = Asked(monkeypatch, "diffusion.preset=xnemo")
+    table = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)[asked.timesteps]
+    signal = np.sqrt(table)[:, None, None, None]
+    noise = (asked.noisy - signal * asked.clean) / np.sqrt(1 - signal**2)
+    assert asked.loss == pytest.approx(asked.error(noise).mean(), rel=1e-4)
+    assert asked.loss != pytest.approx(asked.error(asked.noise).mean(), rel=1e-2)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_pure_noise_is_where_sampling_starts(monkeypatch, spacing):
+    """With zero terminal SNR no other timestep than the last has seen it; "leading" starts at 953."""
+    given = ["diffusion.preset=zero_snr", f"sampling.spacing={spacing}"]
+    if spacing != "leading":
+        assert np.isfinite(Asked(monkeypatch, *given).loss)
+        return
+    with pytest.raises(UserError, match="timestep 999.*starts at 953") as caught:
+        Asked(monkeypatch, *given)
+    said = str(caught.value)
+    assert "\n" not in said and said.endswith("give --config.sampling.spacing=trailing")
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_min_snr_weighs_the_loss(monkeypatch, prediction):
     asked = Asked(monkeypatch, "min_snr_gamma=5.0", f"diffusion.prediction={prediction}")
@@ -187,7 +208,9 @@ def test_both_unets_read_the_embedding_of_the_source(monkeypatch):
     seen = []
     networks = {
         "image_encoder": Stub(lambda images: images.mean((1, 2))),
-        "reference": Stub(lambda latents, context, pose: seen.append(context) or {"block": latents}),
+        "reference": Stub(
+            lambda latents, context, pose: seen.append(context) or {"block": latents}
+        ),
     }
     asked = Asked(monkeypatch, networks=networks)
     mean = asked.batch["source_image"].mean((1, 2)) / 127.5 - 1
