@@ -29,7 +29,7 @@ from dexportrait_jax.animator_windows import (
 )
 from dexportrait_jax.diffusion.guidance import GuidancePlan, guidance_plan
 from dexportrait_jax.diffusion.sampler import blurred_start, frame_noise, sample, sampling_timesteps
-from dexportrait_jax.diffusion.schedule import NoiseSchedule
+from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.diffusion.windows import windowed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import (
@@ -65,7 +65,7 @@ class AnimatorModel(PortraitModel):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.schedule = NoiseSchedule(**self.config.diffusion)
+        self.schedule = noise_schedule(self.config.diffusion)
         self._source = jax.jit(self._encode_source)
         self._decode = jax.jit(self._decode_batch)
         self._denoisers: dict[bool, DenoiserPrograms] = {}
@@ -247,7 +247,7 @@ class AnimatorModel(PortraitModel):
             windowed(windows.predict, len(drive), length=length, overlap=overlap),
             self.schedule,
             plan,
-            self._start(source_latent, len(drive), plan, sampling.seed),
+            self._start(source_latent, len(drive), settings),
             spacing=settings["spacing"],
             offset=settings["offset"],
             eta=settings["eta"],
@@ -265,14 +265,14 @@ class AnimatorModel(PortraitModel):
             report(share + (1 - share) * done, "")
 
     def _start(
-        self, source: Float[np.ndarray, "h w c"], frames: int, plan: GuidancePlan, seed: int
+        self, source: Float[np.ndarray, "h w c"], frames: int, settings: dict[str, Any]
     ) -> Float[np.ndarray, "frames h w c"]:
         """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1)."""
-        noise = self._noise(slice(0, frames), source.shape, seed, step=0)
-        if self.config.sampling.start == "noise":
+        noise = self._noise(slice(0, frames), source.shape, settings["seed"], step=0)
+        if settings["start"] == "noise":
             return noise
-        options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}
-        first = sampling_timesteps(self.schedule, len(plan.steps), **options)[0]
+        options = {name: settings[name] for name in ("spacing", "offset")}
+        first = sampling_timesteps(self.schedule, settings["steps"], **options)[0]
         return blurred_start(self.schedule, source, noise, int(first))
 
     def _noise(self, part: slice, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
