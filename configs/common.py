@@ -212,7 +212,8 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "groups": 8 if tiny else 32,
             },
             "attn2": {
-                "attn2": "none",  # none | null_text | clip_image
+                # none | null_text (a constant, learned from zero: nothing fills it with the empty prompt) | clip_image
+                "attn2": "none",
                 "cross_attention_features": 768,
                 "null_text_tokens": 77,
             },
@@ -245,12 +246,16 @@ def animator(stage: str, variant: str) -> ConfigDict:
     )
     config.diffusion = ConfigDict(
         {
-            "steps": 1000,
-            "beta_start": 0.00085,
-            "beta_end": 0.012,  # SD1.5; X-NeMo uses 0.02
-            "prediction": "v" if tiny else "epsilon",  # v learns faster in few steps
-            "zero_terminal_snr": bool(tiny),
-            "final_alpha_one": False,
+            # sd15 | xnemo (betas up to .02) | zero_snr (v prediction, the last timestep is pure noise; wants
+            # sampling.spacing=trailing). v learns faster in few steps.
+            "preset": "zero_snr" if tiny else "sd15",
+            # Of the preset, what is to be another; None: as it has it.
+            "steps": None,
+            "beta_start": None,
+            "beta_end": None,
+            "prediction": None,  # epsilon | v
+            "zero_terminal_snr": None,
+            "final_alpha_one": None,
         }
     )
     config.sample_latents = not tiny  # train on samples of the posterior, or on its mean

@@ -31,7 +31,7 @@ from dexportrait_jax.animator_windows import (
 )
 from dexportrait_jax.diffusion.guidance import GuidancePlan, guidance_plan
 from dexportrait_jax.diffusion.sampler import blurred_start, frame_noise, sample, sampling_timesteps
-from dexportrait_jax.diffusion.schedule import NoiseSchedule
+from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.diffusion.windows import windowed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import (
@@ -67,7 +67,7 @@ class AnimatorModel(PortraitModel):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.schedule = NoiseSchedule(**self.config.diffusion)
+        self.schedule = noise_schedule(self.config.diffusion)
         self._source = jax.jit(self._encode_source)
         self._decode = jax.jit(self._decode_batch)
         self._denoisers: dict[bool, DenoiserPrograms] = {}
@@ -247,7 +247,7 @@ class AnimatorModel(PortraitModel):
         start = spill.zeros((len(drive), *shape))
         for first in range(0, len(drive), BATCH):
             part = slice(first, min(first + BATCH, len(drive)))
-            start[part] = self._start(source_latent, part, plan, sampling.seed)
+            start[part] = self._start(source_latent, part, settings)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
             windowed(windows.predict, len(drive), length=length, overlap=overlap),
@@ -272,14 +272,14 @@ class AnimatorModel(PortraitModel):
             report(share + (1 - share) * done, "")
 
     def _start(
-        self, source: Float[np.ndarray, "h w c"], part: slice, plan: GuidancePlan, seed: int
+        self, source: Float[np.ndarray, "h w c"], part: slice, settings: dict[str, Any]
     ) -> Float[np.ndarray, "frames h w c"]:
         """Pure noise, or the blurred source with noise (``sampling.start``, method.md 7.1), of some frames."""
-        noise = self._noise(part, source.shape, seed, step=0)
-        if self.config.sampling.start == "noise":
+        noise = self._noise(part, source.shape, settings["seed"], step=0)
+        if settings["start"] == "noise":
             return noise
-        options = {"spacing": self.config.sampling.spacing, "offset": self.config.sampling.offset}
-        first = sampling_timesteps(self.schedule, len(plan.steps), **options)[0]
+        options = {name: settings[name] for name in ("spacing", "offset")}
+        first = sampling_timesteps(self.schedule, settings["steps"], **options)[0]
         return blurred_start(self.schedule, source, noise, int(first))
 
     def _noise(self, part: slice, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:

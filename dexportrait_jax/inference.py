@@ -44,6 +44,7 @@ class Sampling:
     expression_null: str | None = None
     null_reference: str | None = None
     null_pose: str | None = None
+    start: str | None = None
     eta: float | None = None
 
 

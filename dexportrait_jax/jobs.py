@@ -32,6 +32,7 @@ ANIMATE_CHOICES = {
     "expression_null": ("learned", "zero", "source"),
     "null_reference": ("dropped", "kept"),
     "null_pose": ("zero", "source"),
+    "start": ("noise", "ref_blur"),
 }
 
 
@@ -319,6 +320,7 @@ def _animate(parser):
         ("expression_null", "what 'without expression' means"),
         ("null_reference", "the reference's tokens in the unconditional branch"),
         ("null_pose", "the pose in the unconditional branch"),
+        ("start", "what sampling starts from: noise, or the blurred source with noise"),
     ):
         choices = ANIMATE_CHOICES[name]
         _flag(parser, name, f"{help} (default: the config's)", choices=choices, default=None)

@@ -19,8 +19,8 @@ from dexportrait_jax.tasks import Task, make_task
 Shapes = dict[str, Any]
 
 
-def forward_work(config: ml_collections.ConfigDict) -> flops.Work:
-    """The first loss of a step forward for one sample: a source with one target, or with one clip.
+def forward_work(config: ml_collections.ConfigDict, targets: int = 1) -> flops.Work:
+    """The first loss of a step forward for one source, with so many targets or with one clip.
 
     In the motion trainer that is every network once and the perceptual one on both pictures; by scope it is
     told apart into the parameter groups and those of the task's constants.
@@ -33,7 +33,7 @@ def forward_work(config: ml_collections.ConfigDict) -> flops.Work:
     def forward(params: Shapes, batch: Shapes, key: jax.Array) -> jax.Array:
         return phase.loss(params, batch, key, 0, {}, events)[0]
 
-    batch = abstract_batch({**config.data, "batch_size": 1, "targets": 1})
+    batch = abstract_batch({**config.data, "batch_size": 1, "targets": targets})
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _count(task, forward, params | task.abstract_constants(), batch, key)
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from dexportrait_jax.errors import UserError
 
 Prediction = Literal["epsilon", "v"]
 
@@ -118,6 +121,24 @@ SCHEDULES = {
     "xnemo": NoiseSchedule(beta_end=0.02),
     "zero_snr": NoiseSchedule(prediction="v", zero_terminal_snr=True),
 }
+
+
+def noise_schedule(diffusion: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule of ``config.diffusion``: its preset, changed in the keys that are not None.
+
+    Configs of exports made before there were presets give every key.
+
+    Raises:
+        UserError: an unknown preset, or keys that do not go together.
+    """
+    changes = {name: value for name, value in diffusion.items() if value is not None}
+    preset = changes.pop("preset", "sd15")
+    if preset not in SCHEDULES:
+        raise UserError(f"config.diffusion.preset is one of {', '.join(SCHEDULES)}, not {preset!r}")
+    try:
+        return dataclasses.replace(SCHEDULES[preset], **changes)
+    except ValueError as error:
+        raise UserError(f"config.diffusion: {error}") from error
 
 
 def training_noise(

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from data_pipelines import loading
 from data_pipelines.survey import Survey
-from dexportrait_jax.diffusion.schedule import NoiseSchedule, training_noise
+from dexportrait_jax.diffusion.sampler import sampling_timesteps
+from dexportrait_jax.diffusion.schedule import NoiseSchedule, noise_schedule, training_noise
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions, random_token_keep
 from dexportrait_jax.optim import make_optimizer
@@ -42,7 +43,8 @@ class AnimatorTask:
         self.config = config
         self.networks = build_networks(config)
         self.video = config.stage == "animator_video"
-        self.schedule = NoiseSchedule(**config.diffusion)
+        self.schedule = noise_schedule(config.diffusion)
+        _refuse_late_start(self.schedule, config.sampling)
         trained = ("temporal",) if self.video else IMAGE_TRAINED
         self.ema_groups = trained
         self.phases = (
@@ -247,6 +249,26 @@ def draw_keeps(
         "keep_pose": 1.0 - (everything | pose),
         "keep_expression": 1.0 - (everything | expression),
     }
+
+
+def _refuse_late_start(schedule: NoiseSchedule, sampling: ml_collections.ConfigDict) -> None:
+    """UserError where a schedule that ends in pure noise is not sampled from its end.
+
+    Pure noise is what the last timestep has learned to begin with, and no other has seen (2305.08891).
+    """
+    spacing, last = sampling.spacing, schedule.steps - 1
+    try:
+        steps = sampling_timesteps(
+            schedule, sampling.steps, spacing=spacing, offset=sampling.offset
+        )
+    except ValueError as error:
+        raise UserError(f"config.sampling: {error}") from error
+    first = steps[0]
+    if schedule.zero_terminal_snr and first != last:
+        raise UserError(
+            f"with zero terminal SNR, pure noise belongs to timestep {last}, but config.sampling.spacing={spacing} "
+            f"starts at {first}; give --config.sampling.spacing=trailing"
+        )
 
 
 def _resized(images: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:

@@ -5,7 +5,9 @@
 unet: ours, jitted, and diffusers' in PyTorch, the same weights and inputs on the same cores, turn by turn, each in a
     process of its own; forward, and forward with backward. The outputs are compared.
 sampling: multiply-adds of a guided 35-step clip of the `full` video stage, beside doing it naively: three branches in
-    every step, and the reference computed in every one, as in the published samplers. By shape alone.
+    every step, nothing kept from step to step, and the reference computed again, in three readings: once a step for
+    all frames and branches; with the two passes of a frame that read it; with every pass, as where each call of the
+    network starts from the picture. The aim of 0.4 is met in the last alone. By shape alone.
 frames: seconds a frame of a clip of 32 frames at the `tiny` size, without compilation.
 """
 
@@ -17,6 +19,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -177,8 +180,8 @@ def _seconds(function, repeats: int = 3) -> float:
 # --- sampling ---------------------------------------------------------------------------
 
 
-def sampling_work(address: str = "configs/animator_video.py:full") -> dict[str, float]:
-    """Tera multiply-adds of one clip of a window's length, ours and naive, and their ratio."""
+def sampling_work(address: str = "configs/animator_video.py:full") -> dict[str, Any]:
+    """Tera multiply-adds of one clip of a window's length, ours and naive in three readings, and the ratios."""
     import jax
 
     from dexportrait_jax import config as configs
@@ -246,24 +249,30 @@ def sampling_work(address: str = "configs/animator_video.py:full") -> dict[str, 
     sampling = config.sampling
     plan = guidance_plan(sampling.steps, scale=sampling.guidance, hold=sampling.hybrid_steps)
     branches = [branch for step in plan.steps for branch in step.branches]
-    ours = (
-        once
-        + prepared
-        + sum(branches.count(branch) * pass_work(branch, made) for branch in set(branches))
-    )
+    works = {branch: pass_work(branch, made) for branch in sorted(set(branches))}
+    ours = once + prepared + sum(branches.count(branch) * work for branch, work in works.items())
     # A sampler that hides a condition by masking it pays for it all the same.
-    step = once + 3 * pass_work("full", {"reference": bank})
-    naive = len(plan.steps) * step
+    unsaved = pass_work("full", {"reference": bank})
+    steps = len(plan.steps)
+    naive = {
+        "reference once a step": steps * (3 * unsaved + once),
+        "reference with the passes that read it": steps * (3 * unsaved + 2 * frames * once),
+        "reference with every pass": steps * 3 * (unsaved + frames * once),
+    }
     return {
         "frames": frames,
         "passes": plan.passes,
         "tera_macs": round(ours / 1e12, 1),
-        "naive_tera_macs": round(naive / 1e12, 1),
-        "ratio": round(ours / naive, 3),
+        "naive": {
+            reading: {"tera_macs": round(macs / 1e12, 1), "ratio": round(ours / macs, 3)}
+            for reading, macs in naive.items()
+        },
         "giga_macs_a_frame_and_pass": {
-            branch: round(pass_work(branch, made) / frames / 1e9, 1) for branch in ("null", "full")
-        }
-        | {"naive": round((step - once) / 3 / frames / 1e9, 1), "reference": round(once / 1e9, 1)},
+            "null": round(works["null"] / frames / 1e9, 1),
+            "full": round(works["full"] / frames / 1e9, 1),
+            "naive": round(unsaved / frames / 1e9, 1),
+            "reference": round(once / 1e9, 1),
+        },
     }
 
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from dexportrait_jax.diffusion.schedule import SCHEDULES, NoiseSchedule, training_noise
+from dexportrait_jax import config as configs
+from dexportrait_jax.diffusion.schedule import (
+    SCHEDULES,
+    NoiseSchedule,
+    noise_schedule,
+    training_noise,
+)
+from dexportrait_jax.errors import UserError
 
 TIMESTEPS = np.array([0, 1, 500, 998])
 
@@ -52,6 +59,42 @@ def test_terminal_signal():
     assert np.sqrt(SCHEDULES["sd15"].alphas_cumprod[-1]) == pytest.approx(0.0683, abs=1e-4)
     assert np.sqrt(SCHEDULES["xnemo"].alphas_cumprod[-1]) == pytest.approx(0.0152, abs=1e-4)
     assert SCHEDULES["zero_snr"].alphas_cumprod[-1] == 0.0
+
+
+def of_config(*overrides, variant="full"):
+    address = f"configs/animator_image.py:{variant}"
+    return noise_schedule(configs.load_config(address, list(overrides)).diffusion)
+
+
+def test_presets_of_the_config():
+    assert of_config() == SCHEDULES["sd15"]
+    assert of_config(variant="tiny") == SCHEDULES["zero_snr"]
+    for name, schedule in SCHEDULES.items():
+        assert of_config(f"diffusion.preset={name}") == schedule
+    # A key beside a preset changes it.
+    changed = of_config("diffusion.preset=xnemo", "diffusion.prediction=v", "diffusion.steps=500")
+    assert changed == NoiseSchedule(steps=500, beta_end=0.02, prediction="v")
+    assert of_config("diffusion.beta_end=0.02") == SCHEDULES["xnemo"]
+
+
+def test_keys_of_a_config_older_than_presets():
+    keys = {"steps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "final_alpha_one": False}
+    old = noise_schedule(keys | {"prediction": "v", "zero_terminal_snr": True})
+    assert old == SCHEDULES["zero_snr"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("preset=xnemmo", "one of sd15, xnemo, zero_snr, not 'xnemmo'"),
+        ("zero_terminal_snr=True", "config.diffusion: zero_terminal_snr .* use 'v'"),
+        ("prediction=noise", "config.diffusion: prediction 'noise'"),
+    ],
+)
+def test_wrong_schedules_are_one_line(override, words):
+    with pytest.raises(UserError, match=words) as caught:
+        of_config(f"diffusion.{override}")
+    assert "\n" not in str(caught.value)
 
 
 def test_min_snr_weights():

@@ -1,12 +1,20 @@
 """What the animator's loss draws, and the encoders that it takes over."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.tasks import animator
 from tests.stages import micro
+
+# Stable Diffusion 1.5, written out.
+SIGNAL = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+SOURCES, TARGETS, SIDE, CHANNELS = 40, 3, 8, 4
+SCALE = 2.0
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
@@ -43,3 +51,169 @@ def test_frozen_encoders_see_the_pictures_they_learned_from(tmp_path, stage):
         "--config.data.augment.expression_crop.gray=False",
         "--config.data.pose_size=64",
     ]
+
+
+def test_shares_of_the_dropped_conditions():
+    """method.md 4.7: everything .10, expression alone .10, pose alone .05, and nothing else ever."""
+    rates = ConfigDict({"everything": 0.1, "expression": 0.1, "pose": 0.05})
+    keeps = animator.draw_keeps(jax.random.key(0), 100_000, rates)
+    names = ("keep_reference", "keep_pose", "keep_expression")
+    fates, counts = np.unique(np.stack([keeps[n] for n in names], -1), axis=0, return_counts=True)
+    shares = {tuple(fate): count / 100_000 for fate, count in zip(fates, counts, strict=True)}
+    # 0.004 is four deviations of the rarest but one.
+    expected = {(0, 0, 0): 0.1, (1, 1, 0): 0.1, (1, 0, 1): 0.05, (1, 1, 1): 0.75}
+    assert shares == pytest.approx(expected, abs=0.004)
+
+
+class Stub:
+    """A network that computes the same whatever its weights."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def bind(self, params):
+        return self.module
+
+
+class Autoencoder:
+    scale = SCALE
+
+
+class Asked:
+    """A loss whose denoiser answers zero, and what it was asked."""
+
+    def __init__(self, monkeypatch, *overrides, stage="animator_image", networks=None):
+        def denoise(noisy, timesteps, conditions, *, temporal, frames):
+            self.noisy, self.timesteps = np.asarray(noisy), np.asarray(timesteps)
+            self.conditions, self.frames = conditions, frames
+            return jnp.zeros_like(noisy)
+
+        stubs = {
+            "pose": Stub(lambda images: (jnp.tile(jnp.eye(3, 4), (len(images), 1, 1)), None)),
+            "expression": Stub(lambda images: images.mean((1, 2))),
+            "autoencoder": Stub(Autoencoder()),
+            "reference": Stub(lambda latents, context, pose: {"block": latents}),
+            "denoiser": Stub(denoise),
+            "temporal": Stub(None),
+        }
+        stubs |= networks or {}
+        monkeypatch.setattr(animator, "build_networks", lambda config: stubs)
+        address = f"configs/{stage}.py:full"
+        config = configs.load_config(address, ["sample_latents=False", *overrides])
+        rng = np.random.default_rng(0)
+        pictures = {
+            f"{which}_{name}": rng.integers(0, 256, (*shape, 2, 2, 3), np.uint8)
+            for which, shape in (("source", (SOURCES,)), ("target", (SOURCES, TARGETS)))
+            for name in ("image", "pose_image", "expression_image")
+        }
+        posterior = (2, SIDE, SIDE, CHANNELS)
+        latents = {
+            "source_latents": rng.normal(size=(SOURCES, *posterior)).astype(np.float32),
+            "target_latents": rng.normal(size=(SOURCES, TARGETS, *posterior)).astype(np.float32),
+        }
+        self.batch = pictures | latents
+        task = animator.AnimatorTask(config)
+        params = dict.fromkeys(stubs)
+        self.loss = float(task.loss(params, self.batch, jax.random.key(3), 0, {}, ())[0])
+        signal = SIGNAL[self.timesteps]
+        self.snr = signal / (1 - signal)
+        self.clean = SCALE * latents["target_latents"][:, :, 0].reshape(self.noisy.shape)
+        self.signal, self.amount = (np.sqrt(x)[:, None, None, None] for x in (signal, 1 - signal))
+        self.noise = (self.noisy - self.signal * self.clean) / self.amount
+
+    def error(self, wanted):
+        """Of an answer of zero: per sample."""
+        return np.mean(wanted**2, axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize("stage", ["animator_image", "animator_video"])
+def test_a_clip_has_one_fate_and_pictures_have_their_own(monkeypatch, stage):
+    rates = ["dropout.everything=.3", "dropout.expression=.3", "dropout.pose=.2"]
+    asked = Asked(monkeypatch, *rates, stage=stage)
+    given = asked.conditions
+    fates = np.stack([given.keep_reference, given.keep_pose, given.keep_expression], axis=-1)
+    drawn = {tuple(fate) for fate in fates.tolist()}
+    assert drawn == {(0, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1)}
+    fates = fates.reshape(SOURCES, TARGETS, 3)
+    timesteps = asked.timesteps.reshape(SOURCES, TARGETS)
+    alike = [(x == x[:, :1]).reshape(SOURCES, -1).all(1) for x in (fates, timesteps)]
+    if stage == "animator_video":
+        assert asked.frames == TARGETS and np.all(alike)
+    else:
+        assert asked.frames == 1 and alike[0].mean() < 0.5 and alike[1].sum() == 0
+    assert len(set(asked.timesteps)) > SOURCES / 2
+
+
+def test_loss_by_hand(monkeypatch):
+    """Noise of deviation one on scaled latents; every noise level weighs the same."""
+    asked = Asked(monkeypatch)
+    assert asked.noise.std() == pytest.approx(1, abs=0.03)
+    assert abs(asked.noise.mean((1, 2)).std() - 1 / SIDE) < 0.02
+    assert asked.loss == pytest.approx(asked.error(asked.noise).mean(), rel=1e-4)
+    assert asked.conditions.reference_token_keep is None
+
+
+def test_a_preset_reaches_the_loss(monkeypatch):
+    """With X-NeMo's betas, what was added to the latents is standard noise by its table, not by SD1.5's."""
+    asked = Asked(monkeypatch, "diffusion.preset=xnemo")
+    table = np.cumprod(1 - np.linspace(0.00085**0.5, 0.02**0.5, 1000) ** 2)[asked.timesteps]
+    signal = np.sqrt(table)[:, None, None, None]
+    noise = (asked.noisy - signal * asked.clean) / np.sqrt(1 - signal**2)
+    assert asked.loss == pytest.approx(asked.error(noise).mean(), rel=1e-4)
+    assert asked.loss != pytest.approx(asked.error(asked.noise).mean(), rel=1e-2)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_pure_noise_is_where_sampling_starts(monkeypatch, spacing):
+    """With zero terminal SNR no other timestep than the last has seen it; "leading" starts at 953."""
+    given = ["diffusion.preset=zero_snr", f"sampling.spacing={spacing}"]
+    if spacing != "leading":
+        assert np.isfinite(Asked(monkeypatch, *given).loss)
+        return
+    with pytest.raises(UserError, match="timestep 999.*starts at 953") as caught:
+        Asked(monkeypatch, *given)
+    said = str(caught.value)
+    assert "\n" not in said and said.endswith("give --config.sampling.spacing=trailing")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_min_snr_weighs_the_loss(monkeypatch, prediction):
+    asked = Asked(monkeypatch, "min_snr_gamma=5.0", f"diffusion.prediction={prediction}")
+    if prediction == "epsilon":
+        errors, weights = asked.error(asked.noise), np.minimum(asked.snr, 5) / asked.snr
+    else:
+        errors = asked.error(asked.signal * asked.noise - asked.amount * asked.clean)
+        weights = np.minimum(asked.snr, 5) / (asked.snr + 1)
+    assert asked.loss == pytest.approx(np.mean(weights * errors), rel=1e-3)
+    assert abs(asked.loss / errors.mean() - 1) > 0.05
+
+
+def test_noise_offset_is_in_what_is_denoised(monkeypatch):
+    """Channels of a sample are shifted together: variance of their means .5^2 + 1/64, of the noise 1.25."""
+    asked = Asked(monkeypatch, "noise_offset=0.5")
+    assert asked.noise.mean((1, 2)).std() == pytest.approx((0.25 + 1 / SIDE**2) ** 0.5, abs=0.06)
+    assert asked.loss == pytest.approx(asked.error(asked.noise).mean(), rel=1e-4)
+    assert asked.loss == pytest.approx(1.25, abs=0.1)
+
+
+def test_reference_tokens_are_hidden_from_the_denoiser(monkeypatch):
+    asked = Asked(monkeypatch, "dropout.reference_tokens=0.3")
+    keep = np.asarray(asked.conditions.reference_token_keep["block"])
+    assert keep.shape == (SOURCES, SIDE * SIDE)
+    assert keep.mean() == pytest.approx(0.7, abs=0.04)  # four deviations of 2560 draws
+
+
+def test_both_unets_read_the_embedding_of_the_source(monkeypatch):
+    """In the mode clip_image: one token a source, for the reference, and for each of its targets."""
+    seen = []
+    networks = {
+        "image_encoder": Stub(lambda images: images.mean((1, 2))),
+        "reference": Stub(
+            lambda latents, context, pose: seen.append(context) or {"block": latents}
+        ),
+    }
+    asked = Asked(monkeypatch, networks=networks)
+    mean = asked.batch["source_image"].mean((1, 2)) / 127.5 - 1
+    np.testing.assert_allclose(seen[0], mean[:, None], atol=1e-5)
+    expected = np.repeat(mean[:, None], TARGETS, 0)
+    np.testing.assert_allclose(asked.conditions.context, expected, atol=1e-5)

@@ -40,8 +40,8 @@ class Denoiser(UNet):
     Args:
         in_channels: latent channels, also of the prediction.
         block_channels, layers_per_block, heads, groups: sizes; the defaults are SD1.5's.
-        attn2: what SD1.5's text attention reads: "none" (layer left out), "null_text" (a constant),
-            "clip_image" (``Conditions.context``).
+        attn2: what SD1.5's text attention reads: "none" (layer left out), "null_text" (a constant, learned
+            from zero), "clip_image" (``Conditions.context``).
         cross_attention_features, null_text_tokens: channels and length of that context.
         raymap: "displacement" (3 channels a pose), "plucker6" (6), or "none".
         raymap_w: the fourth coordinate of the ray map's points, 1 or 0 (0 drops the translation).

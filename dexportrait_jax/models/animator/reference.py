@@ -20,7 +20,10 @@ Attn2 = Literal["none", "null_text", "clip_image"]
 
 
 def null_text_parameter(attn2: Attn2, tokens: int, features: int) -> nnx.Param | None:
-    """The constant context of the mode "null_text", to be filled with the empty prompt's embedding."""
+    """The constant context of the mode "null_text", learned from zero.
+
+    Whoever has the empty prompt's embedding may put it here; no import does.
+    """
     return nnx.Param(jnp.zeros((tokens, features))) if attn2 == "null_text" else None
 
 

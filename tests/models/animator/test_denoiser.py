@@ -84,13 +84,16 @@ def differ(one, other):
 
 
 @pytest.mark.parametrize("injector", ["in_block", pytest.param("xnemo", marks=pytest.mark.slow)])
-def test_plain_unet_at_initialisation_when_the_reference_is_dropped(world, injector):
+def test_added_branches_start_as_nothing(world, injector):
+    """Without the reference it is the plain UNet; with it, what its tokens alone make of that."""
     # Equal widths: the parameters then have few different shapes, each of which costs a compilation.
     sizes = SIZES | {"block_channels": (16, 16)}
     settings = SMALL | sizes | {"expression_injector": injector}
     network = Network(lambda rngs: Denoiser(**settings, rngs=rngs))
     options = TransformerOptions(heads=2, cross_attention_features=None)
     plain = Network(lambda rngs: UNet(**sizes, options=options, rngs=rngs))
+    bare_settings = {"raymap": "none", "warp_kernel": 0, "expression_injector": "none"}
+    bare = Network(lambda rngs: Denoiser(**(settings | bare_settings), rngs=rngs))
     temporal = Network(lambda rngs: TemporalModules(**sizes, heads=2, rngs=rngs))
     params = network.init(jax.random.key(0, impl="unsafe_rbg"))
 
@@ -104,21 +107,28 @@ def test_plain_unet_at_initialisation_when_the_reference_is_dropped(world, injec
         path: jnp.resize(features, (*features.shape[:3], 16))
         for path, features in world.conditions.reference.items()
     }
-    conditions = world.conditions.replace(reference=bank, keep_reference=jnp.zeros(BATCH))
+    temporal_params = temporal.init(jax.random.key(1, impl="unsafe_rbg"))
 
     @jax.jit
-    def run(params, temporal_params):
+    def run(params, keep):
         modules = temporal.bind(temporal_params)
+        conditions = world.conditions.replace(reference=bank, keep_reference=keep)
         return network.bind(params)(
             world.latents, world.timesteps, conditions, temporal=modules, frames=TARGETS
         )
 
-    expected = jax.jit(lambda p: plain.bind(p)(world.latents, world.timesteps))(
+    unconditional = jax.jit(lambda p: plain.bind(p)(world.latents, world.timesteps))(
         shared(plain.abstract, params)
     )
-    ours = run(params, temporal.init(jax.random.key(1, impl="unsafe_rbg")))
-    assert float(jnp.std(expected)) > 0.01
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+    assert float(jnp.std(unconditional)) > 0.01
+    dropped = run(params, jnp.zeros(BATCH))
+    np.testing.assert_allclose(dropped, unconditional, rtol=1e-5, atol=2e-6)
+
+    read = jax.jit(
+        lambda p: bare.bind(p)(world.latents, world.timesteps, Conditions(reference=bank))
+    )(shared(bare.abstract, params))
+    assert differ(np.asarray(read), np.asarray(unconditional)).all()
+    np.testing.assert_allclose(run(params, jnp.ones(BATCH)), read, rtol=1e-5, atol=2e-6)
 
 
 def test_each_condition_matters_and_is_dropped_per_sample(world):
@@ -223,6 +233,23 @@ def test_warped_bank(world):
         np.testing.assert_allclose(moved[..., d::depth], expected[:, d], rtol=1e-4, atol=1e-5)
 
 
+def test_places_to_read_are_found_once_a_resolution(world, monkeypatch):
+    """Four transformer blocks, three of them on the 8x8 grid and one on 4x4."""
+    find, asked = geometry.source_coordinates, []
+
+    def noted(source, driving, shape):
+        asked.append(shape)
+        return find(source, driving, shape)
+
+    monkeypatch.setattr(geometry, "source_coordinates", noted)
+    jax.eval_shape(
+        lambda *a: world.network.bind(a[0])(*a[1:]),
+        *(world.params, world.latents, world.timesteps, world.conditions),
+    )
+    assert len(world.conditions.reference) == 4
+    assert sorted(asked) == [(2, 4, 4), (4, 8, 8)]
+
+
 def test_branches_of_the_guidance(world):
     full = branch_conditions(world.conditions, "full")
     reduced = branch_conditions(world.conditions, "reduced")
@@ -236,10 +263,17 @@ def test_branches_of_the_guidance(world):
     bare = world.conditions.replace(keep_reference=jnp.zeros(BATCH), keep_pose=jnp.zeros(BATCH))
     np.testing.assert_allclose(alone, world(bare), rtol=1e-4, atol=1e-5)
 
+    # The source's pose without the source: ray maps of it twice, and nothing to warp.
+    still = jnp.repeat(world.conditions.source_pose, TARGETS, 0)
+    nothing = dict.fromkeys(("keep_reference", "keep_expression"), jnp.zeros(BATCH))
+    turned = world(branch_conditions(world.conditions, "null", NullReading(pose="source")))
+    expected = world(world.conditions.replace(driving_pose=still, **nothing))
+    np.testing.assert_allclose(turned, expected, rtol=1e-4, atol=1e-5)
+    assert differ(turned, null).all()
+
     source = jnp.ones((1, 16))
     reading = NullReading(expression="source", reference="kept", pose="source")
     null = branch_conditions(world.conditions, "null", reading, source)
-    still = jnp.repeat(world.conditions.source_pose, TARGETS, 0)
     expected = world.conditions.replace(expression=jnp.ones((BATCH, 16)), driving_pose=still)
     np.testing.assert_allclose(world(null), world(expected), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="source's expression"):
@@ -247,26 +281,54 @@ def test_branches_of_the_guidance(world):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "read"),
     [
-        {"raymap": "plucker6", "raymap_w": 0, "warp_kernel": 1, "warp_padding": "border"},
-        {"raymap": "none", "warp_kernel": 0, "expression_injector": "xnemo", "expression_heads": 4},
-        {"attn2": "clip_image", "cross_attention_features": 12, "expression_null": "zero"},
-        {"attn2": "null_text", "cross_attention_features": 12, "expression_injector": "none"},
+        (
+            {"raymap": "plucker6", "raymap_w": 0, "warp_kernel": 1, "warp_padding": "border"},
+            {"driving_pose", "expression"},
+        ),
+        (
+            {
+                "raymap": "none",
+                "warp_kernel": 0,
+                "expression_injector": "xnemo",
+                "expression_heads": 4,
+            },
+            {"expression"},
+        ),
+        (
+            {"attn2": "clip_image", "cross_attention_features": 12, "expression_null": "zero"},
+            {"driving_pose", "expression", "context"},
+        ),
+        (
+            {"attn2": "null_text", "cross_attention_features": 12, "expression_injector": "none"},
+            {"driving_pose", "null_text"},
+        ),
     ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
+    ids=lambda value: "-".join(map(str, value.values() if isinstance(value, dict) else "")),
 )
-def test_every_choice_runs(world, settings):
+def test_every_choice_reads_what_it_should(world, settings, read):
+    """One condition changed alone changes every sample, or none."""
     network = Network(lambda rngs: Denoiser(**(SMALL | settings), rngs=rngs))
-    conditions = world.conditions
+    conditions = world.conditions.replace(**dict.fromkeys(KEEPS, jnp.ones(BATCH)))
+    others = {"driving_pose": poses(BATCH, 9), "expression": -conditions.expression}
     if settings.get("attn2") == "clip_image":
-        conditions = conditions.replace(context=jnp.ones((BATCH, 1, 12)))
-    nothing = dict.fromkeys(KEEPS, jnp.zeros(BATCH))
+        others["context"] = -jnp.ones((BATCH, 1, 12))
+        conditions = conditions.replace(context=-others["context"])
     params = random_like(network.abstract)
     run = jax.jit(lambda p, c: network.bind(p)(world.latents, world.timesteps, c))
-    everything = dict.fromkeys(KEEPS, jnp.ones(BATCH))
-    full = run(params, conditions.replace(**everything))
-    assert differ(np.asarray(full), np.asarray(run(params, conditions.replace(**nothing)))).all()
+    full = np.asarray(run(params, conditions))
+    changed = {
+        name: (params, conditions.replace(**{name: other})) for name, other in others.items()
+    }
+    if "null_text" in params:
+        changed["null_text"] = params | {"null_text": -params["null_text"]}, conditions
+    moved = {name: differ(np.asarray(run(*given)), full) for name, given in changed.items()}
+    assert {name: set(each.tolist()) for name, each in moved.items()} == {
+        name: {name in read} for name in changed
+    }
+    nothing = conditions.replace(**dict.fromkeys(KEEPS, jnp.zeros(BATCH)))
+    assert differ(np.asarray(run(params, nothing)), full).all()
 
 
 def test_reference_with_ray_map_and_context():
