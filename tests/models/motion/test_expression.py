@@ -13,6 +13,7 @@ from dexportrait_jax.models.motion.expression import (
     Hourglass,
     PatchAttention,
 )
+from dexportrait_jax.state import Network
 from tests.models.motion.torch_statements import close, conv2d, group_norm, randomised, to_torch
 
 SIZES = {"image_size": 32, "stem": 8, "widths": (8, 16, 32), "depth": 2, "heat_maps": 4}
@@ -156,6 +157,21 @@ def test_dropout_acts_only_with_a_key_and_keeps_the_mean():
     assert np.abs(dropped[0] - plain).max() > 0.1
     np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=1.0)
     np.testing.assert_allclose(dropped.mean(), plain.mean(), atol=0.02)
+
+
+def test_a_key_reaches_the_hourglass(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        Hourglass, "__call__", lambda self, inputs, key=None: given.append(key) or inputs
+    )
+    network = Network(lambda rngs: ExpressionEncoder(**SIZES, latent=6, rngs=rngs))
+
+    def run(params, image, key):
+        encoder = network.bind(params)
+        return encoder(image, key), encoder.heat_maps(image, key), encoder(image)
+
+    jax.eval_shape(run, network.abstract, jnp.zeros((1, 32, 32, 3)), jax.random.key(0))
+    assert [key is not None for key in given] == [True, True, False]
 
 
 def test_sizes_that_cannot_work():
