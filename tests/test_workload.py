@@ -119,7 +119,9 @@ def test_sample_of_the_motion_trainer():
         rel=1e-2,
     )
     assert work.macs / GIGA == pytest.approx(201.8, rel=1e-3)
-    assert work.macs / GIGA + 26.8 == pytest.approx(230, rel=3e-2)
+    # Counted as method.md counts the decoder, 86.2 for 59.35: the README's correction of it.
+    as_there = work.macs / GIGA + 86.2 - 59.35
+    assert as_there == pytest.approx(228.6, rel=1e-3) and as_there == pytest.approx(230, rel=1e-2)
 
 
 def test_step_is_three_times_its_forward_passes():
