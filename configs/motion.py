@@ -16,6 +16,9 @@ and measured, on the people held out, by `dexportrait evaluate` with --protocol=
 small: `full` with a batch for one GPU. full: the paper's batch 112 = 28 sources x 4 targets, lr 1e-4, 200k steps.
     In these two half of the targets are another camera's where there are several (data.cross_view; else it is 0).
 On TPUs `full@v5e:4x4` spreads it over such a slice (see meshes.py).
+
+Left out on purpose: noise injection in the decoder, which reconstructs (method.md 3.8), and path-length
+regularisation, which is for unconditional synthesis and wants a running mean beside the weights (3.10).
 """
 
 from __future__ import annotations
@@ -53,6 +56,9 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.loss = ConfigDict(
         {
             "perceptual": "alexnet" if tiny else "vgg16",
+            # lpips (unit length, learned weights) | features: plain differences of features, as the supplement prints
+            # both terms; of another size, so that the weights have to be set anew.
+            "perceptual_form": "lpips",
             "perceptual_weights": "",  # of `dexportrait import --kind=lpips`; "": the published package
             "l1": 10.0,
             "lpips": 1.0,
@@ -63,7 +69,8 @@ def get_config(variant: str = "full") -> ConfigDict:
             "adversarial_images": 4 if tiny else 0,  # targets that the discriminator sees; 0: all
             "r1_gamma": 10.0,
             "r1_every": 1 if tiny else 16,
-            # Gradient norm of every term at the picture, for setting weights; 0: never. A program of its own.
+            # Gradient norm of every term at the picture, or at poses and latents, for setting weights; 0: never. A
+            # program of its own.
             "gradient_norms_every": 0
             if tiny
             else 496,  # a multiple of r1_every: no further program
@@ -87,6 +94,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             "landmark_maps": 68,  # the first of the heat maps; any others are free
             # Mean squared difference of latents of two pictures of one instant; wants data.second_expression.
             "invariance": 0.0,
+            # P(S I) = S P(I) for known 2D similarities S of the target pictures, drawn as data.augment.similarity
+            # says: distance of the poses, for one more pass of the pose encoder. 0: none.
+            "equivariance": 0.0,
             # What the latents know of the person and of the head's direction, measured in the batch (see losses.py).
             "person_leak": 0.0,
             "pose_leak": 0.0,
@@ -106,6 +116,8 @@ def get_config(variant: str = "full") -> ConfigDict:
     else:
         generator = common.adam(1e-4, b1=0.5, warmup_steps=1000)
         discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
+    # StyleGAN2's rate and betas for a penalty that comes in every r1_every-th step alone (optim.with_lazy_penalty).
+    discriminator.lazy_correction = not tiny
     pretraining = common.adam(2e-3)
     config.optim = ConfigDict(
         {"pretraining": pretraining, "generator": generator, "discriminator": discriminator}
@@ -174,12 +186,14 @@ def _networks(tiny: bool) -> dict:
             "generator": {
                 "volume_shape": (16, 64, 64),
                 "volume_channels": 32,
+                "flatten_stride": "last",  # last | first: a quarter of the work of halving both volumes (3.6)
                 "expression_gain": 1.0,  # of the latent beside the appearance, in the style
                 "expression_mixing": 0.0,  # gain of features mixed by the latent; 0: the style alone, as published
                 "appearance_widths": (32, 64, 128, 256, 128),
                 "appearance_strides": (2, 2, 2, 2),
                 "down_channels": (512, 512, 512),
                 "up_channels": (512, 256, 128),
+                "rgb_channels": None,  # from coarse to fine; None doubles from 3: 96, 48, 24, 12, 6, 3
                 "injection": "modulated",  # modulated | adain
                 "mapping_features": None,  # width of an optional mapping MLP of the style
                 "norm": "group",
@@ -202,12 +216,14 @@ def _networks(tiny: bool) -> dict:
         "generator": {
             "volume_shape": (4, 32, 32),
             "volume_channels": 8,
+            "flatten_stride": "last",
             "expression_gain": 1.0,
             "expression_mixing": 0.0,
             "appearance_widths": (8, 16, 32, 16),
             "appearance_strides": (2, 2, 2),
             "down_channels": (48, 48),
             "up_channels": (48, 24),
+            "rgb_channels": None,
             "injection": "modulated",
             "mapping_features": 64,
             "norm": "group",

@@ -53,6 +53,20 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
+def with_lazy_penalty(config: ml_collections.ConfigDict, every: int) -> ml_collections.ConfigDict:
+    """The optimizer of a loss whose penalty comes in every `every`-th step alone (StyleGAN2, appendix B).
+
+    With c = every / (every + 1) the rate times c and the betas to the power of c. There the penalty is a step of its
+    own, so that `every` steps are every + 1 updates of 1 / c the strength; here it is part of the step, and the
+    correction only makes the discriminator's optimizer the published one.
+    """
+    share = every / (every + 1)
+    corrected = ml_collections.ConfigDict(config.to_dict())
+    corrected.learning_rate = share * config.learning_rate
+    corrected.b1, corrected.b2 = config.b1**share, config.b2**share
+    return corrected
+
+
 def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """Muon (Jordan 2024; Liu et al. 2502.16982) for kernels, Adam with Nesterov's momentum for all else; no rate yet.
 

@@ -33,6 +33,33 @@ def test_adam_first_step_is_the_learning_rate_against_the_gradient():
     np.testing.assert_allclose(update["pose"]["head"]["kernel"], [[-0.01], [0.01]], rtol=1e-5)
 
 
+def test_clipping_by_hand_in_two_steps():
+    """Adam alone forgets the size of a single gradient, not which of two was the larger.
+
+    Gradients (6, 8), of norm 10, then (0.3, 0.4), of norm 0.5. Clipped to 1 the first is (0.6, 0.8), the second stays.
+    """
+    given, b1, b2 = [np.array([6.0, 8.0]), np.array([0.3, 0.4])], 0.5, 0.8
+
+    def second_update(clip_norm):
+        config = common.adam(1e-2, b1=b1, b2=b2, warmup_steps=0, clip_norm=clip_norm)
+        optimizer = make_optimizer(config, num_steps=100)
+        # Two groups: the norm is that of both together.
+        trees = [{"pose": {"a": one[0]}, "generator": {"b": one[1]}} for one in given]
+        trees = jax.tree.map(np.float32, trees)
+        state = optimizer.init(trees[0])
+        for tree in trees:
+            update, state = optimizer.update(tree, state, trees[0])
+        return np.array([update["pose"]["a"], update["generator"]["b"]])
+
+    def expected(first, second):
+        mean = (b1 * (1 - b1) * first + (1 - b1) * second) / (1 - b1**2)
+        square = (b2 * (1 - b2) * first**2 + (1 - b2) * second**2) / (1 - b2**2)
+        return -1e-2 * mean / np.sqrt(square)
+
+    np.testing.assert_allclose(second_update(1.0), expected(given[0] / 10, given[1]), rtol=1e-4)
+    np.testing.assert_allclose(second_update(0.0), expected(*given), rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(40, 12), (3, 3, 5, 16)])
 def test_muon_moves_a_kernel_along_the_nearest_orthogonal_matrix(shape):
     params, gradients = _tree({"kernel": shape}, 0), _tree({"kernel": shape}, 1)

@@ -7,6 +7,7 @@ import pytest
 from dexportrait_jax import config as configs
 from dexportrait_jax.flops import count
 from dexportrait_jax.models.convolution import convolution_backend
+from dexportrait_jax.models.motion.generator import Generator
 from dexportrait_jax.models.perceptual import PerceptualNetwork
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import build_networks
@@ -59,14 +60,15 @@ def test_appearance_latent(networks):
     assert found == pytest.approx(0.33, rel=2e-2)
 
 
-def test_flatten_block(networks):
-    """method.md 3.6: 1.4 with the stride taken first, four times that where the pooling comes last, as here."""
-    found = gmacs(
-        networks["generator"], shape(1, 16, 64, 64, 64), part=lambda module: module.flatten
-    )
+@pytest.mark.parametrize("stride", ["last", "first"])
+def test_flatten_block(stride):
+    """method.md 3.6: 1.4 with the stride taken first, four times that where the pooling comes last, our default."""
+    generator = Network(lambda rngs: Generator(flatten_stride=stride, rngs=rngs))
+    found = gmacs(generator, shape(1, 16, 64, 64, 64), part=lambda module: module.flatten)
     cells, pooled = 16 * 64 * 64, 16 * 32 * 32
-    assert found == pytest.approx((cells * 27 * (64 * 32 + 32 * 32) + pooled * 64 * 32) / GIGA)
-    assert found == pytest.approx(4 * 1.4, rel=3e-2)
+    convolved = cells if stride == "last" else pooled
+    assert found == pytest.approx((convolved * 27 * (64 * 32 + 32 * 32) + pooled * 64 * 32) / GIGA)
+    assert found == pytest.approx({"last": 4, "first": 1}[stride] * 1.4, rel=3e-2)
 
 
 def test_decoder(networks):
@@ -117,7 +119,9 @@ def test_sample_of_the_motion_trainer():
         rel=1e-2,
     )
     assert work.macs / GIGA == pytest.approx(201.8, rel=1e-3)
-    assert work.macs / GIGA + 26.8 == pytest.approx(230, rel=3e-2)
+    # Counted as method.md counts the decoder, 86.2 for 59.35: the README's correction of it.
+    as_there = work.macs / GIGA + 86.2 - 59.35
+    assert as_there == pytest.approx(228.6, rel=1e-3) and as_there == pytest.approx(230, rel=1e-2)
 
 
 def test_step_is_three_times_its_forward_passes():

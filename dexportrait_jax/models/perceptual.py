@@ -112,8 +112,10 @@ class PerceptualNetwork(nnx.Module):
         for index, layers in enumerate(_SLICES[network]):
             setattr(self, f"lin{index}", _Head(layers[-1][2], rngs=rngs))
 
-    def features(self, x: Float[Array, "batch height width 3"]) -> FeatureMaps:
-        """Feature maps of pictures in [-1, 1], each position of unit length over its channels.
+    def features(
+        self, x: Float[Array, "batch height width 3"], unit_length: bool = True
+    ) -> FeatureMaps:
+        """Feature maps of pictures in [-1, 1], each position of unit length over its channels if asked for.
 
         For VGG16 at 1, 1/2, 1/4, 1/8 and 1/16 of the size with 64, 128, 256, 512, 512 channels.
         Features of a fixed picture can be kept and compared with those of several others.
@@ -130,7 +132,8 @@ class PerceptualNetwork(nnx.Module):
             if index in _POOLED[self.network]:
                 x = _max_pool(x, _POOLED[self.network][index])
             x = getattr(self.net, f"slice{index + 1}")(x)
-            maps.append(_unit_length(x.astype(jnp.float32)))
+            wide = x.astype(jnp.float32)
+            maps.append(_unit_length(wide) if unit_length else wide)
         return maps
 
     def distance_maps(self, fx: FeatureMaps, fy: FeatureMaps) -> DistanceMaps:
@@ -178,20 +181,55 @@ def reduce_maps(
     summed, and divided by the number of all positions ("all_positions": small masks give small
     values) or by the mask's own area ("mask_area": 0 where the mask is empty).
     """
-    if reduction not in ("all_positions", "mask_area"):
-        raise ValueError(f"reduction must be all_positions or mask_area, not {reduction!r}")
+    _check_reduction(reduction)
     total = jnp.zeros(maps[0].shape[0], maps[0].dtype)
     for distances in maps:
-        if mask is None:
-            total += jnp.mean(distances, axis=(1, 2))
-            continue
-        weight = _resize_by_area(mask.astype(distances.dtype), distances.shape[1:])
-        masked = jnp.mean(distances * weight, axis=(1, 2))
-        if reduction == "mask_area":
-            area = jnp.mean(weight, axis=(1, 2))
-            masked = jnp.where(area > 0, masked / jnp.where(area > 0, area, 1), 0)
-        total += masked
+        total += _mean_where(distances, mask, reduction)
     return total
+
+
+def feature_norms(
+    fx: FeatureMaps,
+    fy: FeatureMaps,
+    mask: Float[Array, "batch height width"] | None = None,
+    reduction: Reduction = "all_positions",
+) -> Float[Array, " batch"]:
+    """sum_i ||M (.) (f_i(x) - f_i(y))||_2, as the supplement prints both losses (method.md 3.10).
+
+    Features are neither of unit length nor weighted. Of every layer the root of the mean square over positions and
+    channels stands for the root of the sum, as the mean does in L1: layers count alike, whatever their size. [ours]
+    """
+    _check_reduction(reduction)
+    total = jnp.zeros(fx[0].shape[0], fx[0].dtype)
+    for a, b in zip(fx, fy, strict=True):
+        square = _mean_where(jnp.mean(jnp.square(a - b), axis=-1), mask, reduction, power=2)
+        # The root has no gradient at 0, where both pictures are equal.
+        positive = square > 0
+        total += jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    return total
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("all_positions", "mask_area"):
+        raise ValueError(f"reduction must be all_positions or mask_area, not {reduction!r}")
+
+
+def _mean_where(
+    values: Float[Array, "batch h w"],
+    mask: Float[Array, "batch height width"] | None,
+    reduction: Reduction,
+    power: int = 1,
+) -> Float[Array, " batch"]:
+    """Mean of one layer's values times the mask, at this layer's size, to this power."""
+    if mask is None:
+        return jnp.mean(values, axis=(1, 2))
+    weight = _resize_by_area(mask.astype(values.dtype), values.shape[1:])
+    weight = weight if power == 1 else weight**power
+    masked = jnp.mean(values * weight, axis=(1, 2))
+    if reduction == "mask_area":
+        area = jnp.mean(weight, axis=(1, 2))
+        masked = jnp.where(area > 0, masked / jnp.where(area > 0, area, 1), 0)
+    return masked
 
 
 def _unit_length(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h w channels"]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -167,19 +170,21 @@ def denoising_error(
     return jnp.mean(each if weights is None else each * weights)
 
 
-def gradient_norms(terms, image: Float[Array, "b h w 3"]) -> dict[str, Array]:
-    """gradient_norm/NAME of every term of ``terms(image)``, times its weight, with respect to the picture.
+def gradient_norms(
+    terms: Callable[[Any], Mapping[str, tuple[Any, Array]]], activations: Any
+) -> dict[str, Array]:
+    """gradient_norm/NAME of every (weight, value) of ``terms(activations)``: of weight times value, by the activations.
 
-    What each loss asks of the picture is what weights have to balance; the parameters' own gradients
-    would need a backward pass through all networks for every term.
+    What each loss asks of the picture, or of poses and latents, is what weights have to balance; the parameters' own
+    gradients would need a backward pass through all networks for every term.
     """
-    image = jax.lax.stop_gradient(image)
+    activations = jax.lax.stop_gradient(activations)
 
-    def weighted(image, name):
-        weight, value = terms(image)[name]
+    def weighted(activations, name):
+        weight, value = terms(activations)[name]
         return weight * value
 
     return {
-        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(image, name))
-        for name in jax.eval_shape(terms, image)
+        f"gradient_norm/{name}": optax.tree.norm(jax.grad(weighted)(activations, name))
+        for name in jax.eval_shape(terms, activations)
     }

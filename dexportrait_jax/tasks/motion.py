@@ -13,17 +13,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array
 
 from data_pipelines import loading
 from data_pipelines.survey import Survey
+from dexportrait_jax import geometry
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.models.perceptual import PerceptualNetwork, reduce_maps
-from dexportrait_jax.optim import make_optimizer
+from dexportrait_jax.models.perceptual import PerceptualNetwork
+from dexportrait_jax.optim import make_optimizer, with_lazy_penalty
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks.equivariance import draw_similarities, move_pictures
 from dexportrait_jax.tasks.motion_networks import build_networks, reenact
+from dexportrait_jax.tasks.motion_terms import (
+    PERCEPTUAL_FORMS,
+    Encoded,
+    Terms,
+    image_terms,
+    label_terms,
+    total,
+    values,
+)
 from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
@@ -48,11 +58,19 @@ class MotionTask:
                 "config.loss.person_leak compares targets of one source with those of others: it needs "
                 "config.data.batch_size and config.data.targets of 2 or more"
             )
+        if config.loss.perceptual_form not in PERCEPTUAL_FORMS:
+            raise UserError(
+                f"config.loss.perceptual_form is {' or '.join(PERCEPTUAL_FORMS)}, "
+                f"not {config.loss.perceptual_form!r}"
+            )
         self.config = config
         self.networks = build_networks(config)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
         joint_steps = config.num_steps - config.pretraining.steps
+        discriminator = config.optim.discriminator
+        if discriminator.lazy_correction:
+            discriminator = with_lazy_penalty(discriminator, config.loss.r1_every)
         pretraining = ()
         if config.pretraining.steps:
             pretraining = (
@@ -77,12 +95,12 @@ class MotionTask:
                 "discriminator",
                 ("discriminator",),
                 self.discriminator_loss,
-                make_optimizer(config.optim.discriminator, joint_steps),
+                make_optimizer(discriminator, joint_steps),
                 when="adversarial",
             ),
         )
         self._preview = jax.jit(
-            lambda params, batch: self._predict(params, batch, *self._encode(params, batch)[:2])
+            lambda params, batch: self._predict(params, batch, self._encode(params, batch))
         )
 
     def check_data(self, found: Survey) -> None:
@@ -147,124 +165,88 @@ class MotionTask:
         """Shapes of the perceptual network's weights."""
         return {"perceptual": self.perceptual.abstract}
 
-    def _encode(self, params, batch):
-        """Poses of (sources, targets), expression latents of the targets, and their heat maps."""
+    def _encode(self, params, batch, key=None) -> Encoded:
+        """What the encoders make of a batch; with a key as in training, with dropout where there is any."""
+        networks, config = self.networks, self.config
+        first = second = moved = expected = None  # keys of dropout, poses of the moved targets
+        if key is not None and config.model.expression.dropout:
+            first, second = jax.random.split(jax.random.fold_in(key, 0))
         with jax.named_scope("pose"):
-            poses = encode_poses(self.networks["pose"].bind(params["pose"]), batch)
-        encoder = self.networks["expression"].bind(params["expression"])
+            encoder = networks["pose"].bind(params["pose"])
+            of_sources, of_targets = encode_poses(encoder, batch)
+            if key is not None and config.loss.equivariance:
+                moved, expected = self._moved(
+                    encoder, batch, of_targets, jax.random.fold_in(key, 1)
+                )
+        encoder = networks["expression"].bind(params["expression"])
         crops = to_float(flatten_targets(batch["target_expression_image"]))
         with jax.named_scope("expression"):
-            heat_maps = encoder.heat_maps(crops)
-            return poses, encoder.latent(heat_maps), heat_maps
+            heat_maps = encoder.heat_maps(crops, first)
+            expression, other = encoder.latent(heat_maps), None
+        if key is not None and "target_second_expression_image" in batch:
+            crops = to_float(flatten_targets(batch["target_second_expression_image"]))
+            with jax.named_scope("expression"):
+                other = encoder(crops, second)
+        return Encoded(of_sources, of_targets, expression, heat_maps, other, moved, expected)
 
-    def _predict(self, params, batch, poses, expression):
+    def _moved(self, encoder, batch, poses, key):
+        """P(S I) and S P(I) of the targets, each with a similarity S of its own."""
+        pictures = to_float(flatten_targets(batch["target_pose_image"]))
+        similarities = draw_similarities(key, len(pictures), self.config.data.augment.similarity)
+        moved, _ = encoder(move_pictures(pictures, similarities))
+        return moved.astype(jnp.float32), geometry.compose(similarities, poses)
+
+    def _predict(self, params, batch, encoded: Encoded):
         """The targets as the source in these poses and expressions."""
         return reenact(
             self.networks,
             params,
             to_float(batch["source_image"]),
-            *poses,
-            expression,
+            encoded.source_poses,
+            encoded.target_poses,
+            encoded.expression,
             self.config.model.warp_padding,
         )
 
-    def _label_terms(self, params, batch, poses, expression, heat_maps, step):
-        """Towards the labels that every record carries (method.md 2), and between two views of an instant."""
-        weights = self.config.loss
-        blendshapes = flatten_targets(batch["target_blendshapes"])
-
-        def label_error(latent):
+    def _label_terms(self, params, batch, step, encoded) -> Terms:
+        def read_blendshapes(latent):
             with jax.named_scope("label_heads"):
-                read = self.networks["label_heads"].bind(params["label_heads"])(latent)
-            return losses.mean_squared(read, blendshapes)
+                return self.networks["label_heads"].bind(params["label_heads"])(latent)
 
-        of_sources, of_targets = poses
-        poses_of_targets = flatten_targets(batch["target_head_pose"])
-        count = len(of_sources) + len(of_targets)
-        pose_label = len(of_sources) / count * losses.pose_label(
-            of_sources, batch["source_head_pose"]
-        ) + len(of_targets) / count * losses.pose_label(of_targets, poses_of_targets)
-        values = {
-            "pose_label": pose_label,
-            "blendshape_label": label_error(expression),
-            "landmark_label": losses.landmark_label(
-                heat_maps[..., : weights.landmark_maps],
-                flatten_targets(batch["target_expression_landmarks"]),
-            ),
-        }
-        invariance = {}
-        if "target_second_expression_image" in batch:
-            crops = to_float(flatten_targets(batch["target_second_expression_image"]))
-            with jax.named_scope("expression"):
-                second = self.networks["expression"].bind(params["expression"])(crops)
-            invariance = {
-                "invariance": (weights.invariance, losses.mean_squared(expression, second))
-            }
-            # One instant has one expression, whichever camera sees it.
-            error = (values["blendshape_label"] + label_error(second)) / 2
-            values["blendshape_label"] = error
-        targets = batch["target_image"].shape[1]
-        of_people = expression.astype(jnp.float32).reshape(-1, targets, expression.shape[-1])
-        leaks = {
-            "person_leak": lambda: losses.person_leak(of_people),
-            "pose_leak": lambda: losses.pose_leak(expression, poses_of_targets),
-        }
-        return (
-            {
-                name: (losses.decaying_weight(step, **weights[name]), value)
-                for name, value in values.items()
-            }
-            | {name: (weights[name], leak()) for name, leak in leaks.items() if weights[name]}
-            | invariance
-        )
+        return label_terms(self.config.loss, read_blendshapes, batch, step, encoded)
+
+    def _image_terms(self, params, batch, events, image) -> Terms:
+        def judge(image):
+            discriminator = self.networks["discriminator"].bind(params["discriminator"])
+            with jax.named_scope("discriminator"):
+                return discriminator(image[: self.judged(image.shape[0])])
+
+        perceptual = self.perceptual.bind(params["perceptual"])
+        judging = judge if "adversarial" in events else None
+        return image_terms(self.config.loss, perceptual, judging, batch, image)
 
     def label_loss(self, params, batch, key, step, shared, events):
         """The encoders alone, from labels: a network that sees nothing yet is no use to a decoder."""
-        del key, step, shared, events
+        del step, shared, events
         # The weights of the first joint step: pretraining is over before they fall.
-        terms = self._label_terms(params, batch, *self._encode(params, batch), 0)
-        return _total(terms), Outputs(_values(terms), {})
+        terms = self._label_terms(params, batch, 0, self._encode(params, batch, key))
+        return total(terms), Outputs(values(terms), {})
 
     def generator_loss(self, params, batch, key, step, shared, events):
-        """10 L1 + LPIPS + 100 component LPIPS + adversarial (method.md 3.10), and the optional terms."""
-        del key, shared
-        poses, expression, heat_maps = self._encode(params, batch)
-        image = self._predict(params, batch, poses, expression)
-        image_terms = functools.partial(self._image_terms, params, batch, events)
-        terms = image_terms(image)
-        metrics = {}
-        if "gradient_norms" in events:
-            metrics = losses.gradient_norms(image_terms, image)
+        """All terms that look at the picture, and those that look at poses and latents (motion_terms.py)."""
+        del shared
+        encoded = self._encode(params, batch, key)
+        image = self._predict(params, batch, encoded)
+        of_image = functools.partial(self._image_terms, params, batch, events)
         joint_step = step - self.config.pretraining.steps
-        terms |= self._label_terms(params, batch, poses, expression, heat_maps, joint_step)
+        of_encoded = functools.partial(self._label_terms, params, batch, joint_step)
+        terms = of_image(image) | of_encoded(encoded)
+        norms = {}
+        if "gradient_norms" in events:
+            norms = losses.gradient_norms(of_image, image)
+            norms |= losses.gradient_norms(of_encoded, encoded)
         judged = image[: self.judged(image.shape[0])]
-        return _total(terms), Outputs(_values(terms) | metrics, {"image": judged})
-
-    def _image_terms(self, params, batch, events, image):
-        """The terms that look at the picture: name -> (weight, value)."""
-        weights = self.config.loss
-        target = to_float(flatten_targets(batch["target_image"]))
-        mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
-        perceptual = self.perceptual.bind(params["perceptual"])
-        with jax.named_scope("perceptual"):
-            maps = perceptual.distance_maps(
-                perceptual.features(image), jax.lax.stop_gradient(perceptual.features(target))
-            )
-        terms = {
-            "l1": (weights.l1, losses.mean_absolute(image, target)),
-            "lpips": (weights.lpips, jnp.mean(reduce_maps(maps))),
-            "clpips": (weights.clpips, jnp.mean(reduce_maps(maps, mask, weights.clpips_reduction))),
-            "masked_l1": (weights.masked_l1, losses.masked_absolute(image, target, mask)),
-            "gradient_l1": (weights.gradient_l1, losses.gradient_absolute(image, target)),
-            "multiscale_l1": (weights.multiscale_l1, losses.multiscale_absolute(image, target)),
-        }
-        # Before the discriminator has started it knows nothing; its gradient would be noise.
-        if "adversarial" in events:
-            discriminator = self.networks["discriminator"].bind(params["discriminator"])
-            with jax.named_scope("discriminator"):
-                logits = discriminator(image[: self.judged(image.shape[0])])
-            terms["adversarial"] = (weights.adversarial, losses.generator_adversarial(logits))
-        return terms
+        return total(terms), Outputs(values(terms) | norms, {"image": judged})
 
     def discriminator_loss(self, params, batch, key, step, shared, events):
         """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
@@ -275,13 +257,13 @@ class MotionTask:
         discriminator = self.networks["discriminator"].bind(params["discriminator"])
         with jax.named_scope("discriminator"):
             fake_logits, real_logits = discriminator(fake), discriminator(real)
-        total = losses.discriminator_adversarial(fake_logits, real_logits)
+        value = losses.discriminator_adversarial(fake_logits, real_logits)
         metrics = {"fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
         if "r1" in events:
             with jax.named_scope("discriminator"):
                 metrics["r1"] = losses.r1_penalty(discriminator, real)
-            total += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
-        return total, Outputs(metrics, {})
+            value += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
+        return value, Outputs(metrics, {})
 
     def judged(self, targets: int) -> int:
         """How many of a batch's targets the discriminator sees: all, or `loss.adversarial_images`."""
@@ -299,14 +281,6 @@ class MotionTask:
                 batch["target_image"],
                 image,
             )
-
-
-def _total(terms: dict[str, tuple[Any, Array]]) -> Array:
-    return sum(weight * value for weight, value in terms.values())
-
-
-def _values(terms: dict[str, tuple[Any, Array]]) -> dict[str, Array]:
-    return {name: value for name, (_, value) in terms.items()}
 
 
 def make(config: ml_collections.ConfigDict) -> MotionTask:

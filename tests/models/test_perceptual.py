@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from dexportrait_jax.models import perceptual
-from dexportrait_jax.models.perceptual import PerceptualNetwork, reduce_maps
+from dexportrait_jax.models.perceptual import PerceptualNetwork, feature_norms, reduce_maps
 from dexportrait_jax.state import Network, parameter_count
 from dexportrait_jax.weights import names
 
@@ -88,6 +88,29 @@ def test_reductions_by_hand():
     np.testing.assert_allclose(reduce_maps(maps, mask, "mask_area"), [1 + 10])
     with pytest.raises(ValueError, match="reduction"):
         reduce_maps(maps, mask, "mean")
+
+
+def test_feature_norms_by_hand():
+    """Of two layers: differences (3, 4) in one of two cells and (1, 1) in the other; 6 in a single cell."""
+    fx = [jnp.asarray([[[[3.0, 4.0], [1.0, 1.0]]]]), jnp.asarray([[[[6.0]]]])]
+    fy = [jnp.zeros_like(layer) for layer in fx]
+    left = jnp.asarray([[[1.0, 0.0], [1.0, 0.0]]])  # the first cell, and half of the last layer's
+    np.testing.assert_allclose(feature_norms(fx, fy), [np.sqrt(27 / 4) + 6], rtol=1e-6)
+    np.testing.assert_allclose(feature_norms(fx, fy, left), [np.sqrt(25 / 4) + 3], rtol=1e-6)
+    by_area = feature_norms(fx, fy, left, "mask_area")
+    np.testing.assert_allclose(by_area, [np.sqrt(25 / 2) + 6], rtol=1e-6)
+    gradient = jax.grad(lambda fx: feature_norms(fx, fy).sum())(fy)
+    assert all(np.all(layer == 0) for layer in gradient)
+    with pytest.raises(ValueError, match="reduction"):
+        feature_norms(fx, fy, left, "mean")
+
+
+def test_plain_features_are_those_before_they_get_unit_length(alexnet, features):
+    plain = jax.jit(lambda x: alexnet.features(x, unit_length=False))(_pictures(seed=1))
+    for before, after in zip(plain, features[0], strict=True):
+        length = np.linalg.norm(before, axis=-1, keepdims=True)
+        assert length.max() > 1.5 or length.max() < 0.5
+        np.testing.assert_allclose(after * length, before, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_is_finite_where_features_vanish(alexnet):

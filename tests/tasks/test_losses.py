@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dexportrait_jax import geometry
 from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks.motion_networks import LabelHeads
 
 
 def picture(values):
@@ -14,6 +16,11 @@ def picture(values):
 
 def test_mean_absolute():
     assert losses.mean_absolute(picture([[1, 2], [3, 4]]), picture([[0, 2], [3, 7]])) == 1.0
+
+
+def test_mean_squared():
+    prediction, target = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0.0, 2.0], [3.0, 7.0]])
+    assert losses.mean_squared(prediction, target) == (1 + 9) / 4
 
 
 def test_masked_absolute_is_a_mean_over_all_positions():
@@ -64,6 +71,50 @@ def test_pose_label():
     assert losses.pose_label(pose(90.0, 1.0, (0, 0)), here) == pytest.approx(4.0, rel=1e-4)
     assert losses.pose_label(pose(0.0, np.e, (0, 0)), here) == pytest.approx(1.0, rel=1e-4)
     assert losses.pose_label(pose(0.0, 1.0, (0.3, 0.4)), here) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_landmark_label():
+    """Of 4 x 4 cells the one in row 0, column 3 has its middle at x = .75, y = -.75."""
+    maps = np.full((1, 4, 4, 2), -1e4, np.float32)  # two maps, each with one hot cell
+    maps[0, 0, 3, 0] = maps[0, 2, 1, 1] = 0.0  # the second's middle: x = -.25, y = .25
+    heat_maps = jnp.asarray(maps)
+
+    def error(*landmarks):
+        return float(losses.landmark_label(heat_maps, jnp.asarray([landmarks], jnp.float32)))
+
+    assert error((0.75, -0.75), (-0.25, 0.25)) == pytest.approx(0, abs=1e-6)
+    assert error((-0.75, 0.75), (-0.25, 0.25)) == pytest.approx(1.5 / 2, rel=1e-6)  # x for y
+    assert error((0.35, -0.75), (-0.25, 0.45)) == pytest.approx((0.4 + 0.2) / 4, rel=1e-5)
+    # One that lies outside, in one axis or in both, says nothing, but the mean stays over all.
+    assert error((1.01, 0.0), (-0.25, 0.45)) == pytest.approx(0.2 / 4, rel=1e-5)
+    assert error((0.0, -1.01), (-0.25, 0.45)) == pytest.approx(0.2 / 4, rel=1e-5)
+    assert error((0.0, -1.01), (2.0, 2.0)) == 0
+    # The landmarks beyond the maps are nobody's.
+    assert error((0.75, -0.75), (-0.25, 0.25), (0.9, 0.9)) == pytest.approx(0, abs=1e-6)
+
+
+def test_landmark_label_reads_a_mean():
+    """Equal heat in two cells of a row lies between them; logits, not heat, are given."""
+    maps = np.full((1, 2, 4, 1), -1e4, np.float32)
+    maps[0, 1, 0, 0], maps[0, 1, 1, 0] = np.log(3.0), 0.0  # 3/4 at x = -.75, 1/4 at -.25; y = .5
+    wanted = jnp.array([[[-0.625, 0.5]]])
+    assert losses.landmark_label(jnp.asarray(maps), wanted) == pytest.approx(0, abs=1e-6)
+
+
+def test_label_heads_read_along_columns_of_one_length():
+    """Whatever the kernel's size, a column's length is .25, the spread of a blendshape."""
+    heads = LabelHeads(2, rngs=nnx.Rngs(0))
+    kernel = np.zeros((2, 52), np.float32)
+    kernel[:, 0], kernel[:, 1], kernel[:, 2] = (30, 40), (0, -0.002), (1, 0)
+    bias = np.zeros(52, np.float32)
+    bias[2] = 5.0
+    heads.blendshapes.kernel, heads.blendshapes.bias = map(
+        nnx.Param, map(jnp.asarray, (kernel, bias))
+    )
+    read = heads(jnp.array([[1.0, 2.0]]))
+    assert read.shape == (1, 52)
+    expected = [0.25 * (0.6 * 1 + 0.8 * 2), 0.25 * -2, 0.25 * 1 + 5]
+    np.testing.assert_allclose(read[0, :3], expected, rtol=1e-5)
 
 
 def test_person_leak_by_hand():

@@ -25,7 +25,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.motion.pose import ConvNeXtV2, PoseEncoder
 from dexportrait_jax.state import Network, filled
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.weights import published
+from dexportrait_jax.weights import convnextv2, published
 from dexportrait_jax.weights.convnextv2 import IMAGENET, load_trunk
 from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
@@ -47,21 +47,30 @@ TO_TIMM = (
 )
 
 
-def published_model(sizes=SMALL):
-    """transformers' model with random weights, none at a special value."""
-    config = ConvNextV2Config(
+def published_config(sizes):
+    return ConvNextV2Config(
         depths=list(sizes["depths"]), hidden_sizes=list(sizes["dims"]), layer_norm_eps=1e-6
     )
-    return randomise(ConvNextV2Model(config))
+
+
+def published_model(sizes=SMALL):
+    """transformers' model with random weights, none at a special value."""
+    return randomise(ConvNextV2Model(published_config(sizes)))
+
+
+def in_timm_s_names(state_dict):
+    """Tensors of transformers as timm names and shapes them."""
+    tensors = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in TO_TIMM:
+            key = re.sub(pattern, replacement, key)
+        tensors[key] = value.reshape(-1) if ".grn." in key else value
+    return tensors
 
 
 def timm_tensors(model):
-    """The weights as timm names and shapes them, with a classifier."""
-    tensors = {}
-    for key, value in model.state_dict().items():
-        for pattern, replacement in TO_TIMM:
-            key = re.sub(pattern, replacement, key)
-        tensors[key] = value.numpy().reshape(-1) if ".grn." in key else value.numpy()
+    """The weights as in a file of timm, with a classifier."""
+    tensors = {key: value.numpy() for key, value in in_timm_s_names(model.state_dict()).items()}
     width = tensors["head.norm.weight"].size
     return tensors | {"head.fc.weight": np.ones((10, width), np.float32)}
 
@@ -141,6 +150,33 @@ def test_import_of_the_real_size(tmp_path, layout):
     # The file itself is mapped, not copied: with all of it in memory this is 1.3 times the file.
     assert peak <= 0.3 * 4 * group["parameters"]
     assert features_error(tmp_path / "export", model, TINY, 224) <= 1e-4
+
+
+def test_timm_names_are_timm_s():
+    """Every tensor that timm's own ConvNeXtV2-Tiny has, by name and shape, has one place here, and none is over.
+
+    The names that the other tests give a random model are ours to get wrong; these are from the package.
+    """
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "timm_names.json").read_text())
+    shapes = {key: tuple(shape) for key, shape in golden["shapes"].items()}
+    classifier = {"head.fc.weight", "head.fc.bias"}
+    with torch.device("meta"):
+        drawn = in_timm_s_names(ConvNextV2Model(published_config(TINY)).state_dict())
+    assert {key: tuple(value.shape) for key, value in drawn.items()} == {
+        key: shape for key, shape in shapes.items() if key not in classifier
+    }
+
+    class Files:  # shapes are all that a plan looks at
+        source = "timm"
+
+    files = Files()
+    files.shapes = shapes
+    plan = convnextv2.plan(files)
+    abstract, found = plan.groups["pose"]
+    assert set(plan.left_out) == classifier
+    assert sorted(found.values()) == sorted(shapes.keys() - classifier)
+    assert found.keys() == published.shapes(abstract).keys()
+    assert (plan.config["depths"], plan.config["dims"]) == (TINY["depths"], TINY["dims"])
 
 
 def imported(tmp_path, model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,12 +11,14 @@ from jaxtyping import Array, Float
 
 from dexportrait_jax.models.layers import Conv, Normalisation, normalisation
 
+Halve = Literal["last", "first"]
+
 
 class ResBlock3d(nnx.Module):
     """norm-ReLU-conv-norm-ReLU-conv with 3x3x3 windows, and a shortcut (method.md 3.2, 3.6).
 
-    With ``halve`` height and width are halved by averaging after the convolutions. Where the number of
-    features changes the shortcut is a 1x1x1 convolution.
+    With ``halve`` height and width are halved by averaging: "last", after the convolutions, or "first", before all
+    else, for a quarter of the work. Where the number of features changes the shortcut is a 1x1x1 convolution.
     """
 
     def __init__(
@@ -22,11 +26,13 @@ class ResBlock3d(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        halve: bool = False,
+        halve: Halve | None = None,
         norm: Normalisation = "group",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if halve not in (None, "last", "first"):
+            raise ValueError(f"a block is halved 'last' or 'first', not {halve!r}")
         build = {"dtype": dtype, "rngs": rngs}
         self.halve = halve
         self.norm1 = normalisation(norm, in_features, **build)
@@ -37,9 +43,13 @@ class ResBlock3d(nnx.Module):
         self.shortcut = Conv(in_features, out_features, (1, 1, 1), **build) if changes else None
 
     def __call__(self, volume: Float[Array, "b d h w c"]) -> Float[Array, "b d h2 w2 c2"]:
+        if self.halve == "first":
+            volume = average_halves(volume)
         hidden = self.conv1(jax.nn.relu(self.norm1(volume)))
         hidden = self.conv2(jax.nn.relu(self.norm2(hidden)))
-        if self.halve:  # averaging and a 1x1x1 convolution commute; the smaller volume is cheaper
+        if (
+            self.halve == "last"
+        ):  # averaging and a 1x1x1 convolution commute; the smaller volume is cheaper
             hidden, volume = average_halves(hidden), average_halves(volume)
         return hidden + (volume if self.shortcut is None else self.shortcut(volume))
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dexportrait_jax.models.layers import Normalisation
 from dexportrait_jax.models.motion.appearance import AppearanceLatent
-from dexportrait_jax.models.motion.blocks import ResBlock3d, depth_to_features
+from dexportrait_jax.models.motion.blocks import Halve, ResBlock3d, depth_to_features
 from dexportrait_jax.models.motion.decoder import Decoder, Injection
 from dexportrait_jax.models.rematerialisation import Remat, rematerialised
 
@@ -27,6 +27,7 @@ class Generator(nnx.Module):
         expression_features: length of the expression latent.
         expression_gain: factor of the latent in the style. Published is 1; a short latent beside a long appearance
             has little say in a mix whose weights start alike.
+        flatten_stride: "last" or "first": where the volumes are halved, see ``ResBlock3d``.
         appearance_widths, appearance_strides: of ``AppearanceLatent``.
         down_channels, up_channels, rgb_channels, injection, mapping_features, expression_mixing: of ``Decoder``,
             which enters at h/2 and ends at h/2 * 2^len(up_channels) pixels.
@@ -40,6 +41,7 @@ class Generator(nnx.Module):
         volume_channels: int = 32,
         expression_features: int = 512,
         expression_gain: float = 1.0,
+        flatten_stride: Halve = "last",
         appearance_widths: Sequence[int] = (32, 64, 128, 256, 128),
         appearance_strides: Sequence[int] = (2, 2, 2, 2),
         down_channels: Sequence[int] = (512, 512, 512),
@@ -56,7 +58,7 @@ class Generator(nnx.Module):
         build = {"dtype": dtype, "rngs": rngs}
         self.expression_gain, self.remat = expression_gain, remat
         self.flatten = ResBlock3d(
-            2 * volume_channels, volume_channels, halve=True, norm=norm, **build
+            2 * volume_channels, volume_channels, halve=flatten_stride, norm=norm, **build
         )
         self.appearance_latent = AppearanceLatent(
             volume_shape=volume_shape,

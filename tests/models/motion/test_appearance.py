@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -39,8 +40,9 @@ def test_pooling_leaves_out_an_odd_edge_as_pytorch_does():
     close(max_halves(inputs), torch.nn.functional.max_pool2d(image, 2))
 
 
-def test_res_block_3d_equals_torch():
-    block = randomised(ResBlock3d(8, 4, halve=True, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("halve", ["last", "first"])
+def test_res_block_3d_equals_torch(halve):
+    block = randomised(ResBlock3d(8, 4, halve=halve, rngs=nnx.Rngs(0)))
     volume = np.random.default_rng(0).standard_normal((2, 3, 6, 4, 8)).astype(np.float32)
 
     def conv(layer, x, padding):
@@ -48,10 +50,15 @@ def test_res_block_3d_equals_torch():
         bias = torch.tensor(np.asarray(layer.bias[...]))
         return torch.nn.functional.conv3d(x, kernel, bias, padding=padding)
 
+    def pool(x):
+        return torch.nn.functional.avg_pool3d(x, (1, 2, 2))
+
     x = to_torch(volume)
+    x = pool(x) if halve == "first" else x
     hidden = conv(block.conv1, group_norm(block.norm1, x).relu(), 1)
     hidden = conv(block.conv2, group_norm(block.norm2, hidden).relu(), 1)
-    expected = torch.nn.functional.avg_pool3d(hidden + conv(block.shortcut, x, 0), (1, 2, 2))
+    expected = hidden + conv(block.shortcut, x, 0)
+    expected = pool(expected) if halve == "last" else expected
     close(jax.jit(block)(volume), expected)
 
 

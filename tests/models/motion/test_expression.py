@@ -7,7 +7,13 @@ import pytest
 import torch
 from flax import nnx
 
-from dexportrait_jax.models.motion.expression import ExpressionEncoder, FanBlock, Hourglass
+from dexportrait_jax.models.motion.expression import (
+    ExpressionEncoder,
+    FanBlock,
+    Hourglass,
+    PatchAttention,
+)
+from dexportrait_jax.state import Network
 from tests.models.motion.torch_statements import close, conv2d, group_norm, randomised, to_torch
 
 SIZES = {"image_size": 32, "stem": 8, "widths": (8, 16, 32), "depth": 2, "heat_maps": 4}
@@ -86,6 +92,53 @@ def test_attention_blocks_change_nothing_at_first():
     np.testing.assert_allclose(before, with_attention(image), atol=1e-5)
 
 
+def torch_linear(layer, x):
+    x = x @ torch.tensor(np.asarray(layer.kernel[...]))
+    return x if layer.bias is None else x + torch.tensor(np.asarray(layer.bias[...]))
+
+
+def torch_patch_attention(block, x, heads):
+    """(B, C, h, w): tokens from 1x1 convolution and patches, attention, GEGLU, patches added to the input."""
+    functional, p = torch.nn.functional, block.patch
+    batch, _, height, width = x.shape
+    rows, columns = height // p, width // p
+
+    def norm(layer, x):
+        scale, bias = (torch.tensor(np.asarray(part[...])) for part in (layer.scale, layer.bias))
+        return functional.layer_norm(x, x.shape[-1:], scale, bias, 1e-5)
+
+    def split(x):  # (B, n, heads * d) -> (B, heads, n, d)
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    # Token of a patch: its positions row by row, the features of each together.
+    tokens = conv2d(block.proj_in, x).permute(0, 2, 3, 1)
+    tokens = tokens.reshape(batch, rows, p, columns, p, -1).permute(0, 1, 3, 2, 4, 5)
+    tokens = tokens.reshape(batch, rows * columns, -1)
+    tokens = tokens + torch.tensor(np.asarray(block.pos_embed[...]))
+    normed = norm(block.norm1, tokens)
+    query, key, value = (
+        split(torch_linear(layer, normed)) for layer in (block.to_q, block.to_k, block.to_v)
+    )
+    weights = torch.softmax(query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5, -1)
+    attended = (weights @ value).transpose(1, 2).flatten(2)
+    tokens = tokens + torch_linear(block.to_out, attended)
+    hidden, gate = torch_linear(block.ff_in, norm(block.norm2, tokens)).chunk(2, -1)
+    tokens = tokens + torch_linear(block.ff_out, hidden * functional.gelu(gate))
+    patches = torch_linear(block.proj_out, tokens).reshape(batch, rows, columns, p, p, -1)
+    return x + patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def test_patch_attention_equals_torch():
+    """With the published eight heads, narrower ones, and weights at which the attention picks among tokens."""
+    sizes = {"heads": 8, "head_features": 8}
+    block = randomised(PatchAttention(6, 8, 2, **sizes, rngs=nnx.Rngs(0)))
+    inputs = np.random.default_rng(0).standard_normal((2, 8, 8, 6)).astype(np.float32)
+    expected = torch_patch_attention(block, to_torch(inputs), sizes["heads"])
+    close(jax.jit(block)(inputs), expected)
+    assert PatchAttention.__init__.__kwdefaults__["heads"] == 8
+    assert PatchAttention.__init__.__kwdefaults__["head_features"] == 128
+
+
 def test_attention_moves_information_between_patches():
     attention = {"kind": "fan_sa", "heads": 2, "head_features": 32}
     block = ExpressionEncoder(**SIZES, **attention, latent=12, rngs=nnx.Rngs(0)).sa2
@@ -104,6 +157,21 @@ def test_dropout_acts_only_with_a_key_and_keeps_the_mean():
     assert np.abs(dropped[0] - plain).max() > 0.1
     np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=1.0)
     np.testing.assert_allclose(dropped.mean(), plain.mean(), atol=0.02)
+
+
+def test_a_key_reaches_the_hourglass(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        Hourglass, "__call__", lambda self, inputs, key=None: given.append(key) or inputs
+    )
+    network = Network(lambda rngs: ExpressionEncoder(**SIZES, latent=6, rngs=rngs))
+
+    def run(params, image, key):
+        encoder = network.bind(params)
+        return encoder(image, key), encoder.heat_maps(image, key), encoder(image)
+
+    jax.eval_shape(run, network.abstract, jnp.zeros((1, 32, 32, 3)), jax.random.key(0))
+    assert [key is not None for key in given] == [True, True, False]
 
 
 def test_sizes_that_cannot_work():
