@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import sys
@@ -21,6 +22,7 @@ import ml_collections
 from data_pipelines.files import write_json
 from dexportrait_jax import checkpoint, distributed, environment, metrics
 from dexportrait_jax import config as configs
+from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -48,8 +50,13 @@ FREE_KEYS = (
 # update the code cannot go on with the runs they have.
 BEFORE_THE_KEY = {
     "data.cross_view": 0.0,
+    "loss.equivariance": 0.0,
+    "loss.perceptual_form": "lpips",
     "loss.person_leak": 0.0,
     "loss.pose_leak": 0.0,
+    "model.expression.dropout": 0.0,
+    "model.generator.flatten_stride": "last",
+    "model.generator.rgb_channels": None,
 }
 
 
@@ -98,12 +105,22 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
     changed = [
         difference
-        for difference in configs.differences(before, values)
+        for difference in configs.differences(compared(before), compared(values))
         if not _goes_on(*difference)
     ]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(f"{workdir} was started {_what_changed(path, *changed[0], more)}")
+
+
+def compared(values: dict[str, Any]) -> dict[str, Any]:
+    """The config as runs are compared by: of a noise schedule what it is, not whether a preset's name says so.
+
+    Runs from before there were presets gave every key of it.
+    """
+    if "diffusion" not in values:
+        return values
+    return values | {"diffusion": dataclasses.asdict(noise_schedule(values["diffusion"]))}
 
 
 def check_nothing_lost(workdir: Path) -> None:

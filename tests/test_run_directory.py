@@ -1,5 +1,6 @@
 """What stands beside the checkpoints: config, code, environment and data."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -9,12 +10,14 @@ import pytest
 
 from dexportrait_jax import code_version
 from dexportrait_jax import config as configs
+from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.run_directory import (
     BEFORE_THE_KEY,
     FREE_KEYS,
     check_nothing_lost,
     check_same_run,
+    compared,
     write_description,
 )
 
@@ -107,6 +110,17 @@ def test_what_saves_memory_may_change(tmp_path):
     check_same_run(tmp_path, less)
 
 
+def test_a_schedule_is_the_same_by_name_and_by_keys(tmp_path):
+    """As runs from before there were presets gave it."""
+    config = configs.load_config("configs/animator_image.py:tiny", [])
+    keys = dataclasses.asdict(noise_schedule(config.diffusion.to_dict()))
+    started_with(tmp_path, config, diffusion=keys)
+    check_same_run(tmp_path, config)
+    other = configs.load_config("configs/animator_image.py:tiny", ["diffusion.beta_end=0.02"])
+    with pytest.raises(UserError, match="config.diffusion.beta_end=0.012, now it is 0.02"):
+        check_same_run(tmp_path, other)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -137,7 +151,7 @@ def test_every_key_is_known_to_older_runs():
     now = set()
     for name, variant in variants:
         values = configs.to_json(configs.load_config(f"configs/{name}.py:{variant}"))
-        now |= {key for key, _, _ in configs.differences({}, values)}
+        now |= {key for key, _, _ in configs.differences({}, compared(values))}
     new = {key for key in now - known if not key.startswith(FREE_KEYS)}
     assert new <= set(BEFORE_THE_KEY), "put them into run_directory.BEFORE_THE_KEY"
     assert set(BEFORE_THE_KEY) <= now
