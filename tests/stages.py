@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from dexportrait_jax import config as configs
-from dexportrait_jax.tasks import build_networks
+from dexportrait_jax.state import Network
+from dexportrait_jax.tasks import build_networks, motion
+from dexportrait_jax.tasks.motion_networks import LabelHeads
 from dexportrait_jax.weights.exporting import export_groups
 
 STAGES = ("motion", "autoencoder", "animator_image", "animator_video")
@@ -80,3 +84,69 @@ def _export_random(config: ConfigDict, exports: Path) -> None:
             "crop": {},
         }
         export_groups(exports / name, model, groups)
+
+
+class _Weight(nnx.Module):
+    """One number, and what it does to pictures: a network of every group that compiles in no time."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.5 + 0.1 * jax.random.normal(rngs.params(), (1,)))
+
+    def brightness(self, image):
+        return self.weight[...] * jnp.mean(image, (1, 2, 3))[:, None]
+
+
+class _Pose(_Weight):
+    def __call__(self, image):
+        pose = jnp.broadcast_to(jnp.eye(3, 4), (len(image), 3, 4))
+        return pose.at[:, 0, 3].add(self.brightness(image)[:, 0]), {}
+
+
+class _Expression(_Weight):
+    def heat_maps(self, image, key=None):
+        return jnp.broadcast_to(self.brightness(image)[:, :, None, None], (len(image), 4, 4, 68))
+
+    def latent(self, heat_maps):
+        return jnp.mean(heat_maps, (1, 2))[:, :1]
+
+
+class _Appearance(_Weight):
+    def __call__(self, image):
+        cells = self.brightness(image)[:, :, None, None, None]
+        return jnp.broadcast_to(cells, (len(image), 2, 2, 2, 1))
+
+
+class _Generator(_Weight):
+    def __call__(self, volume, warped, expression):
+        grey = self.weight[...] * (expression + jnp.mean(warped, (1, 2, 3)))
+        return jnp.broadcast_to(grey[:, :, None, None], (len(warped), 64, 64, 3))
+
+
+class _Discriminator(_Weight):
+    def __call__(self, image):
+        return jnp.tanh(self.brightness(image)[:, 0])
+
+
+class _Perceptual(_Weight):
+    def features(self, image, unit_length):
+        return [image]
+
+    def distance_maps(self, fx, fy):
+        return [self.weight[...] * jnp.sum(jnp.square(fx[0] - fy[0]), -1)]
+
+
+def handful_of_numbers(monkeypatch) -> None:
+    """Motion trainers get networks of one number each: what is tested is what happens when, not what is learned."""
+    modules = {
+        "pose": _Pose,
+        "expression": _Expression,
+        "appearance": _Appearance,
+        "generator": _Generator,
+        "discriminator": _Discriminator,
+        "label_heads": lambda rngs: LabelHeads(1, rngs=rngs),
+    }
+    networks = {name: Network(module) for name, module in modules.items()}
+    monkeypatch.setattr(motion, "build_networks", lambda config: networks)
+    monkeypatch.setattr(motion, "PerceptualNetwork", lambda network, rngs: _Perceptual(rngs))
+    weights = {"weight": np.ones(1, np.float32)}
+    monkeypatch.setattr(motion, "load_perceptual", lambda network, path: weights)

@@ -23,7 +23,7 @@ from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.autoencoder import AutoencoderTask
 from dexportrait_jax.train import run_train, train
 from tests import fixtures
-from tests.stages import STAGES, micro
+from tests.stages import STAGES, handful_of_numbers, micro
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,32 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     assert 0 < third["time/good_seconds"] < final["time/good_seconds"]
     assert seconds[0] < began[1] - began[0] < seconds[1]
     assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
+
+
+@pytest.mark.slow
+def test_a_lazy_penalty_goes_on_where_it_was(places, tmp_path, monkeypatch, one_device):
+    """The adversary from the second step on, its penalty in every third step of it, with networks of a few numbers.
+
+    Stopped between two penalties and right before one, the run is the same, bit for bit.
+    """
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, loss__adversarial_start=1, loss__r1_every=3)
+    whole = leaves(train(config, tmp_path / "whole"))
+    for number in (3, 4):
+        with monkeypatch.context() as patch:
+            interrupt_in_step(patch, number)
+            with pytest.raises(SystemExit):
+                train(config, tmp_path / "parts")
+        assert len(learned(tmp_path / "parts")) == number
+    parts = leaves(train(config, tmp_path / "parts"))
+    assert parts.keys() == whole.keys() and "['ema']['generator']['weight']" in whole
+    assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
+    rows = learned(tmp_path / "parts")
+    assert rows == learned(tmp_path / "whole")
+    assert [row["step"] for row in rows if "generator/adversarial" in row] == [2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "discriminator/loss" in row] == [2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "discriminator/r1" in row] == [2, 5]
+    assert all(row["discriminator/r1"] > 0 for row in rows if "discriminator/r1" in row)
 
 
 @pytest.mark.slow
