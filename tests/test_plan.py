@@ -380,6 +380,9 @@ def test_programs_for_chips_that_are_not_here(tmp_path):
     assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
 
 
+# Of 5.14 MB that cross (libtpu 0.0.42.1), 1.01 MB are gradients. Sources and targets, put one behind the other, change
+# their places among the devices, and for gradients of weights that fsdp cuts, activations are gathered from everywhere.
+@pytest.mark.xfail(reason="pictures and activations of the autoencoder cross too", strict=True)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_gradients_alone_cross_slices(tmp_path):
