@@ -71,8 +71,9 @@ def test_frames_over_context_cost_the_planned_all_to_alls(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["animator_image", "motion"])
-def test_targets_over_context(stage, tmp_path):
+def test_targets_over_context(stage, tmp_path, monkeypatch):
     """The targets of one source are shared: what is done once for the source is all that is done more than once."""
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 2**40)  # as above
     config = micro(stage, tmp_path, tmp_path, data__batch_size=2, data__targets=4)
     alone, found = program_on(config, data=2), program_on(config, data=2, context=4)
     assert found.flops < 0.45 * alone.flops
