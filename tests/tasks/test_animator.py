@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.tasks import animator
+from dexportrait_jax.step import init_optimizers, make_step
+from dexportrait_jax.tasks import animator, build_networks
+from tests.published import random_like
 from tests.stages import micro
 
 # Stable Diffusion 1.5, written out.
@@ -217,3 +219,71 @@ def test_both_unets_read_the_embedding_of_the_source(monkeypatch):
     np.testing.assert_allclose(seen[0], mean[:, None], atol=1e-5)
     expected = np.repeat(mean[:, None], TARGETS, 0)
     np.testing.assert_allclose(asked.conditions.context, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["clip_image", "null_text"])
+def test_a_step_trains_the_text_attention_of_both_unets(monkeypatch, mode):
+    """With an embedding of the source, which stays, or with a constant that is learned from zero."""
+    overrides = [
+        f"model.attn2.attn2={mode}",
+        "model.attn2.cross_attention_features=12",
+        "model.attn2.null_text_tokens=3",
+        "model.unet.block_channels=(8, 8)",
+        "model.unet.groups=4",
+    ]
+    config = configs.load_config("configs/animator_image.py:tiny", overrides)
+    with config.unlocked():
+        sizes = {"image_size": 16, "patch_size": 8, "features": 8, "layers": 1, "heads": 1}
+        config.model.image_encoder.update(sizes | {"projection": 12})
+    rng = np.random.default_rng(0)
+    networks = build_networks(config) | {
+        "pose": Stub(lambda images: (jnp.tile(jnp.eye(3, 4), (len(images), 1, 1)), None)),
+        "expression": Stub(lambda images: jnp.ones((len(images), 64))),
+        "autoencoder": Stub(Autoencoder()),
+    }
+    monkeypatch.setattr(animator, "build_networks", lambda config: networks)
+    task = animator.AnimatorTask(config)
+    params = {
+        name: {} if isinstance(network, Stub) else random_like(network.abstract)
+        for name, network in networks.items()
+    }
+    trained = ("reference", "denoiser")
+    if mode == "null_text":
+        for name in trained:
+            params[name]["null_text"] = jnp.zeros((3, 12))
+    batch = {
+        f"{which}_{name}": rng.integers(0, 256, (*shape, 32, 32, 3), np.uint8)
+        for which, shape in (("source", (2,)), ("target", (2, 2)))
+        for name in ("image", "pose_image", "expression_image")
+    } | {
+        "source_latents": rng.normal(size=(2, 2, 8, 8, 16)).astype(np.float32),
+        "target_latents": rng.normal(size=(2, 2, 2, 8, 8, 16)).astype(np.float32),
+    }
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt": init_optimizers(task.phases, params),
+        "ema": {name: params[name] for name in trained},
+    }
+    step = jax.jit(make_step(task.phases, seed=0, ema_decay=0.9), static_argnums=3)
+    # Runs once: compiling it with care would take most of a minute.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    compiled = step.lower(state, batch, {}, frozenset()).compile(compiler_options=quick)
+    after, metrics = compiled(state, batch, {})
+    assert int(metrics["denoise/skipped"]) == 0
+
+    def values(tree, name):
+        block = tree["params"][name]["down_blocks"]["0"]["attentions"]["0"]["transformer_blocks"]
+        return block["0"]["attn2"]["to_v"]["kernel"]
+
+    for name in trained:
+        if mode == "clip_image":
+            assert np.any(values(after, name) != values(state, name))
+        else:  # while the constant is zero, its values have no gradient, but it has one itself
+            text = np.abs(after["params"][name]["null_text"])
+            assert text.min() > 0 and np.isfinite(text.max())
+    if mode == "clip_image":
+        jax.tree.map(
+            np.testing.assert_array_equal, after["params"]["image_encoder"], params["image_encoder"]
+        )
