@@ -36,3 +36,23 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs real video in ../shared/data")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(dataset of drawn heads, directory of random exports)."""
+    from tests import fixtures
+
+    root = tmp_path_factory.mktemp("stages")
+    return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs the loop on one of the eight devices, which is quicker where nothing is asked about the mesh."""
+    import jax
+
+    from dexportrait_jax import sharding
+
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda config, rows: make(config, jax.devices()[:1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from data_pipelines import loading
 from dexportrait_jax import config as configs
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import build_networks, motion
@@ -86,6 +89,46 @@ def _export_random(config: ConfigDict, exports: Path) -> None:
         export_groups(exports / name, model, groups)
 
 
+def leaves(tree) -> dict[str, np.ndarray]:
+    """Path -> value, on the host."""
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+def every_batch(monkeypatch, seen: Callable[[int, dict], dict]) -> None:
+    """What the loop is given for step `number`, counted from 1, is `seen(number, batch)`."""
+    make = loading.make_loader
+
+    class Loader:
+        def __init__(self, **options):
+            self.inner, self.step = make(**options), options["step"]
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.step += 1
+            return seen(self.step, next(self.inner))
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(
+        loading, "make_loader", lambda config, **options: Loader(config=config, **options)
+    )
+
+
+def interrupt_in_step(monkeypatch, number: int) -> None:
+    """SIGTERM reaches the process while batch `number` is being loaded."""
+
+    def seen(step, batch):
+        if step == number:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+    every_batch(monkeypatch, seen)
+
+
 class _Weight(nnx.Module):
     """One number, and what it does to pictures: a network of every group that compiles in no time."""
 
@@ -103,6 +146,9 @@ class _Pose(_Weight):
 
 
 class _Expression(_Weight):
+    def __call__(self, image, key=None):
+        return self.latent(self.heat_maps(image, key))
+
     def heat_maps(self, image, key=None):
         return jnp.broadcast_to(self.brightness(image)[:, :, None, None], (len(image), 4, 4, 68))
 

@@ -46,12 +46,6 @@ def fails(capfd):
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bad")
-    return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
-
-
-@pytest.fixture(scope="module")
 def weights(places, tmp_path_factory):
     """An export of a motion trainer that has learnt nothing."""
     config = micro("motion", *places)

@@ -355,6 +355,7 @@ FROZEN_GIB = {
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 @pytest.mark.timeout(1200)
 def test_programs_for_chips_that_are_not_here(tmp_path):
     """Compiled, not run: every stage's step on four chips, its memory as it was, and what stands in its plan."""

@@ -1,48 +1,24 @@
-"""The loop's promises, for every stage: interrupted equals uninterrupted, sharded equals one device."""
+"""What a run promises: interrupted equals uninterrupted, what is frozen stays, and nothing saved is lost."""
 
 import json
 import shutil
-import signal
-import time
 from datetime import datetime
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import loading
-from dexportrait_jax import checkpoint, programs, run_directory, sharding
-from dexportrait_jax import config as configs
+from dexportrait_jax import checkpoint, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.autoencoder import AutoencoderTask
-from dexportrait_jax.train import run_train, train
-from tests import fixtures
-from tests.stages import STAGES, handful_of_numbers, micro
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """(dataset of drawn heads, directory of random exports)."""
-    root = tmp_path_factory.mktemp("stages")
-    return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs the loop on one of the eight devices, which is quicker where nothing is asked about the mesh."""
-    make = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda config, rows: make(config, jax.devices()[:1]))
-
-
-def leaves(tree):
-    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+from dexportrait_jax.train import train
+from tests.stages import STAGES, handful_of_numbers, interrupt_in_step, leaves, micro
 
 
 def learned(run):
@@ -57,31 +33,6 @@ def steps_kept():
     """Names of the compiled steps in JAX's cache of programs, the folder that JAX_COMPILATION_CACHE_DIR names."""
     folder = Path(jax.config.jax_compilation_cache_dir)
     return {path.name for path in folder.glob("jit_step_function-*-cache")}
-
-
-def interrupt_in_step(monkeypatch, number):
-    """SIGTERM reaches the process while batch `number` is being loaded."""
-    make = loading.make_loader
-
-    class Interrupted:
-        def __init__(self, **options):
-            self.inner, self.step = make(**options), options["step"]
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            self.step += 1
-            if self.step == number:
-                signal.raise_signal(signal.SIGTERM)
-            return next(self.inner)
-
-        def close(self):
-            self.inner.close()
-
-    monkeypatch.setattr(
-        loading, "make_loader", lambda config, **options: Interrupted(config=config, **options)
-    )
 
 
 @pytest.mark.parametrize(
@@ -158,8 +109,8 @@ def test_a_lazy_penalty_goes_on_where_it_was(places, tmp_path, monkeypatch, one_
 @pytest.mark.slow
 def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypatch, one_device):
     """Three steps of labels alone, then all losses; killed in each half, the run is the same."""
+    handful_of_numbers(monkeypatch)
     changes = {"pretraining__steps": 3, "data__second_expression": True, "loss__invariance": 1.0}
-    # Without the adversary, whose programs take most of the time to compile.
     changes |= {"loss__landmark_label__initial": 1.0, "loss__adversarial": 0.0}
     config = micro("motion", *places, **changes)
     whole = leaves(train(config, tmp_path / "whole"))
@@ -181,7 +132,8 @@ def test_pretraining_interrupted_equals_uninterrupted(places, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_pretraining_trains_the_encoders_alone(places):
+def test_pretraining_trains_the_encoders_alone(places, monkeypatch):
+    handful_of_numbers(monkeypatch)
     config = micro("motion", *places, pretraining__steps=2)
     task = make_task(config)
     assert task.events(0) == task.events(1) == {"pretraining"}
@@ -253,240 +205,6 @@ def test_no_readable_checkpoint_is_an_error_not_a_new_start(places, tmp_path, on
         train(config, tmp_path)
 
 
-def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, one_device):
-    config = micro("autoencoder", *places, num_steps=2)
-    train(config, tmp_path)
-    saved = (tmp_path / "config.json").read_text()
-    with pytest.raises(UserError, match="config.loss.l1=1.0, now it is 5.0"):
-        train(micro("autoencoder", *places, num_steps=2, loss__l1=5.0), tmp_path)
-    with pytest.raises(UserError, match="holds a run of stage 'autoencoder'"):
-        train(micro("motion", *places), tmp_path)
-    assert (tmp_path / "config.json").read_text() == saved
-    assert json.loads(saved)["stage"] == "autoencoder"
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"data__path": "nowhere"}, "nowhere"),
-        ({"evaluate__at_end": True, "evaluate__split": "test"}, "no split 'test'"),
-        ({"mesh__data": 3}, "does not fit 8 devices"),
-        ({"data__batch_size": 12, "mesh__data": 8}, "cannot be shared"),
-        ({"num_steps": 0}, "config.num_steps=0 is out of range"),
-        ({"accumulate": 0}, "config.accumulate=0 is out of range"),
-        ({"seed": -1}, "config.seed=-1 is out of range"),
-        ({"mesh__fsdp": 0}, "config.mesh.fsdp=0 is out of range"),
-        ({"data__batch_size": 0}, "config.data.batch_size=0 is out of range"),
-        ({"dtype": "float31"}, "not 'float31'"),
-    ],
-)
-def test_a_start_that_fails_leaves_nothing(changes, words, places, tmp_path):
-    with pytest.raises(UserError, match=words):
-        train(micro("autoencoder", *places, **changes), tmp_path / "deep" / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_fails_only_after_pretraining_is_said_before_it(places, tmp_path):
-    changes = {"pretraining__steps": 3, "model__generator__volume_channels": 4}
-    with pytest.raises(
-        UserError, match="steps with adversarial, joint, r1 cannot be built"
-    ) as caught:
-        train(micro("motion", *places, **changes), tmp_path / "run")
-    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
-
-
-def test_forgotten_weights_leave_nothing_behind(places, tmp_path):
-    with pytest.raises(UserError, match="config.init.image"):
-        train(micro("animator_video", *places, init__image=""), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_address_is_no_workdir(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="gs://bucket/run is an address"):
-        run_train("configs/autoencoder.py:tiny", "gs://bucket/run", [])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_helps_a_run_on_may_change(places, tmp_path):
-    config = micro("autoencoder", *places)
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_json(config)))
-    other = micro("autoencoder", *places, loss__l1=5.0)
-    run_directory.check_same_run(tmp_path, other)  # nothing was trained yet
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="config.loss.l1"):
-        run_directory.check_same_run(tmp_path, other)
-    free = {"optim__autoencoder__learning_rate": 1e-5, "data__path": "moved", "num_steps": 9}
-    free |= {"accumulate": 2, "mesh__data": 4}
-    run_directory.check_same_run(tmp_path, micro("autoencoder", *places, **free))
-    for key, value in (("name", "adamw"), ("clip_norm", 0.0)):
-        with pytest.raises(UserError, match=f"config.optim.autoencoder.{key}"):
-            run_directory.check_same_run(
-                tmp_path,
-                micro("autoencoder", *places, **{f"optim__autoencoder__{key}": value}),
-            )
-
-
-def test_what_is_computed_twice_may_change(places, tmp_path):
-    """A run that began before the motion trainer had the key, and one that now needs less memory."""
-    config = micro("motion", *places)
-    before = configs.to_json(config)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    for old in (before, {key: before[key] for key in before if key != "remat"}):
-        (tmp_path / "config.json").write_text(json.dumps(old))
-        run_directory.check_same_run(tmp_path, micro("motion", *places, remat="blocks"))
-
-
-def test_the_batch_decides_how_many_devices_work(places, capsys):
-    from dexportrait_jax.train import _mesh
-
-    assert _mesh(micro("autoencoder", *places, data__batch_size=4), print).size == 4
-    assert "4 of 8 devices stay idle" in capsys.readouterr().out
-    halves = micro("autoencoder", *places, data__batch_size=4, accumulate=2)
-    assert _mesh(halves, print).size == 2
-    assert _mesh(micro("autoencoder", *places), print).size == 8
-
-
-def test_one_export_may_be_named_twice(places, monkeypatch):
-    from dexportrait_jax.tasks import animator
-
-    asked = []
-    monkeypatch.setattr(
-        animator,
-        "load_start",
-        lambda config, networks, key, names: asked.append((config.init[key], list(names))) or {},
-    )
-    config = micro("animator_image", *places)
-    with config.unlocked():
-        config.init.update(motion="all", autoencoder="all", unet="all")
-    make_task(config).pretrained()
-    unet = ["reference", "denoiser"]
-    assert asked == [("all", ["pose", "expression"]), ("all", ["autoencoder"]), ("all", unet)]
-
-    asked.clear()
-    with config.unlocked():
-        config.init.update(unet="sd")
-        config.model.attn2.attn2 = "clip_image"
-        config.model.image_encoder.update(features=16, layers=1, heads=1)
-    make_task(config).pretrained()
-    assert asked[-1] == ("sd", [*unet, "image_encoder"])
-
-
-def test_a_group_that_would_stay_random_is_an_error(places, monkeypatch):
-    config = micro("animator_image", *places)
-    task = make_task(config)
-    given = task.pretrained()
-    del given["expression"]
-    monkeypatch.setattr(task, "pretrained", lambda: given)
-    with pytest.raises(UserError, match="expression would stay random"):
-        first_state(task, config, None)
-
-
-def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
-    places, tmp_path, monkeypatch, one_device
-):
-    config = micro("autoencoder", *places, num_steps=30, max_skipped_in_a_row=3, log_every=5)
-    make = loading.make_loader
-
-    class Poisoned:
-        def __init__(self, **options):
-            self.inner = make(**options)
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            batch = next(self.inner)
-            return batch | {
-                "source_image": np.full(batch["source_image"].shape, np.nan, np.float32)
-            }
-
-        def close(self):
-            self.inner.close()
-
-    monkeypatch.setattr(
-        loading, "make_loader", lambda data, **options: Poisoned(config=data, **options)
-    )
-    with pytest.raises(UserError, match="phase 'autoencoder' gave non-finite"):
-        train(config, tmp_path)
-
-
-def hungry(monkeypatch):
-    """The third batch takes so long that the watch speaks."""
-    make = loading.make_loader
-
-    def starving(data, **options):
-        inner = make(data, **options)
-
-        class Hungry:
-            step = 0
-
-            def __next__(self):
-                self.step += 1
-                if self.step == 3:
-                    time.sleep(1.5)
-                return next(inner)
-
-            def close(self):
-                inner.close()
-
-        return Hungry()
-
-    monkeypatch.setattr(loading, "make_loader", starving)
-
-
-def hanging(monkeypatch):
-    """The third step takes so long, as a collective does that waits for a lost host."""
-    make = programs.build
-
-    def building(*arguments):
-        abstract, shardings, step_function = make(*arguments)
-        steps = []
-
-        def waits_for_a_lost_host(*given):
-            steps.append(given)
-            if len(steps) == 3:
-                time.sleep(1.5)
-            return step_function(*given)
-
-        return abstract, shardings, waits_for_a_lost_host
-
-    monkeypatch.setattr("dexportrait_jax.train.build", building)
-    monkeypatch.setattr("dexportrait_jax.train.try_programs", lambda *_: None)
-
-
-def slow_to_save(monkeypatch):
-    """The last save of three steps is not on disk for so long."""
-    close = checkpoint.Checkpoints.close
-
-    def answers_late(self):
-        time.sleep(1.5)
-        close(self)
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "close", answers_late)
-
-
-@pytest.mark.parametrize(
-    ("stuck", "steps", "place", "frame"),
-    [
-        (hungry, 2, "data", "in __next__"),
-        (hanging, 2, "a step", "in waits_for_a_lost_host"),
-        (slow_to_save, 3, "save", "in answers_late"),
-    ],
-)
-def test_what_hangs_is_reported_with_all_stacks(
-    stuck, steps, place, frame, places, tmp_path, monkeypatch, one_device, capsys
-):
-    config = micro("autoencoder", *places, num_steps=3, report__stuck_minutes=0.5 / 60)
-    stuck(monkeypatch)
-    train(config, tmp_path)
-    lines = capsys.readouterr().err.splitlines()
-    said = [line for line in lines if f"after {steps} steps" in line]
-    assert said and f"it is at: {place};" in said[-1] and "stacks.txt" in said[-1]
-    stacks = (tmp_path / "stacks.txt").read_text().split(f"after {steps} steps")[-1]
-    assert frame in stacks and "Thread" in stacks
-
-
 def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_device):
     changes = {"num_steps": 5, "evaluate__every_steps": 2, "evaluate__split": "train"}
     config = micro("autoencoder", *places, **changes)
@@ -514,20 +232,3 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(places, tmp_path,
     with pytest.raises(UserError, match="there is no checkpoint in .*checkpoints any more"):
         train(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == records
-
-
-def test_two_processes_cannot_train_in_one_directory(places, tmp_path):
-    import fcntl
-
-    with (tmp_path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training"):
-            train(micro("autoencoder", *places), tmp_path)
-
-
-def test_to_float_is_minus_one_to_one():
-    from dexportrait_jax.tasks.pictures import to_float, to_uint8
-
-    values = jnp.arange(256, dtype=jnp.uint8)
-    assert to_float(values).min() == -1 and to_float(values).max() == 1
-    np.testing.assert_array_equal(to_uint8(to_float(values)), np.arange(256))

@@ -13,6 +13,7 @@ from data_pipelines import augment, cross_view, dataset, loading, network_inputs
 from data_pipelines.cross_view import Shown
 from dexportrait_jax.errors import UserError
 from tests import fixtures
+from tests.data_pipelines.batches import assert_same, take
 
 RENDERED = "synthetic:identities=4,frames=6,cameras=3,size=32,holdout=0,fps=2"
 SIZES = (32, 24, 16)
@@ -33,19 +34,6 @@ def _quiet(config, view_change=0.0):
     config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
     config["augment"]["view_change"]["probability"] = view_change
     return config
-
-
-def _take(config, count, **options):
-    loader = loading.make_loader(config, seed=options.pop("seed", 5), **options)
-    batches = list(itertools.islice(loader, count))
-    loader.close()
-    return [{name: np.array(value) for name, value in batch.items()} for batch in batches]
-
-
-def _assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +63,7 @@ def _shown(batches, where):
 def test_targets_come_from_all_cameras_with_their_own_poses(clips, where):
     """Pose, picture and expression are of one frame; person and session are the source's; times differ."""
     config = _quiet(_config(RENDERED, cross_view=0.5))
-    batches = _take(config, 12)
+    batches = take(config, 12)
     away, seen = [], set()
     for source, targets in _shown(batches, where):
         for target in targets:
@@ -102,7 +90,7 @@ def test_targets_come_from_all_cameras_with_their_own_poses(clips, where):
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
 def test_never_and_always(where, probability, expected):
-    batches = _take(_quiet(_config(RENDERED, cross_view=probability)), 3)
+    batches = take(_quiet(_config(RENDERED, cross_view=probability)), 3)
     for source, targets in _shown(batches, where):
         assert all((target.clip != source.clip) == expected for target in targets)
 
@@ -110,7 +98,7 @@ def test_never_and_always(where, probability, expected):
 def test_view_change_is_relative_to_the_camera_of_the_target(clips, where):
     """E2: the expression picture is another camera's than the target's own, at the target's instant."""
     config = _quiet(_config(RENDERED, cross_view=0.5), view_change=1.0)
-    batches = _take(config, 2)
+    batches = take(config, 2)
     known = {}
     for number in range(len(clips)):
         pictures = network_inputs.inference_inputs(
@@ -140,7 +128,7 @@ def test_the_first_target_does_not_decide_on_the_view_of_the_others(clips):
 def test_in_a_video_the_source_alone_changes_camera(clips, where):
     config = _quiet(_config(RENDERED, mode="video", frames=3, cross_view=0.5))
     away = []
-    for source, targets in _shown(_take(config, 12), where):
+    for source, targets in _shown(take(config, 12), where):
         numbers = [target.clip for target in targets]
         assert len(set(numbers)) == 1 and source.clip // 3 == numbers[0] // 3
         assert [target.frame for target in targets] == list(
@@ -154,24 +142,24 @@ def test_in_a_video_the_source_alone_changes_camera(clips, where):
 @pytest.mark.parametrize("mode", ["pairs", "video"])
 def test_batches_are_the_same_for_any_step_hosts_and_workers(mode):
     config = _config(RENDERED, mode=mode, frames=3, cross_view=0.7)
-    whole = _take(config, 4)
-    _assert_same(_take(config, 1, step=3)[0], whole[3])
-    hosts = [_take(config, 1, step=2, process_index=n, process_count=2)[0] for n in range(2)]
-    _assert_same(
+    whole = take(config, 4)
+    assert_same(take(config, 1, step=3)[0], whole[3])
+    hosts = [take(config, 1, step=2, process_index=n, process_count=2)[0] for n in range(2)]
+    assert_same(
         {name: np.concatenate([host[name] for host in hosts]) for name in hosts[0]}, whole[2]
     )
     if mode == "pairs":
-        for one, other in zip(_take(config | {"workers": 2}, 2, step=1), whole[1:3], strict=True):
-            _assert_same(one, other)
+        for one, other in zip(take(config | {"workers": 2}, 2, step=1), whole[1:3], strict=True):
+            assert_same(one, other)
 
 
 def test_with_one_camera_nothing_changes():
     alone = "synthetic:identities=4,frames=6,size=32,holdout=0,fps=2"
     for changes in ({}, {"second_expression": True}, {"mode": "video", "frames": 3}):
         one, other = (
-            _take(_config(alone, cross_view=share, **changes), 1)[0] for share in (0.0, 0.9)
+            take(_config(alone, cross_view=share, **changes), 1)[0] for share in (0.0, 0.9)
         )
-        _assert_same(one, other)
+        assert_same(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +173,7 @@ def test_without_cross_view_batches_are_what_they_were(drawn, case):
     (commit 409a554, two cameras, all augmentation): another random draw anywhere is another mean."""
     changes = {"second_expression": {"second_expression": True}, "video": {"mode": "video"}}
     config = _config(drawn, frames=3, cross_view=0.0, **changes.get(case, {}))
-    batches = _take(config, 2)
+    batches = take(config, 2)
     before = json.loads((Path(__file__).parents[1] / "golden" / "batches.json").read_text())[case]
     assert before.keys() == batches[0].keys()
     for name, wanted in before.items():

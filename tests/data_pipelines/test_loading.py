@@ -1,7 +1,6 @@
 """Loading: the data is a function of (seed, step), and nothing bad stops it."""
 
 import dataclasses
-import itertools
 import time
 
 import numpy as np
@@ -20,6 +19,7 @@ from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
+from tests.data_pipelines.batches import assert_same, take
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,6 @@ def _config(directory, **changes):
     return config | changes
 
 
-def _take(config, count, **options):
-    loader = loading.make_loader(config, seed=options.pop("seed", 0), **options)
-    batches = list(itertools.islice(loader, count))
-    loader.close()
-    return [{name: np.array(value) for name, value in batch.items()} for batch in batches]
-
-
-def _assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
 def _quiet(config):
     """No augmentation at all, so that pictures can be recognised."""
     config["augment"] = augment.default_augment()
@@ -65,7 +52,7 @@ def _quiet(config):
 
 
 def test_batches_are_as_promised(directory):
-    (batch,) = _take(_config(directory), 1)
+    (batch,) = take(_config(directory), 1)
     expected = {
         "source_image": (4, 32, 32, 3),
         "source_pose_image": (4, 24, 24, 3),
@@ -90,7 +77,7 @@ def test_batches_are_as_promised(directory):
 )
 def test_shapes_are_known_before_there_are_data(directory, changes):
     config = _config(directory, **changes)
-    (batch,) = _take(config, 1)
+    (batch,) = take(config, 1)
     found = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
     assert loading.batch_shapes(config | {"path": ""}) == found
 
@@ -98,40 +85,40 @@ def test_shapes_are_known_before_there_are_data(directory, changes):
 @pytest.mark.parametrize("mode", ["pairs", "video"])
 def test_start_at_any_step_and_on_any_hosts(directory, mode):
     config = _config(directory, mode=mode, frames=5)
-    whole = _take(config, 5)
-    _assert_same(_take(config, 1, step=4)[0], whole[4])
-    hosts = [_take(config, 2, step=3, process_index=host, process_count=2) for host in range(2)]
+    whole = take(config, 5)
+    assert_same(take(config, 1, step=4)[0], whole[4])
+    hosts = [take(config, 2, step=3, process_index=host, process_count=2) for host in range(2)]
     for number in range(2):
         joined = {name: np.concatenate([host[number][name] for host in hosts]) for name in whole[0]}
-        _assert_same(joined, whole[3 + number])
+        assert_same(joined, whole[3 + number])
     # Devices of a host need not lie side by side, and hosts may share a source.
     for rows in ([0, 1], [3], [2, 0, 3]):
-        host = _take(config, 2, step=3, rows=rows)
+        host = take(config, 2, step=3, rows=rows)
         for number in range(2):
             part = {name: value[rows] for name, value in whole[3 + number].items()}
-            _assert_same(host[number], part)
+            assert_same(host[number], part)
     assert not np.array_equal(whole[0]["target_image"], whole[1]["target_image"])
-    other = _take(config, 1, seed=1)[0]
+    other = take(config, 1, seed=1)[0]
     assert not np.array_equal(other["target_image"], whole[0]["target_image"])
 
 
 def test_worker_processes_change_nothing(directory):
     config = _config(directory)
-    expected = _take(config, 3, step=2)
-    for one, other in zip(_take(config | {"workers": 2}, 3, step=2), expected, strict=True):
-        _assert_same(one, other)
+    expected = take(config, 3, step=2)
+    for one, other in zip(take(config | {"workers": 2}, 3, step=2), expected, strict=True):
+        assert_same(one, other)
 
 
 def test_far_steps_start_at_once(directory):
     started = time.monotonic()
-    _take(_config(directory), 1, step=10_000_000)
+    take(_config(directory), 1, step=10_000_000)
     assert time.monotonic() - started < 5
 
 
 def test_epochs_show_every_clip_in_new_order(directory):
     config = _quiet(_config(directory, batch_size=5, targets=1))
     orders = []
-    for batch in _take(config, 4):
+    for batch in take(config, 4):
         # The background at the lower corner tells the drawn person.
         colours = [tuple(np.round(image[-2, 2] / 24)) for image in batch["source_image"]]
         assert len(set(colours)) == 5
@@ -154,7 +141,7 @@ def test_targets_keep_their_distance(directory):
 def test_video_is_consecutive_and_moves_as_one(directory):
     """One draw a clip: with the frames' own motion taken out, all frames got the same similarity."""
     config = _config(directory, mode="video", frames=6, frame_stride=2)
-    (batch,) = _take(config, 1)
+    (batch,) = take(config, 1)
     assert batch["target_image"].shape[:2] == (4, 6)
     clips = [fixtures.make_clip(number, 24, 48) for number in range(5)]
 
@@ -209,16 +196,16 @@ def test_windows_are_chosen_by_what_is_stored(restless, monkeypatch):
 def test_an_older_dataset_gives_the_same_batches(restless, stride):
     """Without the stored field the candidates' frames are measured, until `measure` has stored it."""
     config = _config(restless, mode="video", frames=4, frame_stride=stride, calm=_calm(0.05, 4))
-    expected = _take(config, 3)
+    expected = take(config, 3)
     stored = (restless / dataset.background_name("train")).read_bytes()
     fixtures.make_older(restless)
     assert dataset.ClipDataset(restless, "train")[0].background_motion is None
-    for one, other in zip(_take(config, 3), expected, strict=True):
-        _assert_same(one, other)
+    for one, other in zip(take(config, 3), expected, strict=True):
+        assert_same(one, other)
     run_measure(restless)
     assert (restless / dataset.background_name("train")).read_bytes() == stored
-    for one, other in zip(_take(config | {"workers": stride - 1}, 3), expected, strict=True):
-        _assert_same(one, other)
+    for one, other in zip(take(config | {"workers": stride - 1}, 3), expected, strict=True):
+        assert_same(one, other)
 
 
 def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
@@ -289,11 +276,11 @@ def _with_bad_record(tmp_path, kind):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_record_is_reported_once_and_replaced(tmp_path, capfd, workers):
     config = _config(_with_bad_record(tmp_path, "jpeg"), workers=workers)
-    one = _take(config, 6)
+    one = take(config, 6)
     said = capfd.readouterr().err.count("record 2 is damaged")
     assert said == 1
-    for batch, again in zip(one, _take(config | {"workers": 0}, 6), strict=True):
-        _assert_same(batch, again)
+    for batch, again in zip(one, take(config | {"workers": 0}, 6), strict=True):
+        assert_same(batch, again)
 
 
 def test_flipped_bytes_in_a_shard_are_survived(tmp_path, capfd):
@@ -303,7 +290,7 @@ def test_flipped_bytes_in_a_shard_are_survived(tmp_path, capfd):
     place = len(data) // 3
     data[place : place + 64] = bytes(byte ^ 255 for byte in data[place : place + 64])
     shard.write_bytes(data)
-    assert len(_take(_config(directory), 4)) == 4
+    assert len(take(_config(directory), 4)) == 4
     assert capfd.readouterr().err.count("is damaged") >= 1
 
 
@@ -344,7 +331,7 @@ def test_evaluation_is_plain_and_even(directory):
     config = _config(directory, batch_size=2, targets=3)
     batches = list(loading.evaluation_batches(config, "train", 3))
     for one, again in zip(batches, loading.evaluation_batches(config, "train", 3), strict=True):
-        _assert_same(one, again)
+        assert_same(one, again)
     for number in range(5):
         batch, row = batches[number // 2], number % 2
         clip = fixtures.make_clip(number, 24, 48)
@@ -355,7 +342,7 @@ def test_evaluation_is_plain_and_even(directory):
         np.testing.assert_array_equal(batch["target_image"][row], expected["image"][1:])
         np.testing.assert_array_equal(batch["target_head_pose"][row], expected["head_pose"][1:])
     assert not np.array_equal(batches[2]["target_image"][1], batches[0]["target_image"][0])
-    assert batches[0].keys() == _take(config, 1)[0].keys()
+    assert batches[0].keys() == take(config, 1)[0].keys()
     (video,) = loading.evaluation_batches(config | {"mode": "video", "frames": 4}, "validation", 1)
     clip = fixtures.make_clip(5, 24, 48)
     np.testing.assert_array_equal(video["target_head_pose"][0], clip.head_pose[1:5])
@@ -364,7 +351,7 @@ def test_evaluation_is_plain_and_even(directory):
 def test_configdict_is_understood(directory):
     ml_collections = pytest.importorskip("ml_collections")
     config = ml_collections.ConfigDict(_config(directory))
-    _assert_same(_take(config, 1)[0], _take(_config(directory), 1)[0])
+    assert_same(take(config, 1)[0], take(_config(directory), 1)[0])
 
 
 @pytest.mark.slow

@@ -353,6 +353,7 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys):
     """The denoiser with every branch, its reference dropped, says what diffusers says."""
     changes = {
@@ -435,6 +436,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_import_of_the_real_size_holds_little_memory(tmp_path):
     """SD1.5's 859.52 M parameters, 3.4 GB: tensor by tensor, everything of the process counted."""
     with torch.device("meta"):

@@ -50,6 +50,7 @@ def test_equals_diffusers(channels, layers):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_equals_diffusers_at_the_size_of_sd15():
     published, network, params = unet_pair(
         (320, 640, 1280, 1280), 2, heads=8, context=768, groups=32

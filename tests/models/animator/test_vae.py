@@ -18,6 +18,7 @@ def test_equals_diffusers():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 def test_equals_diffusers_at_the_size_of_sd15():
     sizes = {"block_channels": (128, 256, 512, 512), "layers_per_block": 2, "groups": 32}
     assert_equals_diffusers(sizes, rows=1, size=512)
