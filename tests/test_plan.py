@@ -381,18 +381,14 @@ def test_programs_for_chips_that_are_not_here(tmp_path):
     assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
 
 
-# Of 5.14 MB that cross (libtpu 0.0.42.1), 1.01 MB are gradients. Sources and targets, put one behind the other, change
-# their places among the devices, and for gradients of weights that fsdp cuts, activations are gathered from everywhere.
-@pytest.mark.xfail(reason="pictures and activations of the autoencoder cross too", strict=True)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_gradients_alone_cross_slices(tmp_path):
     """Two slices of four chips: every device gets its part of the gradient from the other slice, and some scalars."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    # Features that fill a chip's tiles of 128: of narrower ones the filling is sent, too.
     changes = ["data.batch_size=8", "mesh.data=2", "mesh.fsdp=4"]
-    changes += [
-        "model.autoencoder.block_channels=(32,64,64)"
-    ]  # wide enough for fsdp to cut something
+    changes += ["model.autoencoder.block_channels=(128,128,128)"]
     flags = [f"--config.{change}" for change in changes]
     found = planned(tmp_path, "--config=configs/autoencoder.py:tiny", "--slices=2", *flags)
     assert found["slices"] == 2 and found["devices"] == 8
@@ -404,10 +400,10 @@ def test_gradients_alone_cross_slices(tmp_path):
         spec = sharding.parameter_spec(sharding.path_name(path), leaf.shape, mesh)
         size = leaf.size * leaf.dtype.itemsize
         cut, whole = cut + (size if any(spec) else 0), whole + (0 if any(spec) else size)
-    assert cut > 8 * whole
-    # Of weights that every device has, the compiler sums some in parts and some as they are.
-    crossing, scalars = found["between_slices_bytes"], 4096
-    assert cut / 4 + whole / 4 <= crossing <= cut / 4 + whole + scalars
+    assert cut > 100 * whole
+    # Of weights that every device has, the compiler sums some in parts and some as they are; they fill no tile.
+    crossing = found["between_slices_bytes"]
+    assert cut / 4 + whole / 4 <= crossing <= 1.05 * (cut / 4 + whole)
 
 
 def test_programs_of_a_clip(monkeypatch):

@@ -110,9 +110,9 @@ class AutoencoderTask:
         """All frames of the batch, sources and targets alike."""
         del step, shared, events
         weights = self.config.loss
-        images = to_float(
-            jnp.concatenate([batch["source_image"], flatten_targets(batch["target_image"])])
-        )
+        # A source beside its own targets: all sources before all targets would change places among the devices.
+        frames = jnp.concatenate([batch["source_image"][:, None], batch["target_image"]], axis=1)
+        images = to_float(flatten_targets(frames))
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
         with jax.named_scope("autoencoder"):
             mean, log_variance = autoencoder.encode(images)
