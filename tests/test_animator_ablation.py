@@ -140,3 +140,17 @@ def test_nobody_is_seen_from_the_side(truthful, monkeypatch):
     with pytest.raises(UserError, match=r"0 people .* lower --yaw") as caught:
         profile(monkeypatch, truthful, yaw=170)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(_variants, "job", lambda *arguments: jobs.append(arguments))
+    place = tmp_path / "full-0"
+    _variants.train("configs/motion.py:synthetic", place, ["seed=0"])
+    assert [job[0] for job in jobs] == ["train", "export"] and "--config.seed=0" in jobs[0]
+    (place / "export").mkdir()
+    (place / "export" / "model.json").write_text("{}")
+    _variants.train("configs/motion.py:synthetic", place, iter(["seed=0"]))
+    assert len(jobs) == 2
+    with pytest.raises(SystemExit, match="other settings"):
+        _variants.train("configs/motion.py:synthetic", place, ["seed=0", "num_steps=9"])

@@ -50,10 +50,19 @@ def job(*arguments: str) -> None:
 
 
 def train(config: str, place: Path, overrides: Iterable[str]) -> Path:
-    """Trains and exports where that has not been done; returns the export."""
+    """Trains and exports where that has not been done; returns the export.
+
+    Raises:
+      SystemExit: `place` holds a run of other settings, whose figures would stand for these.
+    """
     run, export = f"--workdir={place / 'run'}", place / "export"
+    wanted, settings = [config, *overrides], place / "settings.json"
+    if place.exists() and not (settings.exists() and json.loads(settings.read_text()) == wanted):
+        raise SystemExit(f"{place} was made with other settings; give another --out")
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(settings, wanted)
     if not (export / "model.json").exists():
-        job("train", f"--config={config}", run, *(f"--config.{value}" for value in overrides))
+        job("train", f"--config={config}", run, *(f"--config.{value}" for value in wanted[1:]))
         job("export", run, f"--out={export}", "--overwrite")
     return export
 
