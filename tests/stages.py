@@ -75,10 +75,7 @@ def _export_random(config: ConfigDict, exports: Path) -> None:
     for name in NEEDED:
         if name not in config.init or (exports / name).exists():
             continue
-        groups = {
-            group: jax.tree.map(np.asarray, networks[group].init(jax.random.key(7)))
-            for group in held[name]
-        }
+        groups = {group: random_weights(networks[group], seed=7) for group in held[name]}
         model = {
             "stage": stages[name],
             "config": configs.to_json(config),
@@ -87,6 +84,20 @@ def _export_random(config: ConfigDict, exports: Path) -> None:
             "crop": {},
         }
         export_groups(exports / name, model, groups)
+
+
+def random_weights(network: Network, seed: int) -> dict:
+    """Weights of about unit gain where it is zero at a start, too; drawn without compiling anything."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, float(name == "scale"), leaf.dtype)
+        inputs = max(1, np.prod(leaf.shape[:-1]))
+        return rng.normal(0.0, inputs**-0.5, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, network.abstract)
 
 
 def leaves(tree) -> dict[str, np.ndarray]:

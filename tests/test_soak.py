@@ -15,6 +15,7 @@ import pytest
 
 from dexportrait_jax import config as configs
 from dexportrait_jax import sharding
+from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.train import train
 from tests import fixtures
 from tests.benchmarks import soak
@@ -36,16 +37,16 @@ def test_two_processes_killed_and_damaged_equal_one_left_alone(tmp_path, monkeyp
     make = sharding.make_mesh
     devices = jax.devices()[: soak.PROCESSES]
     monkeypatch.setattr(sharding, "make_mesh", lambda config, rows: make(config, devices))
-    one, alone, two = tmp_path / "one", tmp_path / "alone", tmp_path / "two"
+    one, start, alone, two = (tmp_path / name for name in ("one", "start", "alone", "two"))
     train(configs.load_config("configs/autoencoder.py:tiny", list(settings)), one)
     monkeypatch.undo()
-    for workdir in (alone, two):
+    for workdir in (start, alone, two):
         shutil.copytree(one, workdir)
         for step in (6, 9, 12):
             shutil.rmtree(workdir / "checkpoints" / str(step))
     soak.left_alone(soak.command(alone, data, STEPS), tmp_path)
     assert "going on from step 3" in (tmp_path / "left_alone.log").read_text()
-    assert_same_but_for_rounding(soak.final_state(one), soak.final_state(alone))
+    assert_same_but_for_rounding(start, one, alone)
 
     kills = [
         Kill("save", part=0.0),  # as soon as its first files are there
@@ -121,15 +122,28 @@ def steps_kept(folder):
     return {path.name for path in (folder / "programs").glob("jit_step_function-*-cache")}
 
 
-def assert_same_but_for_rounding(one, other):
-    """Every weight that has a gradient. A bias before a normalisation has none, and Adam follows its rounding."""
+def assert_same_but_for_rounding(start, one, other):
+    """The steps after the one that both start from have the same losses, and every weight goes the same way.
+
+    Losses have kinks (an absolute value, ReLUs) where one rounding turns the sign of a gradient at a pixel: seen was a
+    step whose losses agreed in seven digits and whose gradients were 0.0002 of their norm apart. So weights are
+    compared by how far they have gone. A bias before a normalisation has no gradient, and Adam follows its rounding.
+    """
+    for step, tolerance in ((4, 1e-5), (5, 1e-4)):
+        first, second = (read_rows(run / "metrics.jsonl")[step - 1] for run in (one, other))
+        assert first["step"] == second["step"] == step
+        for term in ("loss", "l1", "lpips", "kl", "moments"):
+            name = f"autoencoder/{term}"
+            np.testing.assert_allclose(second[name], first[name], rtol=tolerance, err_msg=name)
+    first, second = soak.final_state(one), soak.final_state(other)
+    before = soak.newest_state(start)[1]
+    moments = {name.partition("/mu/")[2]: value for name, value in first.items() if "/mu/" in name}
     learned = 0
-    for name, moment in one.items():
-        weight = name.partition("/mu/")[2]
-        if not weight or np.abs(moment).max() < 1e-8:
+    for weight, moment in moments.items():
+        if np.abs(moment).max() < 1e-8:
             continue
         learned += 1
-        for tree in ("params", "ema"):
-            pair = (state[f"{tree}/{weight}"] for state in (other, one))
-            np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert learned > 0.9 * sum(name.startswith("params/") for name in one)
+        for name in (f"params/{weight}", f"ema/{weight}"):
+            gone = np.linalg.norm(first[name] - before[name])
+            assert np.linalg.norm(second[name] - first[name]) < 0.03 * gone, name
+    assert learned > 0.9 * sum(name.startswith("params/") for name in first)

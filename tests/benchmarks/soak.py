@@ -325,14 +325,20 @@ def _tell(life: Life) -> None:
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
-    """The State of the newest checkpoint, on one device of this process, by the names of its leaves."""
+    """The State that a finished run ended with, by the names of its leaves."""
+    step, state = newest_state(workdir)
+    if (last := json.loads((workdir / "config.json").read_text())["num_steps"]) != step:
+        raise RuntimeError(f"{workdir} ended at step {step} of {last}")
+    return state
+
+
+def newest_state(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Step and State of the newest checkpoint, on one device of this process."""
     config = configs.from_json(json.loads((workdir / "config.json").read_text()))
     mesh = sharding.make_mesh(ConfigDict(dict.fromkeys(sharding.AXES, 1)), jax.devices()[:1])
     abstract, _, _ = programs.build(make_task(config), config, mesh)
     checkpoints = checkpoint.Checkpoints(workdir)
     step, state = checkpoints.restore(abstract)
     checkpoints.close()
-    if step != config.num_steps:
-        raise RuntimeError(f"{workdir} ended at step {step} of {config.num_steps}")
     leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]
-    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    return step, {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
