@@ -146,10 +146,11 @@ def warp_volume(
         if padding == "border":
             along = jnp.clip(along, 0, size - 1)
         fixed = lax.stop_gradient(along)
-        lower = jnp.floor(fixed + _SNAP)
+        lower, nearest = jnp.floor(fixed + _SNAP), 0.0
         if padding == "border":
             lower = jnp.minimum(lower, max(size - 2, 0))  # the last position has a cell below, too
-        fraction, nearest = along - lower, jnp.round(fixed - lower)
+            nearest = jnp.round(fixed - lower)
+        fraction = along - lower
         near = jnp.abs(fixed - lower - nearest) < _SNAP
         cells.append(lower.astype(jnp.int32))
         fractions.append(jnp.where(near, nearest + (along - fixed), fraction))

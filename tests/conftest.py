@@ -18,7 +18,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pytest_configure(config):
     """Most of a fast test is compiling: XLA's back end works less on programs that run once. Slow tests train."""
     if "not slow" in config.option.markexpr:
-        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 
 
 @pytest.fixture(scope="session", autouse=True)
