@@ -12,6 +12,7 @@ from data_pipelines import latents, loading
 from dexportrait_jax import cli
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import autoencoder, build_networks, make_task
 from dexportrait_jax.train import train
 from dexportrait_jax.weights.exporting import export_groups
@@ -22,8 +23,6 @@ from tests import fixtures
 from tests.stages import micro
 
 GROUPS = ("pose", "expression", "autoencoder", "reference", "denoiser", "temporal")
-# Compiled in a quarter of the time, and each program runs once.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def encode(weights, data, out, *flags):

@@ -14,6 +14,7 @@ from dexportrait_jax.compiled_program import read_program
 from dexportrait_jax.compiling import placed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.programs import build
+from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import check_shares
 from dexportrait_jax.workload import abstract_batch
@@ -32,7 +33,7 @@ def program_on(config, **sizes):
     constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
     with jax.set_mesh(mesh):
         lowered = step.lower(abstract, batch, constants, task.events(1))
-        return read_program(lowered.compile().as_text())
+        return read_program(lowered.compile(compiler_options=QUICK).as_text())
 
 
 def mesh_of(**sizes):

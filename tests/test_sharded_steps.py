@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from data_pipelines import loading
 from dexportrait_jax import sharding
 from dexportrait_jax.programs import build, first_state
+from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import check_shares
 from tests.stages import leaves, micro
@@ -67,10 +68,15 @@ def test_sharded_equals_one_device(stage, sizes, changes, cut, places, monkeypat
         start = leaves(state["params"])
         constants = jax.device_put(task.constants(), sharding.replicated(placed))
         loader = loading.make_loader(config.data, seed=0, step=0)
+        programs = {}
         with jax.set_mesh(placed):
             for number, batch in zip(range(2), loader, strict=False):
                 batch = sharding.put_batch(batch, placed, sources, range(sources))
-                state, metrics = step(state, batch, constants, task.events(number + 1))
+                events = task.events(number + 1)
+                if events not in programs:
+                    lowered = step.lower(state, batch, constants, events)
+                    programs[events] = lowered.compile(compiler_options=QUICK)
+                state, metrics = programs[events](state, batch, constants)
         loader.close()
         return task, start, state, leaves(metrics)
 

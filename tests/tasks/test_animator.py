@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import animator, build_networks
 from tests.published import random_like
@@ -267,9 +268,7 @@ def test_a_step_trains_the_text_attention_of_both_unets(monkeypatch, mode):
         "ema": {name: params[name] for name in trained},
     }
     step = jax.jit(make_step(task.phases, seed=0, ema_decay=0.9), static_argnums=3)
-    # Runs once: compiling it with care would take most of a minute.
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    compiled = step.lower(state, batch, {}, frozenset()).compile(compiler_options=quick)
+    compiled = step.lower(state, batch, {}, frozenset()).compile(compiler_options=QUICK)
     after, metrics = compiled(state, batch, {})
     assert int(metrics["denoise/skipped"]) == 0
 

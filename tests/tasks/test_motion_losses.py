@@ -9,7 +9,7 @@ import pytest
 
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.state import _QUICK
+from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import build_networks, motion
 from dexportrait_jax.tasks.motion import MotionTask
 
@@ -113,7 +113,7 @@ def evaluated(loss, batch, step, shared, events):
     def run(batch, shared):
         return loss(PARAMS, batch, jax.random.key(0), step, shared, frozenset(events))
 
-    program = run.lower(batch, shared).compile(compiler_options=_QUICK)
+    program = run.lower(batch, shared).compile(compiler_options=QUICK)
     value, outputs = program(batch, shared)
     return float(value), jax.tree.map(float, outputs.metrics), outputs.shared
 
