@@ -314,5 +314,7 @@ def animator_of_minutes(config: ConfigDict) -> ConfigDict:
     )
     config.model.unet.update(block_channels=(64, 128, 128), groups=16)
     config.model.denoiser.expression_tokens = (4, 8)
+    # After 2000 steps of the image stage a scale of 1.5 cost 0.6 dB, at the same LPIPS.
+    config.sampling.guidance = 1.0
     config.ema_decay = 0.998
     return config
