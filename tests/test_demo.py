@@ -28,13 +28,12 @@ TRAINED = {
 
 
 def start(workdir: Path, log: Path) -> subprocess.Popen:
-    """On one device as a stranger has it, not on the tests' eight; a program once compiled is kept."""
-    programs = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "programs")}
+    """On one device as a stranger has it, not on the tests' eight."""
     return subprocess.Popen(
         [sys.executable, "-m", "dexportrait_jax", "demo", f"--workdir={workdir}"],
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | programs,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     )
 
 
