@@ -108,6 +108,7 @@ def encoders(variant: str) -> dict:
                 "dims": (24, 48, 96, 128),
                 "rotation_head": "euler_bins",
                 "translation_limit": None,
+                "scale_limit": 2.0,
                 "initialisation": "fan_in",
             },
             "expression": {
@@ -129,7 +130,8 @@ def encoders(variant: str) -> dict:
             "depths": (3, 3, 9, 3),
             "dims": (96, 192, 384, 768),
             "rotation_head": "euler_bins",  # euler_bins | 6d
-            "translation_limit": None,
+            "translation_limit": None,  # None: linear; else limit * tanh
+            "scale_limit": 2.0,  # of the logarithm
             "initialisation": "published",  # published | fan_in, for narrow networks
         },
         "expression": {

@@ -4,7 +4,8 @@
 
 tiny: 64 px, 2 cores, a few minutes; 2 dB and more over repeating the source on later frames of people it knows.
 synthetic: rendered heads at 64 px, 2 cores, 90 minutes; encoders pretrained on labels. Its data are made first by
-    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2
+    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2 \\
+        --holdout_fraction=0.05
 and measured by `dexportrait evaluate --protocol=synthetic`.
 real: the networks of `synthetic` for a dozen real clips at 64 px, 2 cores; people seen in other colours, being few.
     From an export of `synthetic`, with which eyes and mouths of people held out follow the driver:

@@ -439,11 +439,8 @@ class Examples:
         """
         if rng is None:
             return [None] * len(targets)
-        # Without cross-view pairs the first target decides for all whether another camera is looked for: as it
-        # was when the figures of the configs that have none were measured, whose batches stay what they were.
-        asking = len(targets) if self.config["cross_view"] else 1
         found: dict[int, records.Clip | None] = {}
-        for target, draw, second in list(zip(targets, draws, seconds, strict=True))[:asking]:
+        for target, draw, second in zip(targets, draws, seconds, strict=True):
             if target.clip not in found and (second is not None or draw.other_view):
                 found[target.clip] = self._other_view(target.clip, rng)
         return [found.get(target.clip) for target in targets]

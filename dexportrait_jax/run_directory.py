@@ -57,6 +57,7 @@ BEFORE_THE_KEY = {
     "model.expression.dropout": 0.0,
     "model.generator.flatten_stride": "last",
     "model.generator.rgb_channels": None,
+    "model.pose.scale_limit": 2.0,
 }
 
 

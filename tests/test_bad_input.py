@@ -309,8 +309,12 @@ def test_a_loss_between_people_wants_several(tmp_path, monkeypatch, fails):
 @pytest.mark.parametrize(
     ("protocol", "least"), [("cross", 2), ("disentangled", 3), ("synthetic", 3)]
 )
-def test_protocols_that_need_other_people(fails, weights, tmp_path, protocol, least):
-    clips = [fixtures.make_clip(0, 4, 64)] * 2
+@pytest.mark.parametrize("frames", [(4, 4), (4, 1, 1, 1)])
+def test_protocols_that_need_other_people(fails, weights, tmp_path, protocol, least, frames):
+    clips = [
+        fixtures.make_clip(0 if count > 1 else person, count, 64)
+        for person, count in enumerate(frames)
+    ]
     splits = {"train": lambda: clips, "validation": lambda: clips}
     data = builder.write_dataset(splits, tmp_path / "data")
     line = fails(
@@ -320,7 +324,8 @@ def test_protocols_that_need_other_people(fails, weights, tmp_path, protocol, le
         f"--protocol={protocol}",
         f"--out={tmp_path / 'out'}",
     )
-    assert f"--protocol={protocol} needs {least} people" in line and "has 1: prepare" in line
+    assert f"--protocol={protocol} needs {least} people with clips of two frames" in line
+    assert ("has 1: prepare" if 1 not in frames else "has 1, 3 more in clips of one frame") in line
     assert not (tmp_path / "out").exists()
 
 

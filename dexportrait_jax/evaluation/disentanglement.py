@@ -45,9 +45,15 @@ def encoder_figures(
         (mean |ratio - 1|), shift_error (mean distance, crop units), expression_r2 (latent to
         parameters, mean over all but gaze), gaze_r2, pose_leak_r2 (latent to pitch, yaw and roll),
         placement_leak_r2 (latent to log scale and shift), identity_leak, expression_in_pose_r2 (found
-        pose to parameters, mean over all but gaze); and name -> R2.
+        pose to parameters, mean over all but gaze: hardly above 0 where poses vary much more than expressions turn
+        them), expression_in_pose_error_r2 (the same of what the found pose has beside the true one, which sees
+        that); and name -> R2.
     """
     gauge = probes.fit_gauge(training.poses, training.true_poses)
+
+    def in_error(of: Encoded):
+        return pose_error_features(gauge.remove(of.poses), of.true_poses)
+
     errors = probes.pose_errors(gauge.remove(held_out.poses), held_out.true_poses)
 
     def read(features, targets):
@@ -57,6 +63,7 @@ def encoder_figures(
     latents, parameters = lambda of: of.latents, lambda of: of.parameters
     of_parameters = read(latents, parameters)
     in_pose = read(lambda of: pose_features(of.poses), parameters)
+    in_pose_error = read(in_error, parameters)
     gaze = np.array(["gaze" in name for name in parameter_names])
     angles = read(latents, lambda of: pose_angles(of.true_poses))
     leak, chance = probes.identity_leak(held_out.latents, held_out.people)
@@ -75,6 +82,7 @@ def encoder_figures(
         "identity_leak": leak,
         "identity_chance": chance,
         "expression_in_pose_r2": in_pose[~gaze].mean(),
+        "expression_in_pose_error_r2": in_pose_error[~gaze].mean(),
     }
     each = dict(zip(parameter_names, map(float, of_parameters), strict=True))
     return {name: float(value) for name, value in figures.items()}, each
@@ -110,3 +118,18 @@ def pose_features(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 12"
     """All that a linear probe may use of a pose: rotation matrix and placement, each of unit order."""
     rotation, _, _ = probes.split_pose(poses)
     return np.concatenate([rotation.reshape(len(poses), 9), placement(poses)], -1)
+
+
+def pose_error_features(
+    found: Float[np.ndarray, "n 3 4"], true: Float[np.ndarray, "n 3 4"]
+) -> Float[np.ndarray, "n 6"]:
+    """What the found pose has beside the true one, in the head's own frame: its turn, and its placement's difference.
+
+    The turn is the axis times the sine of the angle.
+    """
+    turned, _, _ = probes.split_pose(found)
+    straight, _, _ = probes.split_pose(true)
+    beside = straight.transpose(0, 2, 1) @ turned
+    crossed = (beside - beside.transpose(0, 2, 1)) / 2
+    turn = np.stack([crossed[:, 2, 1], crossed[:, 0, 2], crossed[:, 1, 0]], -1)
+    return np.concatenate([turn, placement(found) - placement(true)], -1)

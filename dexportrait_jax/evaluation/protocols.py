@@ -98,7 +98,8 @@ def run_evaluate(
         found = _measure(protocol, runner, data, clips, estimator, other)
     except RecordError as error:
         # Training leaves such a record out; a figure of the others would be another dataset's.
-        raise UserError(f"{data}, split '{split}' is damaged: {error}; prepare it again") from error
+        # Protocols read other splits too: probes are fitted on training people, sources start their videos.
+        raise UserError(f"{data} is damaged: {error}; prepare it again") from error
     about = {
         "protocol": protocol,
         "split": split,

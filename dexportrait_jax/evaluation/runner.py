@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from data_pipelines.dataset import ClipDataset, split_names
+from data_pipelines.dataset import ClipDataset, available_splits, open_clips
 from data_pipelines.records import Clip
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import encode_clip, model_inputs
@@ -110,16 +110,16 @@ class Runner:
 
 
 class FirstFrames:
-    """The first frame of the video of a clip, found over all splits of a dataset.
+    """The first frame of the video of a clip, found over all splits of a dataset, or of rendered heads.
 
     Where the end of every video was held out, the beginning of a held-out clip is a moment before
     the frames to be measured, and repeating it would be hard to beat and prove nothing.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: str | Path):
         self._first: dict[tuple, tuple[float, ClipDataset, int]] = {}
-        for split in split_names(directory):
-            clips = ClipDataset(directory, split)
+        for split in available_splits(directory):
+            clips = open_clips(directory, split)
             columns = [clips.index[name] for name in ("identity", "session", "camera", "start")]
             for number, (*video, start) in enumerate(zip(*columns, strict=True)):
                 known = self._first.get(tuple(video))
@@ -138,10 +138,16 @@ def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str)
         if clips.frames[number] > 1:
             chosen.setdefault(identity, number)
     if len(chosen) < least:
+        people = len(set(clips.index["identity"]))
+        short = (
+            f", {people - len(chosen)} more in clips of one frame alone"
+            if people > len(chosen)
+            else ""
+        )
         raise UserError(
-            f"--protocol={protocol} needs {least} people; split '{clips.split}' of {clips.directory} has "
-            f"{len(chosen)}: prepare videos of more people, or, where other splits have them, hold out the end of "
-            "every clip with --holdout=time"
+            f"--protocol={protocol} needs {least} people with clips of two frames; split '{clips.split}' of "
+            f"{clips.directory} has {len(chosen)}{short}: prepare longer videos or more people, or render more of "
+            "both; where other splits have them, hold out the end of every clip with --holdout=time"
         )
     if runner.max_people is not None and runner.max_people < least:
         raise UserError(

@@ -58,6 +58,15 @@ class MotionTask:
                 "config.loss.person_leak compares targets of one source with those of others: it needs "
                 "config.data.batch_size and config.data.targets of 2 or more"
             )
+        if config.loss.invariance and not data.second_expression:
+            raise UserError(
+                "config.loss.invariance compares two expression pictures of an instant: give "
+                "--config.data.second_expression=True, or --config.loss.invariance=0"
+            )
+        if config.loss.r1_every < 1:
+            raise UserError(
+                f"config.loss.r1_every={config.loss.r1_every}: at least 1; --config.loss.r1_gamma=0 is without R1"
+            )
         if config.loss.perceptual_form not in PERCEPTUAL_FORMS:
             raise UserError(
                 f"config.loss.perceptual_form is {' or '.join(PERCEPTUAL_FORMS)}, "
@@ -130,7 +139,7 @@ class MotionTask:
         step -= weights.adversarial_start
         if weights.adversarial > 0 and step >= 0:
             events.add("adversarial")
-            if step % weights.r1_every == 0:
+            if weights.r1_gamma and step % weights.r1_every == 0:
                 events.add("r1")
         return frozenset(events)
 

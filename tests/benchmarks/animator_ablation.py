@@ -1,6 +1,7 @@
 """What ray map, warped reference and augmentation are for: the animator without each on rendered heads (Table 2).
 
-    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2
+    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2 \\
+        --holdout_fraction=0.05
     dexportrait encode --weights=exports/taef2 --data=data/heads --out=data/heads-latents --size=128
     python -m tests.benchmarks animator_ablation --data=data/heads --latents=data/heads-latents \\
         --autoencoder=exports/taef2 --motion=exports/heads --motion_without=runs/ablation/neither-0/export \\
@@ -23,7 +24,7 @@ VARIANTS = {
     "full": (),
     "without ray map": ("model.denoiser.raymap=none",),
     "without warping": ("model.denoiser.warp_kernel=0",),
-    "without augmentation": ablation.VARIANTS["neither"],
+    "without augmentation": ablation.WITHOUT_AUGMENTATION,
 }
 COLUMNS = {
     # Table 2's, in its order; its APD is in radians.

@@ -26,9 +26,14 @@ def _encoded(
     tell_pose=0.0,
     tell_placement=0.0,
     turned_by=(),
+    degrees=20.0,
+    straight=True,
     say=1.0,
 ):
-    """`turned_by`: indices of parameters that turn every found pose, by 20 degrees of pitch, yaw, roll at 1."""
+    """`turned_by`: indices of parameters that turn every found pose, by `degrees` of pitch, yaw, roll at 1.
+
+    `straight`: heads look straight ahead then, so that what turns them is all that there is to see.
+    """
     generator = np.random.default_rng(seed)
     count = people * frames
     person = np.repeat(np.arange(people), frames)
@@ -42,11 +47,12 @@ def _encoded(
     latents += tell_placement * told @ np.random.default_rng(97).normal(size=(3, 24))
     found = true
     if turned_by:
-        # Heads look straight ahead, so that what turns them is all that there is to see.
+        if straight:
+            true = np.repeat(np.eye(3, 4)[None], count, 0)
         angles = np.zeros((3, count))
-        angles[: len(turned_by)] = 20 * parameters[:, turned_by].T
-        true = np.repeat(np.eye(3, 4)[None], count, 0)
-        found = np.concatenate([np.asarray(euler_to_rotation(*angles)), true[:, :, 3:]], -1)
+        angles[: len(turned_by)] = degrees * parameters[:, turned_by].T
+        turned = true[:, :, :3] @ np.asarray(euler_to_rotation(*angles))
+        found = np.concatenate([turned, true[:, :, 3:]], -1)
     return Encoded(person, found, latents, true, parameters)
 
 
@@ -99,6 +105,18 @@ def test_poses_that_expressions_turn():
     gaze, _ = _figures(turned_by=[2, 3])
     assert abs(gaze["expression_in_pose_r2"]) < 0.1
     assert abs(_figures()[0]["expression_in_pose_r2"]) < 0.1
+
+
+@pytest.mark.parametrize("degrees", [1.0, 6.0])
+def test_small_turns_by_expressions_are_seen_beside_the_true_pose(degrees):
+    """Among poses of all kinds jaw and smile turn heads a little: the poses alone do not tell, their errors do."""
+    both, _ = _figures(turned_by=[0, 1], degrees=degrees, straight=False)
+    assert abs(both["expression_in_pose_r2"]) < 0.1
+    assert both["expression_in_pose_error_r2"] > 0.95
+    one, _ = _figures(turned_by=[1], degrees=degrees, straight=False)
+    assert one["expression_in_pose_error_r2"] == pytest.approx(0.5, abs=0.06)
+    gaze, _ = _figures(turned_by=[2, 3], degrees=degrees, straight=False)
+    assert abs(gaze["expression_in_pose_error_r2"]) < 0.1
 
 
 def test_a_latent_that_says_nothing():

@@ -116,6 +116,13 @@ def test_the_source_is_the_first_frame_of_the_video(model, tmp_path):
     assert (model.drives[0].source_expression != model.drives[0].expressions).any()
 
 
+def test_self_and_flicker_of_heads_that_are_drawn_while_they_are_read(model, tmp_path):
+    data = "synthetic:identities=4,frames=6,size=64,holdout=0.5"
+    result = run(data, tmp_path / "self", "self")
+    assert len(result["items"]) > 0 and result["psnr"] == pytest.approx(result["psnr_copy"])
+    assert run(data, tmp_path / "flicker", "flicker")["frames"] > 0
+
+
 def test_cross_and_disentangled_of_a_copy(dataset, model, tmp_path):
     result = run(dataset, tmp_path / "cross", "cross")
     assert result["apd"] == pytest.approx(result["apd_copy"]) and result["apd"] > 1
@@ -302,6 +309,6 @@ def test_a_damaged_frame_is_one_line_and_leaves_nothing(model, tmp_path):
     torn = dataclasses.replace(torn, frames=[*torn.frames[:4], b"no jpeg", *torn.frames[5:]])
     splits = {name: lambda: [whole, torn] for name in ("train", "validation")}
     data = builder.write_dataset(splits, tmp_path / "data")
-    with pytest.raises(UserError, match=f"'validation' is damaged: clip {torn.clip_id}: frame 4"):
+    with pytest.raises(UserError, match=f"data is damaged: clip {torn.clip_id}: frame 4"):
         run(data, tmp_path / "out", "self")
     assert not (tmp_path / "out").exists()

@@ -250,6 +250,23 @@ def test_plain_features_as_the_supplement_prints_them():
         MotionTask(configs.load_config("configs/motion.py:tiny", ["loss.perceptual_form=vgg"]))
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.invariance=8.0", "config.data.second_expression=True"),
+        ("loss.r1_every=0", "config.loss.r1_every=0: at least 1"),
+    ],
+)
+def test_losses_that_cannot_be_computed_are_refused(override, said):
+    with pytest.raises(UserError, match=said):
+        MotionTask(configs.load_config("configs/motion.py:tiny", [override]))
+
+
+def test_without_a_weight_the_penalty_is_not_computed():
+    assert "r1" in stub_task(variant="tiny").events(0)
+    assert "r1" not in stub_task("loss.r1_gamma=0.0", variant="tiny").events(0)
+
+
 def test_dropout_of_the_expression_encoder_in_training_alone():
     for overrides, drops in (
         (("pretraining.steps=4",), True),

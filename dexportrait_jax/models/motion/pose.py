@@ -115,8 +115,9 @@ class PoseEncoder(ConvNeXtV2):
 
     ``rotation_head`` "euler_bins": 66 logits for each of pitch, yaw and roll, whose expectation is an
     angle in [-97.5, 97.5] degrees (method.md 2); "6d": six numbers, made orthonormal. The scale is
-    exp(clip(raw, -2, 2)); the translation is linear, or limit * tanh with ``translation_limit``; its
-    third component is set to 0. At initialisation heads are close to frontal, of scale 1, centred.
+    exp(clip(raw, -limit, limit)) with ``scale_limit``; the translation is linear, or limit * tanh with
+    ``translation_limit``; its third component is set to 0. At initialisation heads are close to frontal, of
+    scale 1, centred.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class PoseEncoder(ConvNeXtV2):
         dims: Sequence[int] = (96, 192, 384, 768),
         rotation_head: Literal["euler_bins", "6d"] = "euler_bins",
         translation_limit: float | None = None,
+        scale_limit: float = 2.0,
         initialisation: Initialisation = "published",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -133,7 +135,8 @@ class PoseEncoder(ConvNeXtV2):
         super().__init__(
             depths=depths, dims=dims, initialisation=initialisation, dtype=dtype, rngs=rngs
         )
-        self.rotation_head, self.translation_limit = rotation_head, translation_limit
+        self.rotation_head = rotation_head
+        self.translation_limit, self.scale_limit = translation_limit, scale_limit
 
         def head(outputs: int) -> nnx.Linear:
             small = nnx.initializers.normal(0.02 / dims[-1] ** 0.5)
@@ -166,7 +169,7 @@ class PoseEncoder(ConvNeXtV2):
         if self.translation_limit is not None:
             translation = self.translation_limit * jnp.tanh(translation)
         translation = translation * jnp.array([1.0, 1.0, 0.0])
-        scale = jnp.exp(jnp.clip(raw["scale"][:, 0], -2, 2))
+        scale = jnp.exp(jnp.clip(raw["scale"][:, 0], -self.scale_limit, self.scale_limit))
         return geometry.pose_matrix(rotation, translation, scale), raw
 
 

@@ -75,8 +75,9 @@ def test_untrained_heads_are_about_frontal(head):
     assert set(raw) == expected
 
 
-def test_heads_give_the_angles_translation_and_scale_they_say():
-    encoder = PoseEncoder(**SIZES, translation_limit=1.5, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("limit", [2.0, 0.5])
+def test_heads_give_the_angles_translation_and_scale_they_say(limit):
+    encoder = PoseEncoder(**SIZES, translation_limit=1.5, scale_limit=limit, rngs=nnx.Rngs(0))
     for name, bin_index in (("pitch", 30), ("yaw", 45), ("roll", 20)):
         head = getattr(encoder, f"fc_{name}")
         head.bias = nnx.Param(1e3 * jax.nn.one_hot(bin_index, 66))
@@ -89,7 +90,7 @@ def test_heads_give_the_angles_translation_and_scale_they_say():
     angles = np.array(geometry.rotation_to_euler(rotation))[:, 0]
     np.testing.assert_allclose(angles, [3 * n - 97.5 for n in (30, 45, 20)], atol=1e-2)
     np.testing.assert_allclose(translation[0], [1.5 * np.tanh(0.2), -1.5, 0], atol=1e-5)
-    np.testing.assert_allclose(scale[0], np.exp(2), rtol=1e-5)  # clipped
+    np.testing.assert_allclose(scale[0], np.exp(limit), rtol=1e-5)  # clipped
 
 
 def test_blocks_of_a_narrow_network_start_empty_unless_by_fan_in():
