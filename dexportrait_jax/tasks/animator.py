@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float, Int
 
-from data_pipelines import loading
 from data_pipelines.survey import Survey
 from dexportrait_jax.diffusion.sampler import sampling_timesteps
 from dexportrait_jax.diffusion.schedule import NoiseSchedule, noise_schedule, training_noise
@@ -29,7 +28,9 @@ from dexportrait_jax.tasks.animator_start import load_start
 from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
+    in_turn,
     save_comparison,
+    shown_batch,
     to_float,
 )
 
@@ -204,6 +205,14 @@ class AnimatorTask:
     def _one_step_preview(self, params, batch, key):
         """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
         targets = batch["target_image"].shape[1]
+        network = self.networks["autoencoder"].bind(params["autoencoder"])
+        with jax.named_scope("autoencoder"):
+            for which in ("source", "target"):
+                images = batch[f"{which}_image"].reshape(-1, *batch["source_image"].shape[1:])
+                posterior = in_turn(
+                    lambda image: jnp.stack(network.encode(to_float(image)), axis=1), images
+                )
+                batch = batch | {f"{which}_latents": posterior}
         latents = self.encode(params, batch, "target")
         timesteps = jnp.full((latents.shape[0],), self.schedule.steps * 6 // 10)
         noise = jax.random.normal(key, latents.shape)
@@ -211,21 +220,17 @@ class AnimatorTask:
         conditions = self.conditions(params, batch)
         prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         clean = self.schedule.clean(prediction, noisy, timesteps)
-        network = self.networks["autoencoder"].bind(params["autoencoder"])
-        return network.decode(clean / network.scale)
+        with jax.named_scope("autoencoder"):
+            return in_turn(network.decode, clean / network.scale)
 
     def evaluate(self, state, constants, workdir: Path, step: int) -> None:
         """A picture of held-out frames beside what one denoising step from 60 % noise makes of them."""
         del constants
         params = state["params"] | state["ema"]
-        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
-            result = self._preview(params, batch, jax.random.key(0))
-            save_comparison(
-                workdir / "samples" / f"step_{step:07d}.png",
-                batch["source_image"],
-                batch["target_image"],
-                result,
-            )
+        batch = shown_batch(self.config)
+        result = self._preview(params, batch, jax.random.key(0))
+        path = workdir / "samples" / f"step_{step:07d}.png"
+        save_comparison(path, batch["source_image"], batch["target_image"], result)
 
 
 def draw_timesteps(key: Array, count: int, steps: int, power: float) -> Int[Array, " count"]:

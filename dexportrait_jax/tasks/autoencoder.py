@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from data_pipelines import loading
 from data_pipelines.survey import Survey
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.tiny_autoencoder import TinyAutoencoder
@@ -24,7 +23,13 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
-from dexportrait_jax.tasks.pictures import flatten_targets, save_comparison, to_float
+from dexportrait_jax.tasks.pictures import (
+    flatten_targets,
+    in_turn,
+    save_comparison,
+    shown_batch,
+    to_float,
+)
 from dexportrait_jax.weights import names
 from dexportrait_jax.weights.lpips_names import load_perceptual
 
@@ -139,18 +144,17 @@ class AutoencoderTask:
 
     def _reconstruct(self, params, images):
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
-        return autoencoder.decode(autoencoder.encode(images)[0])
+        return in_turn(lambda image: autoencoder.decode(autoencoder.encode(image)[0]), images)
 
     def evaluate(self, state, constants, workdir: Path, step: int) -> None:
         """A picture of held-out frames beside their reconstructions."""
         del constants
         params = state["params"] | state["ema"]
-        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
-            target = batch["target_image"]
-            decoded = self._preview(params, to_float(jnp.asarray(flatten_targets(target))))
-            save_comparison(
-                workdir / "samples" / f"step_{step:07d}.png", batch["source_image"], target, decoded
-            )
+        batch = shown_batch(self.config)
+        target = batch["target_image"]
+        decoded = self._preview(params, to_float(jnp.asarray(flatten_targets(target))))
+        path = workdir / "samples" / f"step_{step:07d}.png"
+        save_comparison(path, batch["source_image"], target, decoded)
 
 
 def make(config: ml_collections.ConfigDict) -> AutoencoderTask:

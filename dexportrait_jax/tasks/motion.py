@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from data_pipelines import loading
 from data_pipelines.survey import Survey
 from dexportrait_jax import geometry
 from dexportrait_jax.errors import UserError
@@ -38,6 +37,7 @@ from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
     save_comparison,
+    shown_batch,
     to_float,
 )
 from dexportrait_jax.weights.convnextv2 import load_trunk
@@ -282,14 +282,10 @@ class MotionTask:
         """A picture of held-out frames: source, driving frame, result."""
         del constants
         params = state["params"] | state["ema"]
-        for batch in loading.evaluation_batches(self.config.data, self.config.evaluate.split, 1):
-            image = self._preview(params, batch)
-            save_comparison(
-                workdir / "samples" / f"step_{step:07d}.png",
-                batch["source_image"],
-                batch["target_image"],
-                image,
-            )
+        batch = shown_batch(self.config)
+        image = self._preview(params, batch)
+        path = workdir / "samples" / f"step_{step:07d}.png"
+        save_comparison(path, batch["source_image"], batch["target_image"], image)
 
 
 def make(config: ml_collections.ConfigDict) -> MotionTask:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, UInt8
 
+from data_pipelines import loading
 from dexportrait_jax import distributed
 from dexportrait_jax.evaluation.report import write_png
+from dexportrait_jax.platforms import target_platform
+
+# Pictures of an evaluation while training runs. Every device makes all of them, beside the State: as many as the batch
+# has would be more than a chip holds.
+SHOWN = 16
 
 
 def to_float(image: UInt8[Array, ...]) -> Float[Array, ...]:
@@ -41,6 +49,28 @@ def encode_poses(
     sources, _ = encoder(to_float(batch["source_pose_image"]))
     targets, _ = encoder(to_float(flatten_targets(batch["target_pose_image"])))
     return sources.astype(jnp.float32), targets.astype(jnp.float32)
+
+
+def shown_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Held-out sources, the same every time, as many as give SHOWN targets; one where each has more.
+
+    With the keys of a training batch, whose sources they do not outnumber.
+    """
+    sources = max(1, SHOWN // loading.targets_of_a_source(config.data))
+    sources = min(sources, config.data.batch_size)
+    data = {**config.data, "batch_size": sources}
+    (batch,) = loading.evaluation_batches(data, config.evaluate.split, 1)
+    return batch
+
+
+def in_turn(function: Callable[[Array], Array], images: Array) -> Array:
+    """`function` of pictures that do not know of each other, in the memory of one of them.
+
+    But on CPUs, where convolutions inside loops run many times slower, of all at once.
+    """
+    if target_platform() == "cpu":
+        return function(images)
+    return jax.lax.map(lambda image: function(image[None])[0], images)
 
 
 def save_comparison(
