@@ -35,6 +35,7 @@ from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.programs import build
 from dexportrait_jax.state import parameter_count
 from dexportrait_jax.tasks import make_task
+from dexportrait_jax.tasks.pictures import shown_data
 from dexportrait_jax.train import check, check_shares
 from dexportrait_jax.workload import abstract_batch, step_work
 
@@ -130,6 +131,14 @@ def plan(
         for events, share in programs.items():
             label = f"{name}: {', '.join(sorted(events)) or 'step'}"
             found.append(_compiled(task, config, mesh, events, effort, label) | {"share": share})
+        evaluates = config.evaluate.at_end or config.evaluate.every_steps
+        if evaluates and all(program["fits"] for program in found):
+            beside = max(program["argument_gib_per_device"] for program in found)
+            needs = _evaluation(task, config, mesh, effort, f"{name}: evaluation")
+            if needs["fits"]:  # by itself; optimizer state and constants are there as well
+                needs["hbm_gib_per_device"] += beside - needs["argument_gib_per_device"]
+                needs["fits"] = needs["hbm_gib_per_device"] <= chip.hbm_gib
+            found.append(needs)
     together = summary(found, chip, mesh.size)
     return {
         "job": "train",
@@ -178,6 +187,18 @@ def _compiled(
         return result | compiled(
             lambda: step.lower(abstract, batch, constants, events), label, effort
         )
+
+
+def _evaluation(task, config, mesh, effort: str, label: str) -> dict[str, Any]:
+    """The program that makes samples between steps, and is part of none."""
+    abstract, _, _ = build(task, config, mesh)
+    batch = abstract_batch(shown_data(config.data))
+    batch = placed(batch, jax.tree.map(lambda _: sharding.replicated(mesh), batch))
+    params = abstract["params"] | abstract["ema"]
+    with jax.set_mesh(mesh):
+        needs = compiled(lambda: jax.jit(task.preview).lower(params, batch), label, effort)
+    unpaid = {"share": 0.0, "model_tflops": 0.0, "rematerialised_tflops": 0.0}
+    return {"events": ["evaluation"], **unpaid, **needs}
 
 
 def _planned_before(kept: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
+from dexportrait_jax.tasks.pictures import write_samples
 from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
 
 COMPUTE_TYPES = ("float32", "bfloat16", "float16")
@@ -133,6 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             times = wall.row(steps, pictures)
             return times | efficiency.row(times, steps) | known
 
+        preview, samples = jax.jit(task.preview), workdir / "samples"
         agreement = distributed.Agreement(done)
         compiled: set[frozenset[str]] = set()
         last_save = time.monotonic()
@@ -193,7 +195,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
                     raise SystemExit(RESUME_ME)
                 if evaluating:
                     with wall.spent("evaluate"):
-                        task.evaluate(state, constants, workdir, step)
+                        write_samples(preview, state, config, samples / f"step_{step:07d}.png")
         loader.close()
         writer.close()
         with wall.spent("save"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any, Protocol
 
 import ml_collections
+from jaxtyping import Array, Float
 
 from data_pipelines.survey import Survey
 from dexportrait_jax.errors import UserError
@@ -52,10 +52,10 @@ class Task(Protocol):
     def abstract_constants(self) -> dict[str, Any]:
         """Shapes and types of `constants()`, which nothing is read for."""
 
-    def evaluate(
-        self, state: dict[str, Any], constants: dict[str, Any], workdir: Path, step: int
-    ) -> None:
-        """Writes a picture of what the model does now to `WORKDIR/samples` and figures beside it."""
+    def preview(
+        self, params: dict[str, Any], batch: dict[str, Array]
+    ) -> Float[Array, "sources*targets h w 3"]:
+        """What the model makes of a batch's targets now, in [-1, 1]; see `pictures.write_samples`."""
 
 
 def task_module(stage: str):

@@ -7,7 +7,6 @@ modules alone (method.md 4).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -29,8 +28,6 @@ from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
     in_turn,
-    save_comparison,
-    shown_batch,
     to_float,
 )
 
@@ -56,7 +53,6 @@ class AnimatorTask:
                 make_optimizer(config.optim.denoise, config.num_steps),
             ),
         )
-        self._preview = jax.jit(self._one_step_preview)
 
     def check_data(self, found: Survey) -> None:
         """Any will do."""
@@ -202,8 +198,10 @@ class AnimatorTask:
             noisy, timesteps, conditions, temporal=temporal, frames=targets if self.video else 1
         )
 
-    def _one_step_preview(self, params, batch, key):
-        """What the denoiser makes of held-out frames noised half-way, in one step: cheap, and shows the pose."""
+    def preview(
+        self, params: dict[str, Any], batch: dict[str, Array]
+    ) -> Float[Array, "sources*targets h w 3"]:
+        """What one denoising step from 60 % noise makes of a batch's targets: cheap, and shows the pose."""
         targets = batch["target_image"].shape[1]
         network = self.networks["autoencoder"].bind(params["autoencoder"])
         with jax.named_scope("autoencoder"):
@@ -215,22 +213,13 @@ class AnimatorTask:
                 batch = batch | {f"{which}_latents": posterior}
         latents = self.encode(params, batch, "target")
         timesteps = jnp.full((latents.shape[0],), self.schedule.steps * 6 // 10)
-        noise = jax.random.normal(key, latents.shape)
+        noise = jax.random.normal(jax.random.key(0), latents.shape)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         conditions = self.conditions(params, batch)
         prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         clean = self.schedule.clean(prediction, noisy, timesteps)
         with jax.named_scope("autoencoder"):
             return in_turn(network.decode, clean / network.scale)
-
-    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
-        """A picture of held-out frames beside what one denoising step from 60 % noise makes of them."""
-        del constants
-        params = state["params"] | state["ema"]
-        batch = shown_batch(self.config)
-        result = self._preview(params, batch, jax.random.key(0))
-        path = workdir / "samples" / f"step_{step:07d}.png"
-        save_comparison(path, batch["source_image"], batch["target_image"], result)
 
 
 def draw_timesteps(key: Array, count: int, steps: int, power: float) -> Int[Array, " count"]:

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,8 +25,6 @@ from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import (
     flatten_targets,
     in_turn,
-    save_comparison,
-    shown_batch,
     to_float,
 )
 from dexportrait_jax.weights import names
@@ -89,7 +86,6 @@ class AutoencoderTask:
                 make_optimizer(config.optim.autoencoder, config.num_steps),
             ),
         )
-        self._preview = jax.jit(self._reconstruct)
 
     def check_data(self, found: Survey) -> None:
         """Any will do."""
@@ -142,19 +138,13 @@ class AutoencoderTask:
         metrics["psnr"] = 10.0 * jnp.log10(4.0 / error)
         return sum(weight * value for weight, value in terms.values()), Outputs(metrics, {})
 
-    def _reconstruct(self, params, images):
+    def preview(
+        self, params: dict[str, Any], batch: dict[str, Array]
+    ) -> Float[Array, "sources*targets h w 3"]:
+        """The reconstructions of a batch's targets."""
         autoencoder = self.networks["autoencoder"].bind(params["autoencoder"])
+        images = to_float(flatten_targets(batch["target_image"]))
         return in_turn(lambda image: autoencoder.decode(autoencoder.encode(image)[0]), images)
-
-    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
-        """A picture of held-out frames beside their reconstructions."""
-        del constants
-        params = state["params"] | state["ema"]
-        batch = shown_batch(self.config)
-        target = batch["target_image"]
-        decoded = self._preview(params, to_float(jnp.asarray(flatten_targets(target))))
-        path = workdir / "samples" / f"step_{step:07d}.png"
-        save_comparison(path, batch["source_image"], target, decoded)
 
 
 def make(config: ml_collections.ConfigDict) -> AutoencoderTask:

@@ -36,8 +36,6 @@ from dexportrait_jax.tasks.motion_terms import (
 from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
-    save_comparison,
-    shown_batch,
     to_float,
 )
 from dexportrait_jax.weights.convnextv2 import load_trunk
@@ -107,9 +105,6 @@ class MotionTask:
                 make_optimizer(discriminator, joint_steps),
                 when="adversarial",
             ),
-        )
-        self._preview = jax.jit(
-            lambda params, batch: self._predict(params, batch, self._encode(params, batch))
         )
 
     def check_data(self, found: Survey) -> None:
@@ -278,14 +273,11 @@ class MotionTask:
         """How many of a batch's targets the discriminator sees: all, or `loss.adversarial_images`."""
         return min(targets, self.config.loss.adversarial_images or targets)
 
-    def evaluate(self, state, constants, workdir: Path, step: int) -> None:
-        """A picture of held-out frames: source, driving frame, result."""
-        del constants
-        params = state["params"] | state["ema"]
-        batch = shown_batch(self.config)
-        image = self._preview(params, batch)
-        path = workdir / "samples" / f"step_{step:07d}.png"
-        save_comparison(path, batch["source_image"], batch["target_image"], image)
+    def preview(
+        self, params: dict[str, Any], batch: dict[str, Array]
+    ) -> Float[Array, "sources*targets h w 3"]:
+        """What the generator makes of a batch's targets."""
+        return self._predict(params, batch, self._encode(params, batch))
 
 
 def make(config: ml_collections.ConfigDict) -> MotionTask:

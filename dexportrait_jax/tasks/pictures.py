@@ -51,16 +51,25 @@ def encode_poses(
     return sources.astype(jnp.float32), targets.astype(jnp.float32)
 
 
-def shown_batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """Held-out sources, the same every time, as many as give SHOWN targets; one where each has more.
+def shown_data(data: ml_collections.ConfigDict) -> dict[str, Any]:
+    """`config.data` of an evaluation: pictures, of as many sources as give SHOWN targets; of one if each has more.
 
-    With the keys of a training batch, whose sources they do not outnumber.
+    They do not outnumber those of a training batch.
     """
-    sources = max(1, SHOWN // loading.targets_of_a_source(config.data))
-    sources = min(sources, config.data.batch_size)
-    data = {**config.data, "batch_size": sources}
-    (batch,) = loading.evaluation_batches(data, config.evaluate.split, 1)
-    return batch
+    sources = max(1, SHOWN // loading.targets_of_a_source(data))
+    return {**data, "batch_size": min(sources, data.batch_size), "latents": ""}
+
+
+def write_samples(
+    preview: Callable[[dict[str, Any], dict[str, np.ndarray]], Array],
+    state: dict[str, Any],
+    config: ml_collections.ConfigDict,
+    path: Path,
+) -> None:
+    """A picture of held-out frames, the same every time, beside what a task's compiled `preview` makes of them."""
+    (batch,) = loading.evaluation_batches(shown_data(config.data), config.evaluate.split, 1)
+    result = preview(state["params"] | state["ema"], batch)
+    save_comparison(path, batch["source_image"], batch["target_image"], result)
 
 
 def in_turn(function: Callable[[Array], Array], images: Array) -> Array:
