@@ -40,7 +40,7 @@ def build(
         seed=config.seed,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate,
-        in_use=in_use if mesh.shape["context"] > 1 else None,
+        in_use=in_use if mesh.shape["fsdp"] * mesh.shape["context"] > 1 else None,
     )
     compiled = jax.jit(
         step,

@@ -35,6 +35,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 # Below this, gathering costs more than the memory it saves.
 SMALLEST_SHARDED = 2**14
+# Half a GiB in float32, beside a chip's 16 and more.
+LARGEST_WHOLE = 2**27
 
 
 def make_mesh(
@@ -130,21 +132,27 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def shardings_in_use(tree: Any, mesh: Mesh) -> Any:
-    """Of weights while a step computes with them: whole over `context`.
+def shardings_in_use(groups: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Of weights while a step computes with them: whole over `context`, and in small networks over `fsdp` too.
 
     Left to itself, the compiler sees the cut weights of networks whose pictures do not lie over `context`, such as
-    those that read the source, and cuts the pictures' channels to match, back and forth.
+    those that read the source, and cuts the pictures' channels to match, back and forth. So it does over `fsdp` where
+    pictures are smaller than weights. A network of at most LARGEST_WHOLE parameters is gathered once a step instead.
     """
 
-    def place(path, leaf):
-        spec = parameter_spec(path_name(path), tuple(leaf.shape), mesh)
-        whole = (("fsdp" if part == PARAMETER_AXES else part) for part in spec)
-        return NamedSharding(
-            mesh, PartitionSpec(*(None if part == "context" else part for part in whole))
-        )
+    def size(tree):
+        return sum(np.prod(leaf.shape, dtype=np.int64) for leaf in jax.tree.leaves(tree))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    small = {name for name, tree in groups.items() if size(tree) <= LARGEST_WHOLE}
+
+    def place(path, leaf):
+        gathered = PARAMETER_AXES if path[0].key in small else ("context",)
+        spec = parameter_spec(path_name(path), tuple(leaf.shape), mesh)
+        parts = ((part,) if isinstance(part, str) else part or () for part in spec)
+        kept = (tuple(axis for axis in part if axis not in gathered) for part in parts)
+        return NamedSharding(mesh, PartitionSpec(*(part or None for part in kept)))
+
+    return jax.tree_util.tree_map_with_path(place, groups)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

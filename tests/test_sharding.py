@@ -88,10 +88,27 @@ def test_devices_that_share_targets_share_the_weights_too(shape, spec):
         ((130, 129), (None, None)),
     ],
 )
-def test_weights_are_whole_over_context_while_they_are_used(shape, spec):
+def test_weights_are_whole_over_context_while_they_are_used(shape, spec, monkeypatch):
+    monkeypatch.setattr(sharding, "LARGEST_WHOLE", 1000)
     weights = {"g": {"kernel": jax.ShapeDtypeStruct(shape, "float32")}}
     places = sharding.shardings_in_use(weights, mesh(fsdp=4, context=2))
     assert places["g"]["kernel"].spec == PartitionSpec(*spec)
+
+
+def test_a_small_network_is_whole_but_for_its_heads_while_it_is_used(monkeypatch):
+    kernel = jax.ShapeDtypeStruct((256, 512), "float32")
+    groups = {
+        "small": {"to_q": {"kernel": kernel}},
+        "large": {"to_q": {"kernel": kernel}, "more": {"kernel": kernel}},
+    }
+    monkeypatch.setattr(sharding, "LARGEST_WHOLE", 256 * 512)
+    on = mesh(fsdp=2, context=2, tensor=2)
+    assert sharding.parameter_spec("small/to_q/kernel", (256, 512), on) == PartitionSpec(
+        ("fsdp", "context"), "tensor"
+    )
+    places = sharding.shardings_in_use(groups, on)
+    assert places["small"]["to_q"]["kernel"].spec == PartitionSpec(None, "tensor")
+    assert places["large"]["to_q"]["kernel"].spec == PartitionSpec(("fsdp",), "tensor")
 
 
 def test_frames_go_over_context():
