@@ -16,7 +16,6 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.tasks.autoencoder import AutoencoderTask
 from dexportrait_jax.train import train
 from tests.stages import STAGES, handful_of_numbers, interrupt_in_step, leaves, micro
 
@@ -215,7 +214,8 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
         lambda self, step, state: order.append(("save", step)) or save(self, step, state),
     )
     monkeypatch.setattr(
-        AutoencoderTask, "evaluate", lambda self, *given: order.append(("evaluate", given[-1]))
+        "dexportrait_jax.train.write_samples",
+        lambda preview, state, config, path: order.append(("evaluate", int(path.stem[-7:]))),
     )
     train(config, tmp_path)
     assert order == [(what, step) for step in (2, 4) for what in ("save", "evaluate")] + [
