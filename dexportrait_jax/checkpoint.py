@@ -80,7 +80,7 @@ class Checkpoints:
                 f"warning: checkpoint {before} was not saved ({failure}); trying again at step {step}",
                 file=sys.stderr,
             )
-        if step in self.steps():
+        if step in distributed.from_main(self.steps()):
             return
         writer = {
             "schema": SCHEMA,
@@ -107,6 +107,9 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest readable state as (step, state), or None in a run that has not saved yet.
 
+        All processes must ask. They go through the steps that the main one sees, because on a shared file system each
+        may see other ones for a while: a step that is missing somewhere cannot be read there.
+
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto.
 
@@ -114,7 +117,7 @@ class Checkpoints:
           UserError: there are checkpoints and none can be read, or another version wrote what this one cannot read.
         """
         failures = []
-        for step in reversed(self.steps()):
+        for step in reversed(distributed.from_main(self.steps())):
             state, failure = None, ""
             try:
                 state = self._load(step, abstract_state)

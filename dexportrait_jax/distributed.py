@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -86,6 +87,17 @@ def everywhere(holds: bool) -> bool:
     if jax.process_count() == 1:
         return holds
     return bool(multihost_utils.process_allgather(np.array(holds, np.int32)).all())
+
+
+def from_main(numbers: Sequence[int]) -> list[int]:
+    """The main process's numbers, each below 2**31, in every process; all must ask, and may have other ones."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers), np.int32)))
+    if not count:
+        return []
+    mine = np.resize(np.array(numbers, np.int32), count)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tolist()
 
 
 def wait_for_all(name: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from dexportrait_jax import checkpoint, sharding
+from dexportrait_jax import checkpoint, distributed, sharding
 from dexportrait_jax.checkpoint import Checkpoints
 from dexportrait_jax.errors import UserError
 from tests.test_bad_input import small_disk
@@ -150,6 +150,28 @@ def test_nothing_readable_is_an_error_for_all_who_ask(run, damage):
         with pytest.raises(UserError, match="none of the checkpoints"):
             checkpoint.load_groups(run)
     assert (run / "checkpoints" / "4").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("seen", "step", "said"),
+    [
+        ([2], 2, ""),  # it does not see the newest yet
+        ([2, 4, 6], 4, "checkpoint 6 cannot be read: "),  # this process does not
+        ([], None, ""),
+    ],
+)
+def test_the_main_process_says_which_checkpoints_there_are(
+    run, seen, step, said, monkeypatch, capsys
+):
+    """Or two whose file system shows them different ones would go on from different steps."""
+    monkeypatch.setattr(distributed, "from_main", lambda mine: seen if mine == [2, 4] else mine)
+    checkpoints = Checkpoints(run)
+    found = checkpoints.restore(ABSTRACT)
+    checkpoints.close()
+    assert (found[0] if found else None) == step
+    assert capsys.readouterr().err.startswith(said)
+    if found:
+        assert_equal(found[1], state_of(step))
 
 
 def test_a_save_that_was_killed_is_no_checkpoint(run):

@@ -56,8 +56,24 @@ def test_the_worst_of_all_processes(clock, other):
     assert Agreement(0).greatest(1, {"stop": False, "data": 0.0}) == {"stop": 1.0, "data": 3.5}
 
 
+@pytest.mark.parametrize("mine", [[], [3], [2, 4], [1, 2, 3, 4]])
+@pytest.mark.parametrize("main", [[], [2, 4, 60_000_000]])
+def test_the_main_process_says_which_numbers(main, mine, other, monkeypatch):
+    """However many this one has: what is broadcast has the same shape in both."""
+    said = [np.array(len(main), np.int32), np.array(main, np.int32)]
+
+    def broadcast(value):
+        answer = said.pop(0)
+        assert (value.shape, value.dtype) == (answer.shape, answer.dtype)
+        return answer
+
+    monkeypatch.setattr(distributed.multihost_utils, "broadcast_one_to_all", broadcast)
+    assert distributed.from_main(mine) == main
+
+
 def test_alone_one_always_knows():
     agreement = Agreement(0)
     assert all(agreement.due(step) for step in (1, 2, 3))
     assert agreement.greatest(1, {"stop": True, "data": 0.5}) == {"stop": True, "data": 0.5}
     assert agreement.due(2)
+    assert distributed.from_main([2, 4]) == [2, 4]
