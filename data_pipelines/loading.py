@@ -8,10 +8,14 @@ state is saved, and hosts or workers only divide the work. With H hosts, host h 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +122,9 @@ def make_loader(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
         iterator = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        iterator = iterator.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_parent
+        )
     else:
         threads = min(4, os.cpu_count() or 1)
         iterator = data.to_iter_dataset(
@@ -179,12 +185,21 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
     def __init__(self, iterator):
         self._holder = [iterator]
+        self._begun = False
         self.close = weakref.finalize(self, _let_go, self._holder)  # also called when Python ends
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._holder:
             raise StopIteration
-        return next(self._holder[0])
+        if self._begun:
+            return next(self._holder[0])
+        # Worker processes start here, and have what is held back held back until they ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return next(self._holder[0])
+        finally:
+            self._begun = True
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evaluation_batches(
@@ -465,6 +480,21 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain(value) if isinstance(value, Mapping) or hasattr(value, "items") else value
         for name, value in config.items()
     }
+
+
+def _live_with_the_parent(*_: int) -> None:
+    """Of a worker process: it ends when it is told to, or the parent is gone, and not by a signal to the whole group.
+
+    A terminal and a batch system send one to all processes, and the parent needs batches until it has saved.
+    """
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _let_go(holder: list) -> None:

@@ -1,7 +1,14 @@
 """Loading: the data is a function of (seed, step), and nothing bad stops it."""
 
 import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +114,63 @@ def test_worker_processes_change_nothing(directory):
     expected = take(config, 3, step=2)
     for one, other in zip(take(config | {"workers": 2}, 3, step=2), expected, strict=True):
         assert_same(one, other)
+
+
+def _workers():
+    return [
+        child for child in multiprocessing.active_children() if "grain" in child.name.casefold()
+    ]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_the_whole_group_leave_the_workers(directory, sent):
+    """Two batches are made ahead by each worker: the eighth is made after the signal."""
+    config = _config(directory)
+    loader = loading.make_loader(config | {"workers": 2}, seed=0)
+    batches = [next(loader)]
+    workers = _workers()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, sent)
+    batches += [next(loader) for _ in range(7)]
+    assert_same(batches[-1], take(config, 1, step=7)[0])
+    loader.close()
+    assert not _workers()
+
+
+PARENT = """
+import json, multiprocessing, os, signal, sys, threading, time
+from data_pipelines import loading
+
+def term_the_first():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+
+if __name__ == "__main__":
+    threading.Thread(target=term_the_first).start()
+    loader = loading.make_loader(json.loads(sys.argv[1]), seed=0)
+    next(loader)
+    next(loader)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_outlive_signals_while_they_start_but_not_the_parent(directory, tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    config = json.dumps(_config(directory) | {"workers": 2})
+    environment = os.environ | {"PYTHONPATH": str(Path(loading.__file__).parents[1])}
+    command = [sys.executable, tmp_path / "parent.py", config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"workers {alive} are left"
+        time.sleep(0.1)
 
 
 def test_far_steps_start_at_once(directory):
