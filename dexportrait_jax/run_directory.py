@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import sys
@@ -25,6 +26,8 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 
+# What flock says where the file system has no locks: buckets that are mounted, NFS without its lock service.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
@@ -63,7 +66,11 @@ BEFORE_THE_KEY = {
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
-    """Holds the directory for this process alone; leaves no trace of a start that failed."""
+    """Holds the directory for this process alone; leaves no trace of a start that failed.
+
+    Raises:
+      UserError: another process holds it, or it cannot be written. Where files cannot be locked that is a warning.
+    """
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -74,10 +81,21 @@ def claimed(workdir: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is training in {workdir}; wait for it or end it"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(
+                    f"cannot lock {lock_file}: {error.strerror}; look after that disk, or give another --workdir"
+                ) from error
+            if distributed.is_main():
+                print(
+                    f"warning: {workdir} lies where files cannot be locked ({error.strerror}); nothing keeps a "
+                    "second process from training there",
+                    file=sys.stderr,
+                )
         try:
             yield
         except BaseException:

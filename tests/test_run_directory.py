@@ -1,8 +1,11 @@
 """What stands beside the checkpoints: config, code, environment and data."""
 
 import dataclasses
+import errno
+import fcntl
 import importlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from dexportrait_jax.run_directory import (
     FREE_KEYS,
     check_nothing_lost,
     check_same_run,
+    claimed,
     compared,
     write_description,
 )
@@ -179,6 +183,35 @@ def test_a_run_does_not_begin_again_in_silence(tmp_path, left, lost):
         assert "give another --workdir, or remove metrics.jsonl" in str(said.value)
         (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     check_nothing_lost(tmp_path)
+
+
+def test_a_directory_is_for_one_process(tmp_path):
+    words = f"another process is training in {tmp_path}; wait"
+    with claimed(tmp_path), pytest.raises(UserError, match=words), claimed(tmp_path):
+        pass
+
+
+def failing(number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    with claimed(tmp_path):
+        (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {tmp_path} lies where files cannot be locked")
+
+
+def test_a_lock_that_fails_is_not_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
+    words = r"cannot lock .*/\.lock: Input/output error; look after"
+    with pytest.raises(UserError, match=words) as said, claimed(tmp_path / "run"):
+        pass
+    assert "\n" not in str(said.value)
 
 
 def test_commit_is_gits():
