@@ -34,6 +34,8 @@ def initialize(mode: str = "auto") -> None:
         and not any(os.environ.get(sign) for sign in _SIGNS[:3])
     ):
         return  # a TPU host on its own
+    # JAX's own watch for preemptions takes SIGTERM away from whoever has it, and nothing here asks what it saw.
+    jax.config.update("jax_enable_preemption_service", False)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and "JAX_NUM_PROCESSES" in os.environ:
         jax.distributed.initialize(

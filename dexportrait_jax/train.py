@@ -45,16 +45,27 @@ def run_train(
         raise UserError(
             f"--workdir={workdir} is an address, not a directory; mount the bucket and give the path it has there"
         )
-    distributed.initialize(distributed_mode)
-    settings = configs.load_config(config, overrides)
-    changed = configs.what_topology_changed(config, settings)
-    if changed and distributed.is_main():
-        print(changed)
-    train(settings, Path(workdir))
+    # From here on: joining the others and reading data take minutes, in which one may be told to stop.
+    with _sigterm() as stop_asked:
+        distributed.initialize(distributed_mode)
+        settings = configs.load_config(config, overrides)
+        changed = configs.what_topology_changed(config, settings)
+        if changed and distributed.is_main():
+            print(changed)
+        train(settings, Path(workdir), stop_asked)
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    stop_asked: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Trains until `config.num_steps` and returns the final state.
+
+    Args:
+      config: what to train.
+      workdir: the run's directory.
+      stop_asked: says whether SIGTERM came, for a caller that catches it already; None: it is caught here.
 
     Raises:
       UserError: the directory holds another run, the data do not fit, or a phase keeps giving
@@ -66,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
     check(config)
     with (
         run_directory.claimed(workdir),
-        _sigterm() as stop_asked,
+        contextlib.nullcontext(stop_asked) if stop_asked else _sigterm() as stop_asked,
         contextlib.closing(_watch(config, wall, workdir)) as watch,
     ):
         run_directory.check_same_run(workdir, config)
@@ -99,6 +110,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
             say(warning, file=sys.stderr)
         for note in found.notes:
             say(note)
+        # All that was done lies on the disk, and what comes now takes longest.
+        if not distributed.everywhere(not stop_asked()):
+            checkpoints.close()
+            say(f"{config.stage}: stopped before step {done + 1}; start the same command to go on")
+            raise SystemExit(RESUME_ME)
         sources = sharding.rows_of_process(mesh, config.data.batch_size)
         loader = loading.make_loader(
             config.data,

@@ -2,6 +2,12 @@
 
 import fcntl
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +16,10 @@ from dexportrait_jax import run_directory
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.programs import first_state
 from dexportrait_jax.tasks import animator, make_task
-from dexportrait_jax.train import _mesh, run_train, train
+from dexportrait_jax.train import RESUME_ME, _mesh, run_train, train
 from tests.stages import micro
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, one_device):
@@ -60,6 +68,52 @@ def test_forgotten_weights_leave_nothing_behind(places, tmp_path):
     with pytest.raises(UserError, match="config.init.image"):
         train(micro("animator_video", *places, init__image=""), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+JOINED = """
+import os, signal
+from pathlib import Path
+from dexportrait_jax import train
+
+def told(config, overrides):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+train.configs.load_config = told
+train.configs.what_topology_changed = lambda *_: None
+train.train = lambda settings, workdir, stop_asked: print("asked to stop:", stop_asked())
+train.run_train("config", "run", [], "on")
+"""
+
+
+def test_sigterm_right_after_the_processes_joined_is_kept(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address}
+    environment |= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    command = [sys.executable, "-c", JOINED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "asked to stop: True\n"
+
+
+def test_sigterm_before_the_loop_stops_before_the_longest_part(
+    places, tmp_path, monkeypatch, capsys, one_device
+):
+    config = micro("autoencoder", *places)
+
+    def told(*_):
+        signal.raise_signal(signal.SIGTERM)
+        return config
+
+    monkeypatch.setattr(configs, "load_config", told)
+    monkeypatch.setattr("dexportrait_jax.train.try_programs", None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run_train("configs/autoencoder.py:tiny", str(tmp_path / "run"), [], "off")
+    assert stopped.value.code == RESUME_ME
+    assert "autoencoder: stopped before step 1; start the same" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before and list(tmp_path.iterdir()) == []
 
 
 def test_an_address_is_no_workdir(tmp_path, monkeypatch):
