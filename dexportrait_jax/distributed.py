@@ -38,11 +38,30 @@ def initialize(mode: str = "auto") -> None:
     jax.config.update("jax_enable_preemption_service", False)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and "JAX_NUM_PROCESSES" in os.environ:
+        # All is known. In a Slurm job JAX would still ask Slurm, and take one GPU a process.
         jax.distributed.initialize(
-            address, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+            address,
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+            cluster_detection_method="deactivate",
         )
     else:
-        jax.distributed.initialize()
+        jax.distributed.initialize(local_device_ids=_slurm_gpus())
+
+
+def _slurm_gpus() -> list[int] | None:
+    """The GPUs of this process among those that it sees, where Slurm started it; None: JAX decides.
+
+    JAX takes the one whose number the process has on its node. That is right for a process a GPU which all see each
+    other's, but not for a process a node, nor where each sees its own alone (`--gpus-per-task=1`).
+    """
+    known = os.environ
+    if "SLURM_LOCALID" not in known or known.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    visible = known.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else int(known.get("SLURM_GPUS_ON_NODE") or 0)
+    one_a_node = known.get("SLURM_NTASKS") == known.get("SLURM_STEP_NUM_NODES")
+    return list(range(count)) if count and (one_a_node or count == 1) else None
 
 
 def is_main() -> bool:

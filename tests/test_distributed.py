@@ -1,5 +1,7 @@
 """How often processes ask each other, and what they then know, with a second process that is made up."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,52 @@ def test_the_worst_of_all_processes(clock, other):
     other[1:] = [1.0, 3.5]
     assert Agreement(0).greatest(1, {"stop": False, "data": 4.25}) == {"stop": 1.0, "data": 4.25}
     assert Agreement(0).greatest(1, {"stop": False, "data": 0.0}) == {"stop": 1.0, "data": 3.5}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What JAX was told when this process joined the others."""
+    told = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *given, **named: told.append((given, named))
+    )
+    for name in [name for name in os.environ if name.startswith(("SLURM", "JAX_CO", "CUDA"))]:
+        monkeypatch.delenv(name)
+    yield told
+    assert len(told) == 1
+
+
+SEES_ALL = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sees", "gpus"),
+    [
+        ("4", SEES_ALL, list(range(8))),  # a process a node
+        ("4", {"SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
+        ("4", SEES_ALL | {"CUDA_VISIBLE_DEVICES": "2,3"}, [0, 1]),
+        ("32", SEES_ALL, None),  # a process a GPU: JAX's own choice is right
+        ("32", SEES_ALL | {"CUDA_VISIBLE_DEVICES": "3"}, [0]),  # which sees no other
+        ("4", SEES_ALL | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+        ("4", {}, None),  # no GPUs
+    ],
+)
+def test_gpus_of_a_process_under_slurm(tasks, sees, gpus, joined, monkeypatch):
+    step = {"SLURM_STEP_NODELIST": "node[1-4]", "SLURM_STEP_NUM_NODES": "4", "SLURM_LOCALID": "0"}
+    for name, value in (step | {"SLURM_NTASKS": tasks} | sees).items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    assert joined == [((), {"local_device_ids": gpus})]
+
+
+def test_a_named_coordinator_is_not_looked_for(joined, monkeypatch):
+    """In a Slurm job, too."""
+    ours = {"COORDINATOR_ADDRESS": "node1:12355", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}
+    for name, value in ours.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    distributed.initialize()
+    assert joined == [(("node1:12355", 2, 1), {"cluster_detection_method": "deactivate"})]
 
 
 @pytest.mark.parametrize("mine", [[], [3], [2, 4], [1, 2, 3, 4]])

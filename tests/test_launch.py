@@ -1,0 +1,129 @@
+"""The launchers, where there is neither a cluster nor a cloud: what they start, and what they do about its end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+
+# Slurm's, as far as the script relies on it: tasks, the end of all with the first that fails, the highest code.
+SRUN = """
+import os, signal, subprocess, sys, time
+command = sys.argv[sys.argv.index("bash"):]
+print("srun", *sys.argv[1:sys.argv.index("bash")])
+codes = os.environ["CODES"].split()
+tasks = [
+    subprocess.Popen(
+        command, start_new_session=True, env=os.environ | {"SLURM_PROCID": str(index), "CODE": code}
+    )
+    for index, code in enumerate(codes)
+]
+def end(sent):
+    for task in tasks:
+        if task.poll() is None:
+            os.killpg(task.pid, sent)
+if os.environ.get("TERM_AFTER"):
+    time.sleep(float(os.environ["TERM_AFTER"]))
+    end(signal.SIGTERM)
+while None in [task.poll() for task in tasks]:
+    if any(task.returncode for task in tasks):
+        end(signal.SIGKILL)
+    time.sleep(0.02)
+sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task in tasks)))
+"""
+# Ends after some seconds, with a code or by a signal. At "save" or SIGTERM it saves for half a second and ends with 75.
+DEXPORTRAIT = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(75)
+seconds, _, end = os.environ["CODE"].partition(":")
+signal.signal(signal.SIGTERM, save)
+print("began", *sys.argv[1:], flush=True)
+time.sleep(float(seconds))
+if end == "save":
+    save()
+if end.startswith("-"):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), -int(end))
+sys.exit(int(end))
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path):
+    """Runs the script for tasks that end as `codes` says; gives its code and what was printed."""
+    for name, code in {"srun": SRUN, "dexportrait": DEXPORTRAIT}.items():
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{code}")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $*\n")
+    (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep $(($1 / 10)).$(($1 % 10))\n")
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+
+    def run(codes, **environment):
+        slurm = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "64", "CODES": codes}
+        environment = os.environ | slurm | environment
+        environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+        command = ["bash", LAUNCH / "slurm.sbatch", "train", "--workdir=a b"]
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "xpk.sh"])
+def test_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", LAUNCH / script], check=True)
+
+
+def test_a_run_under_slurm_that_is_done(sbatch):
+    code, said = sbatch("0:0 0.5:0")
+    assert code == 0 and "scontrol" not in said
+    assert said.count("began train --workdir=a b\n") == 2
+    assert "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=64\n" in said
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ("0:save 1:save", 75),  # the second still saves when the first has ended
+        ("0:-9 60:0", 137),
+        ("0:-15 60:0", 143),
+        ("0:70 0.5:-9", 137),  # it failed because the other one was killed
+    ],
+)
+def test_stopped_or_killed_jobs_go_back_into_the_queue(sbatch, codes, code):
+    found, said = sbatch(codes)
+    assert found in (code, 137) and said.splitlines()[-1] == "scontrol requeue 17"
+    assert said.count("saved") == codes.count("save")
+
+
+def test_sigterm_to_all_tasks_is_for_the_processes(sbatch):
+    code, said = sbatch("60:0 60:0", TERM_AFTER="2", SLURM_RESTART_COUNT="99")
+    assert code in (75, 137) and said.count("saved") == 2
+    assert said.splitlines()[-1] == "scontrol requeue 17"
+
+
+@pytest.mark.parametrize("end", ["1", "2", "70", "-11"])
+def test_a_task_that_fails_ends_the_others_for_good(sbatch, end):
+    code, said = sbatch(f"60:0 0:{end} 60:save")
+    number = end if int(end) > 0 else "139"
+    assert code == 1 and f"task 1 failed with code {number}\n" in said
+    assert "scontrol" not in said and "saved" not in said
+
+
+def test_restarts_come_to_an_end(sbatch):
+    code, said = sbatch("0:save", SLURM_RESTART_COUNT="3", RESTARTS="3")
+    assert code == 75 and "scontrol" not in said
+    assert "ended with code 75 after 3 restarts: not started again" in said
