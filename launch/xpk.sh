@@ -4,8 +4,10 @@
 #     launch/xpk.sh motion-1 train --config=configs/motion.py:full@v5e:4x4 --distributed=on \
 #     --workdir=/mnt/bucket/motion --config.data.path=/mnt/bucket/faces
 # Paths are mounted ones (a disk, or a bucket through its driver), not gs://. The config ends with the grid of the slice
-# (16 chips here), which spreads its batch over it; `dexportrait plan` says beforehand whether it fits. A slice that was preempted, or ended with code 75 (stopped and saved), is started again up to
-# RESTARTS times.
+# (16 chips here), which spreads its batch over it; `dexportrait plan` says beforehand whether it fits.
+# A slice that was preempted or killed (xpk restarts at 42 and from 127 on by itself), or ended with code 75 (stopped and
+# saved), is started again up to RESTARTS times. A host that is taken away has five minutes to save; `exec` lets SIGTERM
+# through to it.
 set -euo pipefail
 name="$1"
 shift
@@ -16,4 +18,6 @@ exec xpk workload create \
   --num-slices="${SLICES:-1}" \
   --docker-image="${IMAGE:?image with the package in it}" \
   --max-restarts="${RESTARTS:-100}" \
-  --command="dexportrait $(printf '%q ' "$@")"
+  --restart-on-exit-codes=75 \
+  --termination-grace-period-seconds=300 \
+  --command="exec dexportrait $(printf '%q ' "$@")"

@@ -100,6 +100,7 @@ def test_a_run_under_slurm_that_is_done(sbatch):
         ("0:save 1:save", 75),  # the second still saves when the first has ended
         ("0:-9 60:0", 137),
         ("0:-15 60:0", 143),
+        ("0:253", 253),  # out of memory, as srun says it
         ("0:70 0.5:-9", 137),  # it failed because the other one was killed
     ],
 )
@@ -127,3 +128,19 @@ def test_restarts_come_to_an_end(sbatch):
     code, said = sbatch("0:save", SLURM_RESTART_COUNT="3", RESTARTS="3")
     assert code == 75 and "scontrol" not in said
     assert "ended with code 75 after 3 restarts: not started again" in said
+
+
+def test_xpk_starts_again_what_was_stopped_or_killed(tmp_path):
+    """xpk adds codes that are given to its own, 42 and 127 to 255."""
+    xpk = tmp_path / "xpk"
+    xpk.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\n")
+    xpk.chmod(0o755)
+    environment = {"CLUSTER": "pods", "TPU": "v5litepod-16", "IMAGE": "gcr.io/my/image"}
+    environment = os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "xpk.sh", "motion-1", "train", "--workdir=/mnt/a b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert said[:2] == ["workload", "create"] and "--workload=motion-1" in said
+    assert "--restart-on-exit-codes=75" in said and "--max-restarts=100" in said
+    assert "--termination-grace-period-seconds=300" in said
+    assert said[-1] == r"--command=exec dexportrait train --workdir=/mnt/a\ b "
