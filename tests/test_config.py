@@ -58,6 +58,13 @@ def test_wrong_addresses(address, words):
         configs.load_config(address)
 
 
+def test_the_files_to_choose_from_are_configs():
+    with pytest.raises(UserError) as caught:
+        configs.load_config("configs/moton.py")
+    names = ", ".join(f"configs/{name}.py" for name in sorted(FILES))
+    assert str(caught.value).endswith(f"; the project has {names}")
+
+
 def test_differences_name_the_key():
     old = {"a": {"b": 1, "c": 2}, "d": 3}
     assert configs.differences(old, {"a": {"b": 1, "c": 4}, "d": 3}) == [("a.c", 2, 4)]
