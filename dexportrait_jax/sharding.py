@@ -76,9 +76,14 @@ def make_mesh(
         )
     # Automatic axes: the compiler places what we do not name. (The default is explicit since jax 0.9.)
     automatic = (AxisType.Auto,) * 4
+    shape = tuple(sizes.values())
+    if devices[0].platform != "tpu":
+        # XLA gives every host of GPUs or CPUs a slice of its own. Any axis may cross hosts; the devices of one lie side
+        # by side, so that `data` does so first.
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES, axis_types=automatic)
     slices = len({getattr(device, "slice_index", None) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic, devices=devices)
+        return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
     # The network between slices is slow: gradients alone cross it.
     if sizes["data"] % slices:
         raise UserError(

@@ -1,5 +1,7 @@
 """Where parameters and batches go, on eight devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -47,6 +49,43 @@ def test_explicit_sizes_stay_strict():
 def test_a_mesh_that_does_not_fit_is_an_error():
     with pytest.raises(UserError, match="does not fit 8 devices"):
         mesh(data=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Of two hosts with four each, which XLA calls slices."""
+
+    id: int
+    platform: str
+    device_kind: str = "a kind without a known grid"
+
+    @property
+    def process_index(self):
+        return self.id // 4
+
+    slice_index = process_index
+
+
+def two_hosts(platform, **sizes):
+    axes = ConfigDict({axis: sizes.get(axis, 1) for axis in sharding.AXES})
+    return sharding.make_mesh(axes, [Device(number, platform) for number in range(8)])
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"fsdp": 8}, {"context": 8}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}],
+)
+def test_any_axis_crosses_hosts_of_gpus(platform, sizes):
+    """In the order of the hosts, so that the devices of one lie side by side."""
+    found = two_hosts(platform, **sizes)
+    assert [device.id for device in found.devices.flat] == list(range(8))
+    assert dict(found.shape) == dict.fromkeys(sharding.AXES, 1) | sizes
+
+
+def test_only_data_crosses_slices_of_tpus():
+    with pytest.raises(UserError, match="data=1 cannot be shared by 2 slices"):
+        two_hosts("tpu", fsdp=8)
 
 
 @pytest.mark.parametrize(
