@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-RESUME_ME = 75  # of a process that was asked to end and has saved
+RESUME_ME = 75  # train.RESUME_ME, without the import of JAX
 
 
 def main() -> int:
@@ -38,21 +38,28 @@ def main() -> int:
         parser.error("say what to run, for instance: -- train --config=... --workdir=...")
 
     address = f"127.0.0.1:{_free_port()}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dexportrait_jax", *job],
-            env=os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(arguments.processes),
-                "JAX_PROCESS_ID": str(index),
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={arguments.devices}",
-            },
-        )
-        for index in range(arguments.processes)
-    ]
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
+    processes: list[subprocess.Popen] = []
+    asked = []
+
+    def end(*_) -> None:
+        asked.append(True)
+        for process in processes:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    for index in range(arguments.processes):
+        ours = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(arguments.processes),
+            "JAX_PROCESS_ID": str(index),
+            "XLA_FLAGS": flags.strip(),
+        }
+        command = [sys.executable, "-m", "dexportrait_jax", *job]
+        processes.append(subprocess.Popen(command, env=os.environ | ours))
+    if asked:  # while they were started: some did not hear of it
+        end()
     while True:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code]

@@ -1,11 +1,16 @@
 """The launchers, where there is neither a cluster nor a cloud: what they start, and what they do about its end."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dexportrait_jax import train
+from launch import local_processes
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
@@ -32,6 +37,8 @@ while None in [task.poll() for task in tasks]:
     if any(task.returncode for task in tasks):
         end(signal.SIGKILL)
     time.sleep(0.02)
+if "oom" in " ".join(codes):
+    sys.exit(253)
 sys.exit(max(code if code >= 0 else 128 - code for code in (task.wait() for task in tasks)))
 """
 # Ends after some seconds, with a code or by a signal. At "save" or SIGTERM it saves for half a second and ends with 75.
@@ -47,6 +54,7 @@ print("began", *sys.argv[1:], flush=True)
 time.sleep(float(seconds))
 if end == "save":
     save()
+end = end.replace("oom", "-9")
 if end.startswith("-"):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), -int(end))
@@ -100,7 +108,7 @@ def test_a_run_under_slurm_that_is_done(sbatch):
         ("0:save 1:save", 75),  # the second still saves when the first has ended
         ("0:-9 60:0", 137),
         ("0:-15 60:0", 143),
-        ("0:253", 253),  # out of memory, as srun says it
+        ("0:oom", 253),  # as srun says it
         ("0:70 0.5:-9", 137),  # it failed because the other one was killed
     ],
 )
@@ -144,3 +152,65 @@ def test_xpk_starts_again_what_was_stopped_or_killed(tmp_path):
     assert "--restart-on-exit-codes=75" in said and "--max-restarts=100" in said
     assert "--termination-grace-period-seconds=300" in said
     assert said[-1] == r"--command=exec dexportrait train --workdir=/mnt/a\ b "
+
+
+def test_sky_keeps_runs_and_data_in_buckets():
+    """Whatever else is written there is lost with the machine; and a bucket of nobody's is no default."""
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert set(task["file_mounts"]) == {"/outputs", "/datasets"}
+    for mount in task["file_mounts"].values():
+        assert mount["mode"] == "MOUNT"
+        assert task["envs"][mount["source"].strip("${}")] is None
+    assert '--workdir="/outputs/$RUN"' in task["run"]
+    assert '--config.data.path="/datasets/$DATA"' in task["run"]
+    assert {75, 137, 143} == set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
+    assert "-c constraints.txt" in task["setup"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Environments of the processes that were started; each ends at SIGTERM, or by itself when it was asked twice."""
+    environments = []
+
+    class Process:
+        def __init__(self, command, env):
+            environments.append(env)
+            self.code, self.asked = None, 0
+            if len(environments) in sent:
+                signal.raise_signal(signal.SIGTERM)
+
+        def poll(self):
+            self.asked += 1
+            return 0 if self.code is None and self.asked > 1 else self.code
+
+        def terminate(self):
+            self.code = -signal.SIGTERM
+
+        def wait(self, seconds):
+            return self.code
+
+    sent: list[int] = []
+    monkeypatch.setattr(local_processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(sys, "argv", ["local_processes", "--processes=3", "--devices=2", "train"])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield environments, sent
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_local_processes_keep_the_flags_of_the_caller(started, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    assert local_processes.main() == 0
+    flags = "--xla_one=1 --xla_force_host_platform_device_count=2"
+    assert [environment["XLA_FLAGS"] for environment in started[0]] == [flags] * 3
+    assert [environment["JAX_PROCESS_ID"] for environment in started[0]] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_sigterm_while_local_processes_are_started_ends_all(started, number):
+    started[1].append(number)
+    assert local_processes.main() == 128 + signal.SIGTERM
+    assert len(started[0]) == 3
+
+
+def test_one_code_says_start_me_again():
+    assert local_processes.RESUME_ME == train.RESUME_ME
