@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from data_pipelines.files import write_json
+from data_pipelines.files import write_json, writing_to
 from dexportrait_jax import checkpoint, distributed, environment, metrics
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
@@ -105,6 +106,34 @@ def claimed(workdir: Path) -> Iterator[None]:
                     with contextlib.suppress(OSError):  # not empty, or not there
                         folder.rmdir()
             raise
+
+
+def check_shared(workdir: Path, seconds: float = 30.0) -> None:
+    """UserError where a process does not see in the directory what the main one writes there; all must ask.
+
+    Args:
+      workdir: the run's directory, which is there.
+      seconds: that a shared file system may take to show it.
+    """
+    if jax.process_count() == 1:
+        return
+    # A name that nobody has asked for: what was not there is remembered, too.
+    (number,) = distributed.from_main([secrets.randbelow(2**31)])
+    token = workdir / f".shared{number}"
+    if distributed.is_main():
+        with writing_to(workdir):
+            token.touch()
+    deadline = time.monotonic() + seconds
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    shared = distributed.everywhere(seen)
+    if distributed.is_main():
+        token.unlink(missing_ok=True)
+    if not shared:
+        raise UserError(
+            f"--workdir={workdir} is another directory on another host; give a path on a file system that all hosts "
+            "share"
+        )
 
 
 def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -80,6 +80,7 @@ def train(
         contextlib.nullcontext(stop_asked) if stop_asked else _sigterm() as stop_asked,
         contextlib.closing(_watch(config, wall, workdir)) as watch,
     ):
+        run_directory.check_shared(workdir)
         run_directory.check_same_run(workdir, config)
         run_directory.check_nothing_lost(workdir)
         say = print if distributed.is_main() else lambda *_, **__: None

@@ -7,11 +7,13 @@ import importlib
 import json
 import os
 import subprocess
+import threading
 from pathlib import Path
 
+import jax
 import pytest
 
-from dexportrait_jax import code_version
+from dexportrait_jax import code_version, distributed
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
@@ -20,6 +22,7 @@ from dexportrait_jax.run_directory import (
     FREE_KEYS,
     check_nothing_lost,
     check_same_run,
+    check_shared,
     claimed,
     compared,
     write_description,
@@ -212,6 +215,38 @@ def test_a_lock_that_fails_is_not_another_process(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=words) as said, claimed(tmp_path / "run"):
         pass
     assert "\n" not in str(said.value)
+
+
+@pytest.fixture(params=[True, False], ids=["main", "other"])
+def host(request, monkeypatch):
+    """One of two, the main one or not; the main one's number is 7. Gives what the other one sees."""
+    others = [True]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "is_main", lambda: request.param)
+    monkeypatch.setattr(distributed, "from_main", lambda mine: [7])
+    monkeypatch.setattr(distributed, "everywhere", lambda seen: seen and others[0])
+    return request.param, others
+
+
+def test_hosts_that_share_the_directory(tmp_path, host):
+    if not host[0]:
+        threading.Timer(0.3, (tmp_path / ".shared7").touch).start()
+    check_shared(tmp_path)
+    assert list(tmp_path.glob(".shared*")) == [] or not host[0]
+
+
+def test_hosts_that_do_not_share_the_directory(tmp_path, host):
+    """All are told, also those that see what they wrote themselves."""
+    host[1][:] = [not host[0]]
+    with pytest.raises(UserError, match=f"--workdir={tmp_path} is another directory") as said:
+        check_shared(tmp_path, seconds=0.2)
+    assert "all hosts share" in str(said.value) and "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_alone_shares_with_itself(tmp_path):
+    check_shared(tmp_path, seconds=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_commit_is_gits():
