@@ -23,15 +23,13 @@ from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.animator_networks import build_networks
-from dexportrait_jax.tasks.animator_start import load_start
+from dexportrait_jax.tasks.animator_start import UNETS, load_start
 from dexportrait_jax.tasks.pictures import (
     encode_poses,
     flatten_targets,
     in_turn,
     to_float,
 )
-
-IMAGE_TRAINED = ("reference", "denoiser")
 
 
 class AnimatorTask:
@@ -43,7 +41,7 @@ class AnimatorTask:
         self.video = config.stage == "animator_video"
         self.schedule = noise_schedule(config.diffusion)
         _refuse_late_start(self.schedule, config.sampling)
-        trained = ("temporal",) if self.video else IMAGE_TRAINED
+        trained = ("temporal",) if self.video else UNETS
         self.ema_groups = trained
         self.phases = (
             Phase(
@@ -72,9 +70,11 @@ class AnimatorTask:
             UserError: nothing is named where something must be, or it does not fit this config.
         """
         init = self.config.init
-        unet = ["reference", "denoiser"]
+        unet = list(UNETS)
         if self.video:
-            needed = {"image": [name for name in self.networks if name != "temporal"]}
+            # Two UNets that others replace may be trained as they like.
+            left = {"temporal", *(unet if init.unet else ())}
+            needed = {"image": [name for name in self.networks if name not in left]}
             more = {"unet": unet, "temporal": ["temporal"]}
         else:
             needed = {"motion": ["pose", "expression"], "autoencoder": ["autoencoder"]}

@@ -1,11 +1,12 @@
 """What an animator starts from: exports of the stages before it, and imports of published networks.
 
 Weights that do not fit are refused in one line that says which option to give: other shapes, other pictures for the
-frozen encoders, another scale of the latents.
+frozen encoders, another scale of the latents, another noise schedule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import ml_collections
 
 from data_pipelines import latents
 from data_pipelines.augment import neutral_knobs
+from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import autoencoder
@@ -23,19 +25,46 @@ from dexportrait_jax.weights import published, stable_diffusion
 from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.names import Params
 
-# Of config.model: what shapes do not tell, and has to be what the weights were trained with.
+UNETS = ("reference", "denoiser")
+_UNET = ("unet.heads", "unet.groups", "attn2.attn2")
+# Of config.model, for every group: what shapes do not tell, or not in words, and has to be what the weights were
+# trained with.
 _MODEL = {
+    "pose": ("pose.rotation_head", "pose.translation_limit", "pose.scale_limit"),
+    "expression": ("expression.kind", "expression.pictures", "expression.leak", "expression.norm"),
     "autoencoder": (
-        "kind",
-        "latent_channels",
-        "block_channels",
-        "layers_per_block",
-        "groups",
-        "scale",
-        "middle_attention",
+        "autoencoder.kind",
+        "autoencoder.latent_channels",
+        "autoencoder.block_channels",
+        "autoencoder.layers_per_block",
+        "autoencoder.groups",
+        "autoencoder.scale",
+        "autoencoder.middle_attention",
     ),
-    "temporal": ("max_frames", "middle"),
-    "image_encoder": ("image_size", "patch_size", "heads", "activation"),
+    "reference": (
+        *_UNET,
+        "reference.raymap_reference",
+        "reference.raymap",
+        "reference.raymap_w",
+    ),
+    "denoiser": (
+        *_UNET,
+        "denoiser.raymap",
+        "denoiser.raymap_w",
+        "denoiser.warp_kernel",
+        "denoiser.warp_padding",
+        "denoiser.expression_injector",
+        "denoiser.expression_heads",
+        "denoiser.expression_tokens",
+        "denoiser.expression_null",
+    ),
+    "temporal": ("temporal.max_frames", "temporal.middle", "unet.heads", "unet.groups"),
+    "image_encoder": (
+        "image_encoder.image_size",
+        "image_encoder.patch_size",
+        "image_encoder.heads",
+        "image_encoder.activation",
+    ),
 }
 
 
@@ -67,14 +96,29 @@ def load_start(
             print(line, file=sys.stderr)
         return groups
     # Before shapes are compared: an option to give says more than a list of tensors.
-    for name in (name for name in names if name in _MODEL):
-        given, trained = config.model[name], there.get("model", {}).get(name, {})
-        other = {
-            f"model.{name}.{knob}": trained[knob]
-            for knob in _MODEL[name]
-            if knob in trained and knob in given and not _same(given[knob], trained[knob])
+    differing = {
+        name: {
+            f"model.{knob}": value
+            for knob, value in _differing(config, there, _MODEL[name]).items()
         }
-        refuse(path, f"its {name} is another one", other)
+        for name in names
+    }
+    unets = [name for name in names if name in UNETS]
+    for name in (name for name in names if name not in unets):
+        refuse(path, f"its {name} is another one", differing[name])
+    if unets:
+        other = {knob: value for name in unets for knob, value in differing[name].items()}
+        trained = _trained_schedule(config, there)
+        if config.stage == "animator_video":
+            other |= trained
+        elif trained:
+            # What goes on learning can learn another noise; nobody should do so without knowing.
+            print(
+                f"note: reference and denoiser of {path} were trained with another noise schedule, "
+                f"{_overrides(trained)}, and have to learn this one",
+                file=sys.stderr,
+            )
+        refuse(path, "its reference and denoiser were trained otherwise", other)
     if "expression" in names and "data" in there:
         other = _pictures(config.data, there["data"])
         refuse(path, "its encoders learned from other pictures", other)
@@ -87,14 +131,40 @@ def load_start(
 def refuse(path: str, why: str, other: Mapping[str, Any]) -> None:
     """UserError that gives the overrides as a shell takes them, unless there are none."""
     if other:
-        given = {
-            knob: str(tuple(value)).replace(" ", "") if isinstance(value, list | tuple) else value
-            for knob, value in other.items()
-        }
-        overrides = " ".join(
-            shlex.quote(f"--config.{knob}={value}") for knob, value in given.items()
-        )
-        raise UserError(f"{path} does not fit this config, {why}; give: {overrides}")
+        raise UserError(f"{path} does not fit this config, {why}; give: {_overrides(other)}")
+
+
+def _overrides(values: Mapping[str, Any]) -> str:
+    given = {
+        knob: str(tuple(value)).replace(" ", "") if isinstance(value, list | tuple) else value
+        for knob, value in values.items()
+    }
+    return " ".join(shlex.quote(f"--config.{knob}={value}") for knob, value in given.items())
+
+
+def _differing(
+    config: ml_collections.ConfigDict, there: Mapping[str, Any], knobs: Sequence[str]
+) -> dict[str, Any]:
+    """Of knobs such as "unet.heads": what the weights were trained with, where it is told and is another value."""
+    found = {}
+    for dotted in knobs:
+        section, knob = dotted.split(".")
+        given, trained = config.model[section], there.get("model", {}).get(section, {})
+        if knob in trained and knob in given and not _same(given[knob], trained[knob]):
+            found[dotted] = trained[knob]
+    return found
+
+
+def _trained_schedule(
+    config: ml_collections.ConfigDict, there: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keys of config.diffusion that make the noise schedule the one of an export: of what it is, not of its name."""
+    if "diffusion" not in there:
+        return {}
+    ours, theirs = (
+        dataclasses.asdict(noise_schedule(one)) for one in (config.diffusion, there["diffusion"])
+    )
+    return {f"diffusion.{name}": value for name, value in theirs.items() if value != ours[name]}
 
 
 def _refuse_other_autoencoder(

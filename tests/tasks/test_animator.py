@@ -56,6 +56,56 @@ def test_frozen_encoders_see_the_pictures_they_learned_from(tmp_path, stage):
     ]
 
 
+@pytest.mark.parametrize("key", ["image", "unet"])
+def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
+    """Noise schedule, heads, ray maps: no shape tells of them, and every one is another network."""
+    config = micro("animator_video", tmp_path / "data", tmp_path / "exports")
+    export = str(tmp_path / "exports" / "image")
+    if key == "unet":
+        config.init.unet = export
+    assert "denoiser" in animator.AnimatorTask(config).pretrained()
+    # The same schedule in other words is no other one.
+    config.diffusion.update(preset="sd15", prediction="v", zero_terminal_snr=True)
+    assert "denoiser" in animator.AnimatorTask(config).pretrained()
+    config.diffusion.update(beta_end=0.02, prediction="epsilon", zero_terminal_snr=False)
+    config.model.unet.heads = 2
+    config.model.reference.raymap_w = 0
+    config.model.denoiser.update(raymap_w=0, warp_padding="border", expression_heads=2)
+    with pytest.raises(UserError) as caught:
+        animator.AnimatorTask(config).pretrained()
+    said = str(caught.value)
+    assert "\n" not in said and said.startswith(f"{export} does not fit this config")
+    assert said.split("give: ", 1)[1].split() == [
+        "--config.model.unet.heads=1",
+        "--config.model.reference.raymap_w=1",
+        "--config.model.denoiser.raymap_w=1",
+        "--config.model.denoiser.warp_padding=zeros",
+        "--config.model.denoiser.expression_heads=None",
+        "--config.diffusion.beta_end=0.012",
+        "--config.diffusion.prediction=v",
+        "--config.diffusion.zero_terminal_snr=True",
+    ]
+    for override in said.split("give: ", 1)[1].split():
+        configs.apply_override(config, override.removeprefix("--config."))
+    assert "denoiser" in animator.AnimatorTask(config).pretrained()
+    config.model.attn2.attn2 = "null_text"
+    with pytest.raises(UserError, match=r"give: --config\.model\.attn2\.attn2=none$"):
+        animator.AnimatorTask(config).pretrained()
+
+
+def test_unets_that_go_on_learning_may_learn_another_noise(tmp_path, capsys):
+    config = micro("animator_image", tmp_path / "data", tmp_path / "exports")
+    micro("animator_video", tmp_path / "data", tmp_path / "exports")
+    config.init.unet = str(tmp_path / "exports" / "image")
+    config.diffusion.preset = "sd15"
+    assert "denoiser" in animator.AnimatorTask(config).pretrained()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "another noise schedule, --config.diffusion.prediction=v " in said
+    config.model.unet.heads = 2
+    with pytest.raises(UserError, match=r"give: --config\.model\.unet\.heads=1$"):
+        animator.AnimatorTask(config).pretrained()
+
+
 def test_shares_of_the_dropped_conditions():
     """method.md 4.7: everything .10, expression alone .10, pose alone .05, and nothing else ever."""
     rates = ConfigDict({"everything": 0.1, "expression": 0.1, "pose": 0.05})
