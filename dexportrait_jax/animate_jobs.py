@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dexportrait_jax import driving, pose_transfer
+from dexportrait_jax import choices, driving, pose_transfer
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import is_image
 from dexportrait_jax.inference import Sampling
-from dexportrait_jax.jobs import ANIMATE_CHOICES
 
 _KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "max_frames")}
 _KINDS |= {name: (int, float) for name in ("guidance", "expression_guidance", "eta")}
@@ -80,9 +79,9 @@ def checked_job(entry: dict[str, Any]) -> Job:
             not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool))
         ):
             raise UserError(f"{name} cannot be {value!r}")
-        choices = ANIMATE_CHOICES.get(name)
-        if choices and value is not None and value not in choices:
-            raise UserError(f"{name} cannot be {value!r}; there are {', '.join(choices)}")
+        known_values = choices.ANIMATE.get(name)
+        if known_values and value is not None and value not in known_values:
+            raise UserError(f"{name} cannot be {value!r}; there are {', '.join(known_values)}")
     for name in ("source", "out"):
         if not entry.get(name):
             raise UserError(f"{name!r} is missing")

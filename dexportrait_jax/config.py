@@ -9,7 +9,6 @@ a key that does not exist or a value of another type is an error that names the 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import inspect
 import json
@@ -19,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from configs import meshes
+from dexportrait_jax.choices import nearest
 from dexportrait_jax.errors import UserError
 
 ABSENT: Any = object()
@@ -53,7 +53,7 @@ def load_config(address: str, overrides: list[str] | None = None) -> ml_collecti
     if variant and known is not None and variant not in known:
         raise UserError(
             f"config {path_text} has no variant {variant!r}; it has {', '.join(known)}"
-            + _nearest(variant, known)
+            + nearest(variant, known)
         )
     takes_variant = bool(inspect.signature(module.get_config).parameters)
     config = module.get_config(variant) if variant and takes_variant else module.get_config()
@@ -107,10 +107,7 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         if part not in node:
             raise UserError(
                 f"--config.{dotted}: {here} has no key {part!r}"
-                + (
-                    _nearest(part, node.keys())
-                    or f"; its keys are {', '.join(sorted(node.keys()))}"
-                )
+                + (nearest(part, node.keys()) or f"; its keys are {', '.join(sorted(node.keys()))}")
             )
         if depth < len(parts) - 1:
             node = node[part]
@@ -194,8 +191,3 @@ def _find(text: str) -> Path:
         if "def get_config(" in path.read_text()
     )
     raise UserError(f"no config file {text}; the project has {', '.join(known)}")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dexportrait_jax import choices
 from dexportrait_jax.weights.kinds import ALIASES, KINDS
 
 
@@ -22,18 +23,6 @@ class Job(NamedTuple):
     function: str  # "module:function"; imported only when the job runs
     takes_config: bool = False
     environment: tuple[tuple[str, str], ...] = ()  # before anything heavy is imported
-
-
-# What flags of `animate` may be, in a file of jobs too.
-ANIMATE_CHOICES = {
-    "smooth": ("none", "gaussian", "one_euro"),
-    "length": ("shortest", "hold"),
-    "reading": ("hybrid", "expression_in_both", "three_scale"),
-    "expression_null": ("learned", "zero", "source"),
-    "null_reference": ("dropped", "kept"),
-    "null_pose": ("zero", "source"),
-    "start": ("noise", "ref_blur"),
-}
 
 
 def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options) -> None:
@@ -281,7 +270,7 @@ def _animate(parser):
         parser,
         "smooth",
         "smoothing of the driven pose (default: %(default)s)",
-        choices=ANIMATE_CHOICES["smooth"],
+        choices=choices.ANIMATE["smooth"],
         default="none",
     )
     _flag(
@@ -289,7 +278,7 @@ def _animate(parser):
         "length",
         "when pose and expression drivers differ in length: end with the shortest, or hold "
         "the last frame (default: %(default)s)",
-        choices=ANIMATE_CHOICES["length"],
+        choices=choices.ANIMATE["length"],
         default="shortest",
     )
     _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
@@ -322,8 +311,13 @@ def _animate(parser):
         ("null_pose", "the pose in the unconditional branch"),
         ("start", "what sampling starts from: noise, or the blurred source with noise"),
     ):
-        choices = ANIMATE_CHOICES[name]
-        _flag(parser, name, f"{help} (default: the config's)", choices=choices, default=None)
+        _flag(
+            parser,
+            name,
+            f"{help} (default: the config's)",
+            choices=choices.ANIMATE[name],
+            default=None,
+        )
     _flag(
         parser,
         "expression_guidance",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dexportrait_jax.choices import nearest
 from dexportrait_jax.errors import UserError
 
 Prediction = Literal["epsilon", "v"]
@@ -134,7 +135,9 @@ def noise_schedule(diffusion: Mapping[str, Any]) -> NoiseSchedule:
     changes = {name: value for name, value in diffusion.items() if value is not None}
     preset = changes.pop("preset", "sd15")
     if preset not in SCHEDULES:
-        raise UserError(f"config.diffusion.preset is one of {', '.join(SCHEDULES)}, not {preset!r}")
+        raise UserError(
+            f"config.diffusion.preset is one of {', '.join(SCHEDULES)}, not {preset!r}{nearest(preset, SCHEDULES)}"
+        )
     try:
         return dataclasses.replace(SCHEDULES[preset], **changes)
     except ValueError as error:

@@ -22,6 +22,7 @@ from dexportrait_jax.models.animator.conditioning import Conditions, random_toke
 from dexportrait_jax.optim import make_optimizer
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
+from dexportrait_jax.tasks.animator_config import check_config
 from dexportrait_jax.tasks.animator_networks import build_networks
 from dexportrait_jax.tasks.animator_start import UNETS, load_start
 from dexportrait_jax.tasks.pictures import (
@@ -36,6 +37,7 @@ class AnimatorTask:
     """Both animator stages for `train.py`; `config.stage` says which."""
 
     def __init__(self, config: ml_collections.ConfigDict):
+        check_config(config)
         self.config = config
         self.networks = build_networks(config)
         self.video = config.stage == "animator_video"

@@ -1,13 +1,24 @@
 """What the animator's loss draws, and the encoders that it takes over."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dexportrait_jax import choices
 from dexportrait_jax import config as configs
+from dexportrait_jax.diffusion import guidance, sampler, schedule
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.models.animator import (
+    branches,
+    conditioning,
+    image_encoder,
+    reference,
+    transformer,
+)
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import animator, build_networks
@@ -104,6 +115,53 @@ def test_unets_that_go_on_learning_may_learn_another_noise(tmp_path, capsys):
     config.model.unet.heads = 2
     with pytest.raises(UserError, match=r"give: --config\.model\.unet\.heads=1$"):
         animator.AnimatorTask(config).pretrained()
+
+
+@pytest.mark.parametrize("key", choices.ANIMATOR)
+def test_a_misspelt_choice_is_one_line(key):
+    """What is no choice would be taken for the last one that the code asks about."""
+    meant = choices.ANIMATOR[key][0]
+    config = configs.load_config("configs/animator_image.py:tiny")
+    config.unlock()
+    *sections, name = key.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    node[name] = f"{meant}x" if isinstance(meant, str) else 7
+    with pytest.raises(UserError, match=f"^config.{key} is one of {meant}, .*, not ") as caught:
+        animator.AnimatorTask(config)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert not isinstance(meant, str) or said.endswith(f"; did you mean {meant!r}?")
+
+
+def test_choices_are_those_that_the_code_knows():
+    def values(key):
+        return {value for value in choices.ANIMATOR[key] if value is not None}
+
+    null = get_type_hints(branches.NullReading)
+    for key, known in {
+        "model.attn2.attn2": get_args(reference.Attn2),
+        "model.reference.raymap": conditioning.RAY_CHANNELS,
+        "model.denoiser.raymap": conditioning.RAY_CHANNELS,
+        "model.denoiser.expression_injector": (*get_args(transformer.ExpressionInjector), "none"),
+        "model.denoiser.expression_null": get_args(conditioning.ExpressionNull),
+        "model.image_encoder.activation": image_encoder.ACTIVATIONS,
+        "diffusion.preset": schedule.SCHEDULES,
+        "diffusion.prediction": get_args(schedule.Prediction),
+        "sampling.reading": get_args(guidance.Reading),
+        "sampling.spacing": get_args(sampler.Spacing),
+        "sampling.null_reference": get_args(null["reference"]),
+        "sampling.null_pose": get_args(null["pose"]),
+    }.items():
+        assert values(key) == set(known), key
+
+
+@pytest.mark.parametrize("name", ["guidance", "temperature", "eta"])
+def test_numbers_of_sampling_are_finite(name):
+    config = configs.load_config("configs/animator_image.py:tiny", [f"sampling.{name}=1e999"])
+    with pytest.raises(UserError, match=f"^config.sampling.{name}=inf is no number"):
+        animator.AnimatorTask(config)
 
 
 def test_shares_of_the_dropped_conditions():
