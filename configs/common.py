@@ -278,7 +278,8 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "steps": 8 if tiny else 35,
             "guidance": 1.5 if tiny else 2.5,
             "hybrid_steps": 1 if tiny else 5,  # S of the progressive hybrid guidance
-            "expression_null": "learned",  # learned | zero (as trained) | source
+            # learned | zero | source; learned is zero where model.denoiser.expression_null is
+            "expression_null": "learned",
             "null_reference": "dropped",  # dropped | kept, in the unconditional branch
             "null_pose": "zero",  # zero | source, likewise
             "reading": "hybrid",  # hybrid | expression_in_both | three_scale

@@ -120,6 +120,8 @@ class AnimatorModel(PortraitModel):
             chosen["hybrid_steps"] = round(share * chosen["steps"])
         trained = self.config.model.denoiser.get("expression_null", "learned")
         if chosen["expression_null"] == "learned" and trained != "learned":
+            if sampling.expression_null is None:  # the config's default, which nobody asked for
+                return chosen | {"expression_null": trained}
             raise UserError(
                 f"--expression_null=learned: this model was trained with {trained!r} and has no "
                 "null tokens; use zero or source"

@@ -9,6 +9,7 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.animator_inference import AnimatorModel
 from dexportrait_jax.animator_windows import DenoiserPrograms
 from dexportrait_jax.diffusion.sampler import frame_noise
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Drive, Sampling
 from tests.tasks.test_animator import Stub
 
@@ -64,6 +65,16 @@ def test_start_of_sampling(monkeypatch, start, by_flag):
         assert np.sqrt(share) * np.abs(blurred).max() > 1e-3  # not hidden by rounding
     np.testing.assert_allclose(begun[0], expected, rtol=1e-5, atol=1e-5)
     assert model.settings(given)["start"] == start
+
+
+def test_what_was_trained_stands_for_an_expression_that_is_left_out():
+    """A model without learned null tokens is sampled with zeros, unless the user asks for tokens that it has not."""
+    model = Stubbed("model.denoiser.expression_null=zero")
+    assert model.settings(Sampling())["expression_null"] == "zero"
+    assert model.settings(Sampling(expression_null="source"))["expression_null"] == "source"
+    assert Stubbed().settings(Sampling())["expression_null"] == "learned"
+    with pytest.raises(UserError, match="^--expression_null=learned: .*; use zero or source$"):
+        model.settings(Sampling(expression_null="learned"))
 
 
 @pytest.mark.parametrize("reference", ["dropped", "kept"])
