@@ -112,8 +112,15 @@ class NoiseSchedule:
     def min_snr_weights(
         self, timesteps: Int[Array, " batch"], gamma: float = 5.0
     ) -> Float[Array, " batch"]:
-        """Loss weights min(snr, gamma) / snr, or / (snr + 1) for v (Hang et al. 2303.09556)."""
+        """Loss weights min(snr, gamma) / snr, or / (snr + 1) for v (Hang et al. 2303.09556).
+
+        That is 0 where there is no signal, and the last timestep of a schedule with zero terminal SNR, from which
+        sampling has to start, would never learn. Such a schedule takes Moore-AnimateAnyone's form (method.md 4.7):
+        min(snr + 1, gamma) / (snr + 1), which is 1 there.
+        """
         snr = self.snr(timesteps)
+        if self.zero_terminal_snr:
+            return jnp.minimum(snr + 1, gamma) / (snr + 1)
         return jnp.minimum(snr, gamma) / (snr if self.prediction == "epsilon" else snr + 1)
 
 

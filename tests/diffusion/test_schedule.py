@@ -1,5 +1,7 @@
 """Noise schedules against diffusers."""
 
+import dataclasses
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -97,14 +99,23 @@ def test_wrong_schedules_are_one_line(override, words):
     assert "\n" not in str(caught.value)
 
 
-def test_min_snr_weights():
-    for name in ("sd15", "zero_snr"):
-        schedule = SCHEDULES[name]
-        snr = schedule.alphas_cumprod[TIMESTEPS] / (1 - schedule.alphas_cumprod[TIMESTEPS])
-        below = snr if name == "sd15" else snr + 1
-        expected = np.minimum(snr, 5.0) / below
-        np.testing.assert_allclose(schedule.min_snr_weights(TIMESTEPS, 5.0), expected, rtol=1e-4)
-        np.testing.assert_allclose(schedule.snr(TIMESTEPS), snr, rtol=1e-5)
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_min_snr_weights(prediction):
+    schedule = NoiseSchedule(prediction=prediction)
+    snr = schedule.alphas_cumprod[TIMESTEPS] / (1 - schedule.alphas_cumprod[TIMESTEPS])
+    expected = np.minimum(snr, 5.0) / (snr if prediction == "epsilon" else snr + 1)
+    np.testing.assert_allclose(schedule.min_snr_weights(TIMESTEPS, 5.0), expected, rtol=1e-4)
+    np.testing.assert_allclose(schedule.snr(TIMESTEPS), snr, rtol=1e-5)
+
+
+def test_min_snr_weights_where_the_end_is_pure_noise():
+    """alpha_bar .9, .8, .5, 0: SNR 9, 4, 1, 0, and the last, which sampling begins with, weighs as much as any."""
+    schedule = SCHEDULES["zero_snr"]
+    assert schedule.min_snr_weights(np.array([999]), 5.0) == 1.0
+    by_hand = dataclasses.replace(schedule, steps=4)
+    by_hand.__dict__["alphas_cumprod"] = np.array([0.9, 0.8, 0.5, 0.0])
+    weights = by_hand.min_snr_weights(np.arange(4), 5.0)
+    np.testing.assert_allclose(weights, [5 / 10, 5 / 5, 2 / 2, 1 / 1], rtol=1e-6)
 
 
 def test_what_cannot_be():
