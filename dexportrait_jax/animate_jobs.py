@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -85,7 +86,7 @@ def checked_job(entry: dict[str, Any]) -> Job:
     for name in ("source", "out"):
         if not entry.get(name):
             raise UserError(f"{name!r} is missing")
-    job = Job(**entry)
+    job = Job(**{name: value for name, value in entry.items() if value is not None})
     check(job)
     return job
 
@@ -108,6 +109,7 @@ def check(job: Job) -> None:
             f"--relative_pose: no component {unknown[0]!r}; "
             f"there are {', '.join(pose_transfer.COMPONENTS)}"
         )
+    _refuse_idle_flags(job, drivers)
     if job.paste_back and drivers.mode != "expression_only":
         raise UserError(
             "--paste_back puts the face back where it was, so the pose must be the source's own: "
@@ -117,10 +119,11 @@ def check(job: Job) -> None:
         value = getattr(job, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: at least {least}")
-    for name in ("eta", "expression_guidance"):
+    for name, least in (("guidance", -math.inf), ("eta", 0), ("expression_guidance", 0)):
         value = getattr(job, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--{name}={value:g}: a number from 0")
+        if value is not None and not (least <= value and abs(value) < math.inf):  # NaN is neither
+            limit = "a number from 0" if least == 0 else "a finite number"
+            raise UserError(f"--{name}={value:g}: {limit}")
     for path in (job.source, drivers.pose, drivers.expression):
         if path is not None and not driving.is_typed_pose(path) and not Path(path).is_file():
             raise UserError(f"{path}: no such file")
@@ -134,6 +137,42 @@ def check(job: Job) -> None:
         Path(path).resolve() in inputs for path in outputs
     ):
         raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
+
+
+def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
+    """UserError for flags that would change nothing: who gives one expects something of it."""
+    pose_moves = drivers.pose and not drivers.pose_is_typed and not is_image(drivers.pose)
+    expression_moves = drivers.expression and not is_image(drivers.expression)
+    relative = pose_transfer.relative_components(job.relative_pose)
+    if relative and not drivers.pose:
+        raise UserError(
+            f"--relative_pose={job.relative_pose}: nothing drives the pose, which stays the source's; leave it out, or "
+            "give --pose or --driving"
+        )
+    held = drivers.pose and not pose_moves and not drivers.pose_is_typed
+    if held and set(relative) == {*pose_transfer.COMPONENTS}:
+        raise UserError(
+            f"--relative_pose={job.relative_pose}: the picture --pose={drivers.pose} does not move, so the pose would "
+            "stay the source's; leave --relative_pose out, or name fewer components"
+        )
+    if job.smooth != "none" and not pose_moves:
+        raise UserError(
+            f"--smooth={job.smooth}: no video drives the pose, so there is nothing to smooth; leave it out, or give "
+            "a video as --pose or --driving"
+        )
+    if job.relative_expression and not expression_moves:
+        raise UserError(
+            "--relative_expression: no video drives the expression, which would stay the source's; leave it out, or "
+            "give a video as --expression or --driving"
+        )
+    two = (
+        pose_moves and expression_moves and not driving.same_file(drivers.pose, drivers.expression)
+    )
+    if job.length == "hold" and not two:
+        raise UserError(
+            "--length=hold: there are not two videos of which one could end first; leave it out, or give one as --pose "
+            "and another as --expression"
+        )
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

@@ -267,6 +267,12 @@ class AnimatorModel(PortraitModel):
         )
         for first in range(0, len(latents), BATCH):
             chunk = latents[first : first + BATCH]
+            finite = np.isfinite(chunk).all(axis=(1, 2, 3))
+            if not finite.all():
+                raise UserError(
+                    f"frame {first + int(np.argmin(finite))} cannot be shown: its latents are not finite after "
+                    f"{steps} denoising steps; lower --guidance, or give an export whose training did not diverge"
+                )
             # Cut on the host: on the device every number of frames would be a program of its own.
             images = np.asarray(self._decode(self.params, padded(chunk, BATCH)))[: len(chunk)]
             done = (first + len(chunk)) / len(latents)

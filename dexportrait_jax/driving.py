@@ -66,7 +66,7 @@ def choose_drivers(
             "--expression=VIDEO|IMAGE"
         )
     source_drives = any(
-        _same_file(driver, source)
+        same_file(driver, source)
         for driver in (pose, expression)
         if driver and not is_typed_pose(driver)
     )
@@ -74,12 +74,13 @@ def choose_drivers(
         return Drivers("pose_only", pose, None, source_drives)
     if pose is None:
         return Drivers("expression_only", None, expression, source_drives)
-    if is_typed_pose(pose) or not _same_file(pose, expression):
+    if is_typed_pose(pose) or not same_file(pose, expression):
         return Drivers("disentangled", pose, expression, source_drives)
     return Drivers("self" if source_drives else "cross", pose, expression, source_drives)
 
 
-def _same_file(first: str, second: str) -> bool:
+def same_file(first: str, second: str) -> bool:
+    """Whether two paths lead to one place."""
     return Path(first).resolve() == Path(second).resolve()
 
 

@@ -20,6 +20,7 @@ from tests.data_pipelines.prepare import scripted
 
 PEOPLE = {"a": 0, "b": 1, "c": 2}
 FRAMES = 6
+TYPED = '{"yaw": 10}'
 
 
 class StubModel:
@@ -326,6 +327,17 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "pose": '{"yow": 1}'}, "yow"),
         ({"source": "a.png", "driving": "b.mp4", "paste_back": True}, "--paste_back"),
         ({"source": "a.png", "driving": "b.mp4", "relative_pose": "zoom"}, "zoom"),
+        ({"source": "a.png", "pose": "b.png", "relative_pose": "all"}, "does not move"),
+        ({"source": "a.png", "expression": "b.mp4", "relative_pose": "scale"}, "drives the pose"),
+        ({"source": "a.png", "expression": "b.mp4", "smooth": "gaussian"}, "nothing to smooth"),
+        ({"source": "a.png", "pose": TYPED, "smooth": "one_euro"}, "nothing to smooth"),
+        ({"source": "a.png", "pose": TYPED, "relative_expression": True}, "the expression"),
+        ({"source": "a.png", "expression": "b.png", "relative_expression": True}, "the expression"),
+        ({"source": "a.png", "pose": TYPED, "length": "hold"}, "not two videos"),
+        ({"source": "a.png", "driving": "b.mp4", "length": "hold"}, "not two videos"),
+        ({"source": "a.png", "driving": "b.mp4", "guidance": float("nan")}, "--guidance=nan"),
+        ({"source": "a.png", "driving": "b.mp4", "guidance": float("inf")}, "--guidance=inf"),
+        ({"source": "a.png", "driving": "b.mp4", "eta": float("nan")}, "--eta=nan"),
         ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
         ({"source": "a.png", "driving": "b.mp4", "seed": -1}, "--seed"),
         ({"source": "a.png", "driving": "b.mp4", "side_by_side": "x.avi"}, r"\.mp4"),
@@ -335,6 +347,31 @@ def test_refused_before_the_model_is_loaded(flags, message, files, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         run(files, tmp_path, **flags)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"pose": "b.png", "relative_pose": "rotation"},  # the rest is the picture's
+        {"pose": TYPED, "relative_pose": "all"},
+        {"pose": "b.mp4", "expression": "c.png", "smooth": "gaussian", "relative_pose": "all"},
+        {"pose": "b.mp4", "expression": "c.mp4", "length": "hold"},
+        {"pose": TYPED, "expression": "c.mp4", "relative_expression": True},
+    ],
+)
+def test_flags_that_do_something_are_taken(flags, files, tmp_path):
+    given = {
+        name: str(files / v) if str(v)[1:] in (".mp4", ".png") else v for name, v in flags.items()
+    }
+    job = animate_jobs.Job(source=str(files / "a.png"), out=str(tmp_path / "x.mp4"), **given)
+    animate_jobs.check(job)
+
+
+def test_a_number_of_a_file_that_is_none(files, tmp_path):
+    entry = {"source": str(files / "a.png"), "driving": str(files / "b.mp4")}
+    entry |= json.loads('{"out": "x.mp4", "guidance": NaN}')
+    with pytest.raises(UserError, match="^--guidance=nan: a finite number$"):
+        animate_jobs.checked_job(entry)
 
 
 def test_outputs_are_protected(model, files, tmp_path):

@@ -67,6 +67,18 @@ def test_start_of_sampling(monkeypatch, start, by_flag):
     assert model.settings(given)["start"] == start
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_no_numbers_are_told(monkeypatch, value):
+    def broken(guided, schedule, plan, latents, **options):
+        latents[1, 0, 0, 0] = value
+        return latents
+
+    monkeypatch.setattr(animator_inference, "sample", broken)
+    with pytest.raises(UserError, match="^frame 1 cannot be shown: .* not finite") as caught:
+        list(Stubbed().animate(PICTURE, DRIVE, Sampling()))
+    assert "\n" not in str(caught.value)
+
+
 def test_what_was_trained_stands_for_an_expression_that_is_left_out():
     """A model without learned null tokens is sampled with zeros, unless the user asks for tokens that it has not."""
     model = Stubbed("model.denoiser.expression_null=zero")
