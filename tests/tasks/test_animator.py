@@ -164,6 +164,39 @@ def test_numbers_of_sampling_are_finite(name):
         animator.AnimatorTask(config)
 
 
+@pytest.mark.parametrize("size", [64, 100, 384])
+def test_sizes_of_pictures_that_do_not_fit(size):
+    """SD1.5's widths at 384 pixels: a grid of 48, of depth 24, which does not divide 320; at 64 one of depth 0."""
+    address = "configs/animator_image.py:full"
+    config = configs.load_config(address, [f"data.image_size={size}"])
+    with pytest.raises(UserError, match=f"^config.data.image_size={size} does not fit") as caught:
+        animator.AnimatorTask(config)
+    said = str(caught.value)
+    assert said.endswith("up to 1024 there are 128, 256, 320, 512, 640, 1024")
+    for fitting in said.rsplit("are ", 1)[1].split(", "):
+        grid = int(fitting) // 8
+        for channels in (320, 640, 1280, 1280):
+            assert channels % (grid // 2) == 0
+            grid //= 2
+        animator.AnimatorTask(configs.load_config(address, [f"data.image_size={fitting}"]))
+    without = [f"data.image_size={size}", "model.denoiser.warp_kernel=0"]
+    if size % 64 == 0:
+        animator.AnimatorTask(configs.load_config(address, without))
+
+
+def test_clips_longer_than_the_temporal_modules_take():
+    address = "configs/animator_video.py:tiny"
+    config = configs.load_config(address, ["data.frames=17"])
+    with pytest.raises(
+        UserError, match=r"^config\.data\.frames=17: .* at most 16 frames"
+    ) as caught:
+        animator.AnimatorTask(config)
+    assert str(caught.value).endswith(
+        "give --config.data.frames=16 or fewer, or --config.model.temporal.max_frames=17"
+    )
+    animator.AnimatorTask(configs.load_config("configs/animator_image.py:tiny", ["data.frames=17"]))
+
+
 def test_shares_of_the_dropped_conditions():
     """method.md 4.7: everything .10, expression alone .10, pose alone .05, and nothing else ever."""
     rates = ConfigDict({"everything": 0.1, "expression": 0.1, "pose": 0.05})
