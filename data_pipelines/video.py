@@ -104,6 +104,11 @@ def read_frame(path: str | os.PathLike, number: int) -> np.ndarray:
     raise UserError(f"{path} has no frame {number}; was it changed while it was read?")
 
 
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a file is a picture, by its first bytes, so that a video is not read whole."""
+    return Path(path).is_file() and cv2.haveImageReader(os.fspath(path))
+
+
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """A picture file, or the first frame of a video, as uint8 RGB (H, W, 3); alpha lies on white.
 
@@ -111,7 +116,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         UserError: it is missing or neither a picture nor a video.
     """
     _check_file(path)
-    if not cv2.haveImageReader(os.fspath(path)):  # by its first bytes: a video is not read whole
+    if not is_picture(path):
         return _first_frame(path)
     data = np.frombuffer(_read(path), np.uint8)
     picture = cv2.imdecode(data, cv2.IMREAD_COLOR)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -127,16 +128,21 @@ class Plan:
 def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     """Read and encode what ``job`` names, and decide pose and expression of every frame."""
     chosen = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
-    source, picture = faces.portrait(job.source, job.max_frames, as_video=chosen.source_drives)
+    # A source that drives nothing is read first: it is the quickest to be refused.
+    portrait = None if chosen.source_drives else faces.portrait(job.source)
+    drivers = _read_drivers(job, chosen, faces)
+    if portrait is None:
+        (own, *_) = (
+            driver
+            for name, driver in drivers.items()
+            if driving.same_file(getattr(chosen, name), job.source)
+        )
+        portrait = faces.portrait(job.source, own)
+    source, picture = portrait
     (source_pose,), (source_expression,) = encode_clip(model, source)
     relative = pose_transfer.relative_components(job.relative_pose)
 
     typed = driving.parse_typed_pose(chosen.pose) if chosen.pose_is_typed else None
-    drivers: dict[str, Driver] = {}
-    if chosen.pose and not typed:
-        drivers["pose"] = faces.driver(chosen.pose, job.max_frames)
-    if chosen.expression:
-        drivers["expression"] = faces.driver(chosen.expression, job.max_frames)
     clock = {name: None if one.still else one.times for name, one in drivers.items()}
     frames = job.max_frames
     if typed:
@@ -173,6 +179,26 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
 
     drive = Drive(source_pose, source_expression, poses, expressions)
     return Plan(chosen.mode, timeline, source, picture, drive, drivers)
+
+
+def _read_drivers(job: Job, chosen: driving.Drivers, faces: Faces) -> dict[str, Driver]:
+    """The drivers that are files, as far as ``max_frames`` frames need them; a file that is both is one driver."""
+    drivers: dict[str, Driver] = {}
+    if chosen.pose and not chosen.pose_is_typed:
+        drivers["pose"] = faces.driver(chosen.pose, job.max_frames)
+    if not chosen.expression:
+        return drivers
+    pose = drivers.get("pose")
+    if pose is not None and driving.same_file(chosen.pose, chosen.expression):
+        drivers["expression"] = pose
+    elif job.max_frames is None or pose is None or pose.still:
+        drivers["expression"] = faces.driver(chosen.expression, job.max_frames)
+    else:
+        # It is read at the times of the pose's frames, however many of its own that takes. Whole seconds: what jobs
+        # with other poses need is then the same, and read once.
+        seconds = math.ceil(driving.span(pose.times, job.max_frames))
+        drivers["expression"] = faces.driver(chosen.expression, 1, seconds)
+    return drivers
 
 
 def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:

@@ -256,5 +256,14 @@ def timeline(
     return Timeline(float(fps), times, indices)
 
 
+def span(times: Float[np.ndarray, " n"], frames: int) -> float:
+    """Seconds that another driver has to last so that ``timeline`` can give it to ``frames`` frames of this clock.
+
+    Where the clock has fewer, they go on at its mean rate, as with "hold".
+    """
+    frame = 1 / _rate(times)
+    return float(times[min(frames, len(times)) - 1]) + (max(0, frames - len(times)) + 1) * frame
+
+
 def _rate(times: Float[np.ndarray, " n"]) -> float:
     return (len(times) - 1) / float(times[-1])

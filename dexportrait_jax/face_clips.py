@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, UInt8
 
 from data_pipelines import video
 from data_pipelines.network_inputs import inference_inputs
-from data_pipelines.prepare.clips import clip_from_image
+from data_pipelines.prepare.clips import clip_from_first_usable, clip_from_image
 from data_pipelines.prepare.crop import Settings
 from data_pipelines.prepare.detect import Landmarker
 from data_pipelines.prepare.driver import Driver, driver_from_video
@@ -25,8 +25,6 @@ from dexportrait_jax.inference import BATCH, PortraitModel
 from dexportrait_jax.metrics import Progress
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-# Frames read for each frame to make: a driver may run at a higher rate than the result.
-READ_FACTOR = 3
 # Pictures are enlarged to this side before a face is looked for: small ones are missed.
 SMALLEST = 256
 
@@ -45,7 +43,10 @@ class Faces:
         self._stack = contextlib.ExitStack()
         self._landmarker: Landmarker | None = None
         self._pictures: dict[str, Clip] = {}
-        self._videos: dict[tuple[str, int | None], Driver] = {}
+        self._numbers: dict[
+            str, int
+        ] = {}  # of the frames of videos that are portraits, where not the first
+        self._videos: dict[tuple[str, int | None, float], Driver] = {}
 
     def __enter__(self) -> Faces:
         return self
@@ -61,15 +62,15 @@ class Faces:
             self._landmarker = self._stack.enter_context(Landmarker(path))
         return self._landmarker
 
-    def driver(self, path: str, max_frames: int | None = None) -> Driver:
+    def driver(self, path: str, max_frames: int | None = None, seconds: float = 0.0) -> Driver:
         """A video as a driver; a picture is one that stands still.
 
-        ``max_frames``: how many frames of the result it has to drive, None for all it has. Frames that
-        show no usable face, and what else is left out of a video, are told on stderr.
+        ``max_frames``, ``seconds``: how many of its frames are needed, and for how long, None for all it has. Frames
+        that show no usable face, and what else is left out of a video, are told on stderr.
         """
         if is_image(path):
             return Driver.steady(self._picture(path))
-        driver = self._video(path, max_frames)
+        driver = self._video(path, max_frames, seconds)
         if driver.still:
             raise UserError(
                 f"{path} has only one usable frame, which moves nothing; give a longer video, or save "
@@ -78,17 +79,18 @@ class Faces:
         return driver
 
     def portrait(
-        self, path: str, max_frames: int | None = None, *, as_video: bool = False
+        self, path: str, driver: Driver | None = None
     ) -> tuple[Clip, UInt8[np.ndarray, "h w 3"]]:
         """The source as a clip of one frame, and the full picture it was cut from.
 
-        Of a video the first frame is taken. ``as_video``: the first frame of its clip, which need not
-        be the video's, cut by the box of the whole clip, as it is when it drives itself.
+        Of a video the first frame with a usable face is taken, and told on stderr where the video begins otherwise.
+        ``driver``: the source as its own driver; of a video the first frame of that clip, cut by the box of the whole
+        clip.
         """
-        if not as_video or is_image(path):
-            return self._picture(path), video.read_image(path)
-        driver = self._video(path, max_frames)
-        return driver.clip.part(0, 1), video.read_frame(path, driver.first)
+        if driver is not None and not is_image(path):
+            return driver.clip.part(0, 1), video.read_frame(path, driver.first)
+        clip, number = self._picture(path), self._numbers.get(path, 0)
+        return clip, video.read_frame(path, number) if number else video.read_image(path)
 
     def landmarks(self, image: UInt8[np.ndarray, "n n 3"]) -> Float[np.ndarray, "478 3"] | None:
         """Face points of a generated picture in its own coordinates [-1, 1]; None without a face."""
@@ -102,23 +104,46 @@ class Faces:
         self._videos = {key: driver for key, driver in self._videos.items() if key[0] in paths}
 
     def _picture(self, path: str) -> Clip:
-        if path not in self._pictures:
-            self._pictures[path] = clip_from_image(path, self.landmarker, self.settings)
-        return self._pictures[path]
+        if path in self._pictures:
+            return self._pictures[path]
+        if is_image(path) or video.is_picture(path):
+            clip = clip_from_image(path, self.landmarker, self.settings)
+        else:
+            clip, number, why = clip_from_first_usable(path, self.landmarker, self.settings)
+            if number:
+                self._numbers[path] = number
+                print(
+                    f"note: {path} begins with {why}; the portrait is its frame {number}",
+                    file=sys.stderr,
+                )
+        self._pictures[path] = clip
+        return clip
 
-    def _video(self, path: str, max_frames: int | None) -> Driver:
-        limit = None if max_frames is None else READ_FACTOR * max_frames + 1
-        key = (path, limit)
+    def _video(self, path: str, max_frames: int | None, seconds: float) -> Driver:
+        key = (path, max_frames, seconds)
         if key not in self._videos:
-            total = min(video.probe(path).frames, limit or sys.maxsize)  # 0 where it is not known
+            total = video.probe(path).frames  # 0 where it is not known
             progress = Progress(f"read {Path(path).name}", total, unit="frame")
+            looked = 0
+
+            def on_frame(number: int) -> None:
+                nonlocal looked
+                looked = number
+                if total:
+                    progress.update(number)
+
             driver = driver_from_video(
                 path,
                 self.landmarker,
                 self.settings,
-                max_frames=limit,
-                on_frame=progress.update if total else None,
+                # One more: a gap behind the last is bridged to it, and a frame alone moves nothing.
+                max_frames=None if max_frames is None else max_frames + 1,
+                seconds=seconds,
+                on_frame=on_frame,
             )
+            if looked < total:  # enough of it: the line ends as if that were all
+                progress.total = looked
+                progress.update(looked)
             if driver.left_out:
                 print(f"warning: {path}: {driver.left_out}", file=sys.stderr)
             self._videos[key] = driver

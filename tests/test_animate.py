@@ -65,8 +65,8 @@ class DrawnFaces(animate.Faces):
     def _picture(self, path):
         return fixtures.make_clip(PEOPLE[Path(path).stem], 1)
 
-    def _video(self, path, max_frames):
-        key = (path, max_frames)
+    def _video(self, path, *wanted):
+        key = (path, *wanted)
         if key not in self._videos:
             self._videos[key] = Driver.steady(fixtures.make_clip(PEOPLE[Path(path).stem], FRAMES))
         return self._videos[key]
@@ -203,6 +203,51 @@ def test_a_face_that_appears_late_is_pasted_into_its_own_frame(model, tmp_path, 
     assert abs(int(np.median(shown[:, :20, 60:])) - 140) <= 3  # where nothing is pasted; 30 before
 
 
+@pytest.mark.parametrize("length", ["shortest", "hold"])
+def test_max_frames_of_drivers_at_other_rates(model, tmp_path, length):
+    """A pose of 5 and an expression of 50 frames a second: the expression goes on to the last frame that is made."""
+    for name, fps, count in (("slow", 5, 8), ("fast", 50, 80)):
+        with video.VideoWriter(tmp_path / f"{name}.mp4", fps, quality=4) as writer:
+            for _ in range(count):
+                writer.write(scripted.picture())
+    slow, fast = str(tmp_path / "slow.mp4"), str(tmp_path / "fast.mp4")
+    given = {"source": slow, "out": "x.mp4", "length": length, "max_frames": 6}
+    with ScriptedFaces(model) as faces:
+        plan = animate.make_plan(
+            model, animate_jobs.Job(**given, pose=slow, expression=fast), faces
+        )
+        assert plan.timeline.indices["expression"].tolist() == [0, 10, 20, 30, 40, 50]
+        assert not np.any(np.diff(plan.timeline.times) - 0.2 > 1e-6)
+        plan = animate.make_plan(
+            model, animate_jobs.Job(**given, pose=fast, expression=slow), faces
+        )
+        assert plan.timeline.indices["expression"].tolist() == [0] * 6
+        assert len(plan.drive) == 6
+
+
+def test_a_portrait_is_the_first_usable_frame_of_a_video(model, tmp_path, capsys):
+    path = tmp_path / "late.mp4"
+    with video.VideoWriter(path, 25, quality=4) as writer:
+        for faces, shade in [(0, 30)] * 2 + [(1, 140), (1, 200)]:
+            writer.write(scripted.picture(faces, shade))
+    with ScriptedFaces(model) as faces:
+        clip, picture = faces.portrait(str(path))
+    assert (picture == video.read_frame(path, 2)).all() and len(clip) == 1
+    assert abs(int(np.median(picture)) - 140) < 5
+    told = f"note: {path} begins with no face found; the portrait is its frame 2\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_portrait_of_nobody(model, tmp_path):
+    path = tmp_path / "empty.mp4"
+    with video.VideoWriter(path, 25, quality=4) as writer:
+        for _ in range(3):
+            writer.write(scripted.picture(0))
+    with ScriptedFaces(model) as faces, pytest.raises(UserError) as caught:
+        faces.portrait(str(path))
+    assert str(caught.value).startswith(f"{path} cannot be used: no face found in 3 of 3 frames")
+
+
 def test_several_jobs_of_a_file(model, files, tmp_path):
     a, b = str(files / "a.png"), str(files / "b.mp4")
     jobs = [
@@ -285,7 +330,7 @@ def test_a_face_that_is_away_is_bridged_and_told(model, files, tmp_path, monkeyp
     seen = np.array([True, True, False, False, False, True, True, True])
     clip = fixtures.make_clip(1, 5)
     away = Driver(clip, np.arange(8) / 25, seen)
-    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: away)
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, *wanted: away)
     beside = tmp_path / "beside.mp4"
     out = run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(beside))
     poses, codes = animate.encode_clip(model, clip)
@@ -300,7 +345,7 @@ def test_a_face_that_is_away_is_bridged_and_told(model, files, tmp_path, monkeyp
 def test_a_variable_rate_drives_at_its_own_times(model, files, tmp_path, monkeypatch):
     times = np.array([0, 40, 200, 240, 500, 540]) / 1000
     varying = Driver(fixtures.make_clip(1, 6), times, np.ones(6, bool))
-    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: varying)
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, *wanted: varying)
     out = run(
         files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(tmp_path / "s.mp4")
     )
@@ -399,7 +444,7 @@ def test_a_failure_leaves_nothing_behind(model, files, tmp_path, monkeypatch):
 
 def test_a_driver_of_one_frame(model, files, tmp_path, monkeypatch):
     one = Driver.steady(fixtures.make_clip(1, 1))
-    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, frames: one)
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, *wanted: one)
     with pytest.raises(UserError, match="one usable frame"):
         run(files, tmp_path, source="a.png", driving="b.mp4")
 

@@ -247,3 +247,11 @@ def test_timeline_holds_stills_and_obeys_frames():
     assert stills.frames == 25 and stills.fps == 25.0
     with pytest.raises(UserError, match="shortest"):
         driving.timeline({"pose": None}, length="longest")
+
+
+def test_span_of_a_clock_that_another_driver_has_to_last():
+    times = np.array([0.0, 0.1, 0.2, 0.4, 0.5])
+    frame = 0.125  # in the mean
+    assert driving.span(times, 3) == pytest.approx(0.2 + frame)
+    assert driving.span(times, 5) == pytest.approx(0.5 + frame)
+    assert driving.span(times, 7) == pytest.approx(0.5 + 3 * frame)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
-from dexportrait_jax import animate, face_clips, pose_transfer
+from dexportrait_jax import animate, pose_transfer
 from dexportrait_jax.animator_inference import AnimatorModel
 from dexportrait_jax.animator_windows import DenoiserPrograms
 from dexportrait_jax.config import load_config
@@ -80,7 +80,6 @@ def run(files, tmp_path, monkeypatch):
     model = Animator()
     monkeypatch.setattr(animate, "load_model", lambda weights: model)
     monkeypatch.setattr(animate, "Faces", Faces)
-    monkeypatch.setattr(face_clips, "READ_FACTOR", 1)
     (tmp_path / "spilled").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spilled"))
     flags = {"source": str(files / "source.png"), "driving": str(files / "driver.mp4")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -113,20 +114,56 @@ def clip_from_image(
     path = "the picture" if isinstance(image, np.ndarray) else os.fspath(image)
     if not isinstance(image, np.ndarray):
         image = video.read_image(image)
-    seen = _look(image, 0.0, landmarker, settings, ask_mirror=True)
-    if seen.verdict == filters.GOOD and seen.mirror_error > settings.mirror_error:
-        seen = seen._replace(verdict=filters.NOT_HUMAN)
+    seen = _look_at_portrait(image, landmarker, settings)
     if seen.verdict:
         raise UserError(
             f"{path} cannot be used: {seen.verdict}; choose a picture of one person, face in view"
         )
+    return _portrait(path, 0, image, seen, settings)
+
+
+def clip_from_first_usable(
+    path: str | os.PathLike,
+    landmarker: detect.Landmarker,
+    settings: crop.Settings | None = None,
+) -> tuple[records.Clip, int, str]:
+    """The first frame of a video that can be a portrait, as `clip_from_image` has it.
+
+    Returns the clip, the frame's number, and what is wrong with the first frame, "" where that one is taken.
+
+    Raises:
+        UserError: it cannot be read, or no frame shows a usable face; the message says why.
+    """
+    settings = settings or crop.Settings()
+    verdicts: collections.Counter[str] = collections.Counter()
+    for number, frame in enumerate(video.read_frames(path)):
+        seen = _look_at_portrait(frame.image, landmarker, settings)
+        if not seen.verdict:
+            clip = _portrait(os.fspath(path), number, frame.image, seen, settings)
+            return clip, number, next(iter(verdicts), "")
+        verdicts[seen.verdict] += 1
+    reason, count = verdicts.most_common(1)[0]
+    raise UserError(
+        f"{path} cannot be used: {reason} in {count} of {verdicts.total()} frames; choose a picture or a video of one "
+        "person, face in view"
+    )
+
+
+def _look_at_portrait(image, landmarker, settings) -> filters.Observation:
+    """What is seen in a frame that has to stand alone: it must be human by itself."""
+    seen = _look(image, 0.0, landmarker, settings, ask_mirror=True)
+    if seen.verdict == filters.GOOD and seen.mirror_error > settings.mirror_error:
+        seen = seen._replace(verdict=filters.NOT_HUMAN)
+    return seen
+
+
+def _portrait(path: str, number: int, image, seen, settings) -> records.Clip:
     picture = (image.shape[1], image.shape[0])
     box = crop.crop_box(seen.face.box[None], picture, settings)
     jpeg = crop.encode_jpeg(crop.extract(image, box, settings.size), settings.jpeg_quality)
     naming = Naming.of(path)
-    return _clip(
-        f"{naming.name}-000000-000000", naming, path, [seen], [jpeg], box, picture, settings
-    )
+    clip_id = f"{naming.name}-{number:06d}-{number:06d}"
+    return _clip(clip_id, naming, path, [seen], [jpeg], box, picture, settings)
 
 
 def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Observation:
@@ -146,11 +183,13 @@ def observe(
     on_damage: Callable[[str], None],
     on_frame: Callable[[int], None] | None = None,
     *,
+    enough: Callable[[filters.Observation], bool] | None = None,
     spilled: bool = False,
 ) -> tuple[list[filters.Observation], tuple[int, int]]:
     """What is seen in every frame, and width and height of the picture; no frame is kept.
 
-    ``on_frame`` is told how many frames were looked at. ``spilled``: the faces' arrays stay on disk.
+    ``on_frame`` is told how many frames were looked at. ``enough`` is asked about every frame, in order; the first
+    that it is true of is the last one read. ``spilled``: the faces' arrays stay on disk.
     """
     observations: list[filters.Observation] = []
     on_disk = [spill.Rows() for _ in detect.Face._fields]
@@ -174,6 +213,8 @@ def observe(
         thumbnail = now
         if on_frame is not None:
             on_frame(index + 1)
+        if enough is not None and enough(seen):
+            break
     return observations, picture
 
 

@@ -68,15 +68,18 @@ def driver_from_video(
     settings: crop.Settings | None = None,
     *,
     max_frames: int | None = None,
+    seconds: float = 0.0,
     on_frame: Callable[[int], None] | None = None,
 ) -> Driver:
-    """The shot with the most usable frames, from the first to the last of them.
+    """The shot with the most usable frames, from the first to the last of them; or the first that has enough.
 
     Pictures and landmarks of the clip are on disk (`spill`). Of each frame less than a kilobyte stays in
     memory: blendshapes, pose, box, times; and as much again while it is made.
 
     Args:
-        max_frames: how many frames of the video are read.
+        max_frames: how many usable frames are enough of a shot, if it also lasts ``seconds``: the video is read up to
+            there. None: all of it.
+        seconds: from the first usable frame of the shot to its last.
         on_frame: told how many frames were looked at.
 
     Raises:
@@ -87,22 +90,53 @@ def driver_from_video(
         settings or crop.Settings(), min_frames=1, clip_frames=1 << 30, max_pause=math.inf
     )
     damage: list[str] = []
+    shot = _Shot(max_frames, seconds)
     observations, picture = clips.observe(
-        path, landmarker, settings, max_frames, damage.append, on_frame, spilled=True
+        path, landmarker, settings, None, damage.append, on_frame, enough=shot.add, spilled=True
     )
-    runs, verdict = filters.segments(observations, os.fspath(path), settings)
+    # What lies before a shot that is enough is no more of a reason against it than what would come behind it.
+    begin = shot.begin if shot.enough else 0
+    runs, verdict = filters.segments(observations[begin:], os.fspath(path), settings)
     if not runs:
         raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
-    good = _longest_shot(runs, observations)
+    good = begin + _longest_shot(runs, observations[begin:])
     naming = clips.Naming.of(path)
     (clip,) = clips.cut_out(path, observations, [good], naming, picture, settings, spilled=True)
     span = np.arange(good[0], good[-1] + 1)
     times = np.array([observations[index].time for index in span])
     seen = np.isin(span, good)
-    said = [*_gaps(observations, span, seen), *damage]
-    if max_frames is None:  # behind the frames that are wanted, nothing is missed
-        said += _outside(span, len(observations))
+    said = [*_gaps(observations, span, seen), *damage, *_outside(span, len(observations))]
     return Driver(clip, times - times[0], seen, "; ".join(said), int(span[0]))
+
+
+class _Shot:
+    """Counts the usable frames of a shot while a video is read.
+
+    Attributes:
+        begin: number of the first usable frame of the shot that is being read.
+        enough: whether this shot has as many as are wanted, and lasts as long.
+    """
+
+    def __init__(self, max_frames: int | None, seconds: float):
+        self._wanted, self._seconds = max_frames, seconds
+        self._read, self._usable, self._since = 0, 0, 0.0
+        self.begin, self.enough = 0, False
+
+    def add(self, seen: filters.Observation) -> bool:
+        """The next frame of the video; whether the shot is enough with it."""
+        if seen.cut:
+            self._usable = 0
+        if not seen.verdict:
+            if not self._usable:
+                self.begin, self._since = self._read, seen.time
+            self._usable += 1
+            self.enough = (
+                self._wanted is not None
+                and self._usable >= self._wanted
+                and seen.time - self._since >= self._seconds
+            )
+        self._read += 1
+        return self.enough
 
 
 def _longest_shot(

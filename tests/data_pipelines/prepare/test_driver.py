@@ -78,6 +78,34 @@ def test_frames_are_counted_as_they_are_read(tmp_path):
     assert told == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_face_that_appears_late_drives_all_that_is_wanted(tmp_path, before):
+    """Empty pictures, or another person beside, are told and count for nothing; behind the wanted nothing is missed."""
+    told = []
+    path = write(tmp_path / "a.mp4", [picture(n) for n in [before] * 20 + [1, 1, 0, 1] + [1] * 6])
+    driver = drive(path, max_frames=4, on_frame=told.append)
+    assert driver.seen.tolist() == [True, True, False, True, True]
+    assert (driver.first, told[-1]) == (20, 25)
+    assert driver.left_out.endswith("; 20 frame(s) before the shot are left out")
+    assert "behind" not in driver.left_out
+
+
+def test_where_there_is_less_than_wanted_all_is_told(tmp_path):
+    path = write(tmp_path / "a.mp4", [picture(n) for n in [0] * 2 + [1] * 6 + [0] * 3])
+    driver = drive(path, max_frames=7)
+    assert len(driver) == 6 and "3 frame(s) behind the shot" in driver.left_out
+
+
+def test_a_driver_is_read_for_as_long_as_it_has_to_last(tmp_path):
+    path = write(tmp_path / "a.mp4", [picture()] * 20)
+    driver = drive(path, max_frames=2, seconds=0.3)
+    assert len(driver) == 9 and driver.times[-1] == pytest.approx(0.32, abs=1e-3)
+    # A shot that ends before starts anew.
+    shots = [picture(shade=30)] * 6 + [picture(shade=200)] * 12
+    driver = drive(write(tmp_path / "b.mp4", shots), max_frames=2, seconds=0.3)
+    assert (driver.first, len(driver)) == (6, 9)
+
+
 def test_no_face_at_all_is_refused(tmp_path):
     path = write(tmp_path / "a.mp4", [picture(0)] * 4)
     with pytest.raises(UserError, match="no face found in 4 of 4 frames"):
