@@ -34,7 +34,9 @@ class OneWhite(CopyModel):
 @pytest.fixture(scope="module")
 def truthful():
     model = TruthfulModel(DATA, ("validation",))
-    data = {"data": {"frame_stride": 1}, "sampling": {"hybrid_steps": 5}}
+    # What `minutes` samples with, and a profile is not measured with.
+    sampling = {"steps": 8, "guidance": 1.0, "hybrid_steps": 1}
+    data = {"data": {"frame_stride": 1}, "sampling": sampling}
     model.config = ml_collections.ConfigDict(data)
     return model
 
@@ -127,9 +129,19 @@ def profile(monkeypatch, model, **more):
 
 
 def test_identity_of_profiles(truthful, monkeypatch, capsys):
-    """The truth is the same person for every S."""
+    """The truth is the same person for every S; whatever the config says, it is sampled as method.md 7.2 says."""
+    asked, animate = set(), TruthfulModel.animate
+
+    def noted(self, source, drive, sampling, report=None):
+        asked.add((sampling.steps, sampling.guidance, sampling.hybrid_steps))
+        return animate(self, source, drive, sampling)
+
+    monkeypatch.setattr(TruthfulModel, "animate", noted)
+    monkeypatch.setattr(truthful, "settings", lambda sampling: {}, raising=False)
     profile(monkeypatch, truthful, people=3, yaw=YAW)
     found = json.loads(capsys.readouterr().out)
+    assert asked == {(35, 2.5, 0), (35, 2.5, 5)}
+    assert (found["steps"], found["guidance"], found["hybrid_steps"]) == (35, 2.5, 5)
     assert 2 <= found["people"] <= 3
     assert found["identity, S = 0"] == found["identity, S = 5"] == pytest.approx(1, abs=0.01)
     assert found["identity of another person"] < 0.99
@@ -137,9 +149,15 @@ def test_identity_of_profiles(truthful, monkeypatch, capsys):
 
 
 def test_nobody_is_seen_from_the_side(truthful, monkeypatch):
+    monkeypatch.setattr(truthful, "settings", lambda sampling: {}, raising=False)
     with pytest.raises(UserError, match=r"0 people .* lower --yaw") as caught:
         profile(monkeypatch, truthful, yaw=170)
     assert "\n" not in str(caught.value)
+
+
+def test_a_comparison_with_itself(truthful, monkeypatch):
+    with pytest.raises(UserError, match="^--hybrid_steps=0 is compared with S = 0; give 1 or more$"):
+        profile(monkeypatch, truthful, hybrid_steps=0)
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
