@@ -238,7 +238,11 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "expression_tokens": (4, 16) if tiny else (32, 16),
                 "expression_null": "learned",  # learned | zero
             },
-            "temporal": {"max_frames": 16 if tiny else 32, "middle": True},
+            "temporal": {
+                "max_frames": 16 if tiny else 32,
+                "middle": True,
+                "norm": "clip",  # clip (diffusers) | frame (AnimateDiff's own code, for its weights)
+            },
             "image_encoder": {
                 "image_size": 224,
                 "patch_size": 14,

@@ -41,6 +41,7 @@ ANIMATOR: Choices = {
     "model.denoiser.warp_padding": ("zeros", "border"),
     "model.denoiser.expression_injector": ("in_block", "xnemo", "none"),
     "model.denoiser.expression_null": ("learned", "zero"),
+    "model.temporal.norm": ("clip", "frame"),
     "model.image_encoder.activation": ("quick_gelu", "gelu"),
     "diffusion.preset": ("sd15", "xnemo", "zero_snr", None),
     "diffusion.prediction": ("epsilon", "v", None),

@@ -62,6 +62,7 @@ BEFORE_THE_KEY = {
     "model.generator.flatten_stride": "last",
     "model.generator.rgb_channels": None,
     "model.pose.scale_limit": 2.0,
+    "model.temporal.norm": "clip",
 }
 
 

@@ -156,7 +156,9 @@ def test_nobody_is_seen_from_the_side(truthful, monkeypatch):
 
 
 def test_a_comparison_with_itself(truthful, monkeypatch):
-    with pytest.raises(UserError, match="^--hybrid_steps=0 is compared with S = 0; give 1 or more$"):
+    with pytest.raises(
+        UserError, match="^--hybrid_steps=0 is compared with S = 0; give 1 or more$"
+    ):
         profile(monkeypatch, truthful, hybrid_steps=0)
 
 

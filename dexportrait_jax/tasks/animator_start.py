@@ -19,6 +19,7 @@ from data_pipelines import latents
 from data_pipelines.augment import neutral_knobs
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.run_directory import BEFORE_THE_KEY
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import autoencoder
 from dexportrait_jax.weights import published, stable_diffusion
@@ -58,7 +59,13 @@ _MODEL = {
         "denoiser.expression_tokens",
         "denoiser.expression_null",
     ),
-    "temporal": ("temporal.max_frames", "temporal.middle", "unet.heads", "unet.groups"),
+    "temporal": (
+        "temporal.max_frames",
+        "temporal.middle",
+        "temporal.norm",
+        "unet.heads",
+        "unet.groups",
+    ),
     "image_encoder": (
         "image_encoder.image_size",
         "image_encoder.patch_size",
@@ -150,6 +157,10 @@ def _differing(
     for dotted in knobs:
         section, knob = dotted.split(".")
         given, trained = config.model[section], there.get("model", {}).get(section, {})
+        key = f"model.{dotted}"
+        # The config of a run may be older than the key; that of an import tells what it knows.
+        if "stage" in there and key in BEFORE_THE_KEY:
+            trained = {knob: BEFORE_THE_KEY[key], **trained}
         if knob in trained and knob in given and not _same(given[knob], trained[knob]):
             found[dotted] = trained[knob]
     return found

@@ -1,13 +1,13 @@
 """Does progressive hybrid guidance keep the person where the source is in profile (method.md 7.2, the paper's Fig. 5)?
 
-    python -m tests.benchmarks profile_identity --weights=exports/image --data=data/heads [--people=24] [--yaw=35] \
+    python -m tests.benchmarks profile_identity --weights=exports/image --data=data/heads [--people=24] [--yaw=35] \\
         [--steps=35] [--guidance=2.5] [--hybrid_steps=5]
 
 Rendered heads, people held out: a source turned by `--yaw` degrees or more, driven by another person's frontal frames,
 with S = `--hybrid_steps` and with S = 0, both sampled as method.md 7.2 says and not as the export's config, which for
-training of minutes has 8 steps, S = 1 and no guidance. Identity is the cosine of a face recogniser (`../shared/data/models`) between the
-result and the renderer's picture of that person with that pose and expression, both aligned by the true landmarks;
-beside it what other people's true pictures have, and the PSNR.
+training of minutes has 8 steps, S = 1 and no guidance. Identity is the cosine of a face recogniser
+(`../shared/data/models`) between the result and the renderer's picture of that person with that pose and expression,
+both aligned by the true landmarks; beside it what other people's true pictures have, and the PSNR.
 """
 
 import argparse
@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> None:
 def samplings(given: argparse.Namespace) -> dict[str, Sampling]:
     """Those that are compared: they differ in S alone. UserError where that is no comparison."""
     if given.hybrid_steps < 1:
-        raise UserError(f"--hybrid_steps={given.hybrid_steps} is compared with S = 0; give 1 or more")
+        raise UserError(
+            f"--hybrid_steps={given.hybrid_steps} is compared with S = 0; give 1 or more"
+        )
     return {
         f"S = {hold}": Sampling(steps=given.steps, guidance=given.guidance, hybrid_steps=hold)
         for hold in (0, given.hybrid_steps)

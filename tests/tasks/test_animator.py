@@ -17,6 +17,7 @@ from dexportrait_jax.models.animator import (
     conditioning,
     image_encoder,
     reference,
+    temporal,
     transformer,
 )
 from dexportrait_jax.state import QUICK
@@ -153,6 +154,7 @@ def test_choices_are_those_that_the_code_knows():
         "sampling.spacing": get_args(sampler.Spacing),
         "sampling.null_reference": get_args(null["reference"]),
         "sampling.null_pose": get_args(null["pose"]),
+        "model.temporal.norm": get_args(temporal.Norm),
     }.items():
         assert values(key) == set(known), key
 

@@ -1,11 +1,15 @@
-"""Temporal modules after every unit of the UNet, equal to AnimateDiff's (diffusers' ``MotionAdapter``).
+"""Temporal modules after every unit of the UNet, equal to AnimateDiff's, but for a choice of the first norm.
 
-They are a module of their own, with a tree like the UNet's, so that they are trained, saved and left out alone.
+diffusers' ``AnimateDiffTransformer3D`` (in its ``MotionAdapter``) normalises groups over all frames of a clip;
+AnimateDiff's own motion_module.py, with which its weights were trained, normalises every frame alone. Weights are the
+same for both. They are a module of their own, with a tree like the UNet's, so that they are trained, saved and left
+out alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +22,8 @@ from dexportrait_jax.models.animator.blocks import (
 from dexportrait_jax.models.animator.norms import GroupNorm, LayerNorm
 from dexportrait_jax.models.attention import Attention, Backend
 from dexportrait_jax.models.partitioning import FRAMES, SAMPLES, spread
+
+Norm = Literal["clip", "frame"]
 
 
 class TemporalBlock(nnx.Module):
@@ -51,7 +57,7 @@ class TemporalBlock(nnx.Module):
 
 
 class TemporalModule(nnx.Module):
-    """GroupNorm over the clip, linear in, one block, linear out starting at zero, residual."""
+    """GroupNorm over the clip or each frame, linear in, one block, linear out starting at zero, residual."""
 
     def __init__(
         self,
@@ -59,13 +65,14 @@ class TemporalModule(nnx.Module):
         heads: int,
         max_frames: int,
         *,
+        norm: Norm,
         groups: int,
         backend: Backend,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
-        self.max_frames = max_frames
+        self.max_frames, self.norm_over = max_frames, norm
         self.norm = GroupNorm(features, groups, epsilon=1e-6, **build)
         self.proj_in = nnx.Linear(features, features, **build)
         block = TemporalBlock(features, heads, max_frames, backend=backend, **build)
@@ -86,8 +93,9 @@ class TemporalModule(nnx.Module):
                 f"{batch} frames in clips of {frames}: clips must divide the batch and have at most "
                 f"{self.max_frames} frames"
             )
-        clips = hidden.reshape(batch // frames, frames, height * width, channels)
-        inner = self.proj_in(self.norm(clips))
+        clips = (batch // frames, frames, height * width, channels)
+        whole = clips if self.norm_over == "clip" else (batch, height * width, channels)
+        inner = self.proj_in(self.norm(hidden.reshape(whole))).reshape(clips)
         # Where a mesh shares a clip's frames, every device gets all frames of its part of the pixels, and back: one
         # all-to-all each way. Left to itself, the compiler gathers all frames of all pixels everywhere.
         pixels = spread(spread(inner, SAMPLES, FRAMES).swapaxes(1, 2), SAMPLES, FRAMES)
@@ -111,6 +119,7 @@ class TemporalModules(nnx.Module):
         heads: attention heads.
         max_frames: longest clip (32; AnimateDiff v1: 24).
         middle: also after the middle unit (AnimateDiff v2; v1 and v3: no).
+        norm: what the first GroupNorm takes its statistics over, "clip" (diffusers) or "frame" (AnimateDiff's own).
         backend, dtype: attention backend, compute type.
     """
 
@@ -122,12 +131,19 @@ class TemporalModules(nnx.Module):
         heads: int = 8,
         max_frames: int = 32,
         middle: bool = True,
+        norm: Norm = "clip",
         groups: int = 32,
         backend: Backend = "auto",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        settings = {"groups": groups, "backend": backend, "dtype": dtype, "rngs": rngs}
+        settings = {
+            "norm": norm,
+            "groups": groups,
+            "backend": backend,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         widths = tuple(block_channels)
 
         def level(count: int, width: int) -> TemporalLevel:
