@@ -23,6 +23,7 @@ from dexportrait_jax.models.animator import (
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import animator, build_networks
+from dexportrait_jax.tasks.animator_config import check_config
 from tests.published import random_like
 from tests.stages import micro
 
@@ -180,10 +181,10 @@ def test_sizes_of_pictures_that_do_not_fit(size):
         for channels in (320, 640, 1280, 1280):
             assert channels % (grid // 2) == 0
             grid //= 2
-        animator.AnimatorTask(configs.load_config(address, [f"data.image_size={fitting}"]))
+        check_config(configs.load_config(address, [f"data.image_size={fitting}"]))
     without = [f"data.image_size={size}", "model.denoiser.warp_kernel=0"]
     if size % 64 == 0:
-        animator.AnimatorTask(configs.load_config(address, without))
+        check_config(configs.load_config(address, without))
 
 
 def test_clips_longer_than_the_temporal_modules_take():
@@ -196,7 +197,7 @@ def test_clips_longer_than_the_temporal_modules_take():
     assert str(caught.value).endswith(
         "give --config.data.frames=16 or fewer, or --config.model.temporal.max_frames=17"
     )
-    animator.AnimatorTask(configs.load_config("configs/animator_image.py:tiny", ["data.frames=17"]))
+    check_config(configs.load_config("configs/animator_image.py:tiny", ["data.frames=17"]))
 
 
 def test_shares_of_the_dropped_conditions():
