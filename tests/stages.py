@@ -56,15 +56,16 @@ def micro(stage: str, data: Path, exports: Path, **changes) -> ConfigDict:
         for name in NEEDED:
             if name in config.init:
                 config.init[name] = str(exports / name)
-        _export_random(config, exports)
     for dotted, value in changes.items():
         configs.apply_override(config, f"{dotted.replace('__', '.')}={value}")
+    if "unet" in config.model:
+        _export_random(config, exports)  # of networks as the changes have them: others are refused
     config.lock()
     return config
 
 
 def _export_random(config: ConfigDict, exports: Path) -> None:
-    """Exports of random weights where `config.init` looks for them."""
+    """Exports of random weights at `exports`, unless there are some."""
     networks = build_networks(config)
     held = {
         "motion": ("pose", "expression"),
