@@ -269,9 +269,8 @@ def animator(stage: str, variant: str) -> ConfigDict:
         }
     )
     config.sample_latents = not tiny  # train on samples of the posterior, or on its mean
-    config.min_snr_gamma = (
-        0.0  # 0: every noise level weighs the same; see NoiseSchedule.min_snr_weights
-    )
+    # 0: every noise level weighs the same; see NoiseSchedule.min_snr_weights.
+    config.min_snr_gamma = 0.0
     config.noise_offset = 0.0
     # Density of noise levels in training, timestep^(power - 1): above 1, more of the high ones. These are the
     # last that a network of minutes learns, and the first that sampling asks.

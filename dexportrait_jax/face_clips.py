@@ -43,9 +43,8 @@ class Faces:
         self._stack = contextlib.ExitStack()
         self._landmarker: Landmarker | None = None
         self._pictures: dict[str, Clip] = {}
-        self._numbers: dict[
-            str, int
-        ] = {}  # of the frames of videos that are portraits, where not the first
+        # Of videos that are portraits: the frame that is taken, where it is not the first.
+        self._numbers: dict[str, int] = {}
         self._videos: dict[tuple[str, int | None, float], Driver] = {}
 
     def __enter__(self) -> Faces:
