@@ -8,14 +8,10 @@ state is saved, and hosts or workers only divide the work. With H hosts, host h 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +21,15 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import augment as augmentation
-from data_pipelines import background, dataset, face_landmarks, latents, network_inputs, records
+from data_pipelines import (
+    background,
+    dataset,
+    face_landmarks,
+    latents,
+    network_inputs,
+    records,
+    workers,
+)
 from data_pipelines.cross_view import CrossView, Shown, far_frames
 from dexportrait_jax.errors import UserError
 
@@ -117,20 +121,21 @@ def make_loader(
         rows = range(process_index * local, (process_index + 1) * local)
     data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(Examples(config, seed=seed))
     data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))[step:]
-    workers = config["workers"]
-    if workers:
+    processes = config["workers"]
+    if processes:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
         iterator = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         iterator = iterator.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_parent
+            grain.MultiprocessingOptions(num_workers=processes),
+            worker_init_fn=workers.live_with_the_parent,
         )
     else:
         threads = min(4, os.cpu_count() or 1)
         iterator = data.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         )
-    return Loader(iter(iterator))
+    return Loader(iter(iterator), starts_processes=processes > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,25 +186,24 @@ def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
-    """An iterator of batches that ends its threads and worker processes when closed or forgotten."""
+    """An iterator of batches that ends its threads and worker processes when closed or forgotten.
 
-    def __init__(self, iterator):
+    `starts_processes`: with its first batch.
+    """
+
+    def __init__(self, iterator, *, starts_processes: bool):
         self._holder = [iterator]
-        self._begun = False
+        self._starts_processes = starts_processes
         self.close = weakref.finalize(self, _let_go, self._holder)  # also called when Python ends
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._holder:
             raise StopIteration
-        if self._begun:
+        if not self._starts_processes:
             return next(self._holder[0])
-        # Worker processes start here, and have what is held back held back until they ignore it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
+        self._starts_processes = False
+        with workers.sigterm_held_back():
             return next(self._holder[0])
-        finally:
-            self._begun = True
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evaluation_batches(
@@ -480,21 +484,6 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
         name: _plain(value) if isinstance(value, Mapping) or hasattr(value, "items") else value
         for name, value in config.items()
     }
-
-
-def _live_with_the_parent(*_: int) -> None:
-    """Of a worker process: it ends when it is told to, or the parent is gone, and not by a signal to the whole group.
-
-    A terminal and a batch system send one to all processes, and the parent needs batches until it has saved.
-    """
-    for sent in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sent, signal.SIG_IGN)
-
-    def wait() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _let_go(holder: list) -> None:

@@ -1,0 +1,39 @@
+"""Processes that make batches beside the one that trains: how long they live."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+
+
+@contextlib.contextmanager
+def sigterm_held_back() -> Iterator[None]:
+    """Holds SIGTERM back inside, also from processes that are started there, until they ignore it."""
+    # Python starts this one with the first worker, and lets signals through again once it has.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def live_with_the_parent(*_: int) -> None:
+    """Of a worker process: it ends when it is told to, or the parent is gone, and not by a signal to the whole group.
+
+    A terminal and a batch system send one to all processes, and the parent needs batches until it has saved.
+    """
+    for sent in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sent, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
