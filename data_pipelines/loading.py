@@ -202,7 +202,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         if not self._starts_processes:
             return next(self._holder[0])
         self._starts_processes = False
-        with workers.sigterm_held_back():
+        with workers.signals_held_back():
             return next(self._holder[0])
 
 

@@ -11,13 +11,16 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
+# A terminal and a batch system send them to all processes of a group.
+_TO_THE_GROUP = (signal.SIGTERM, signal.SIGINT)
+
 
 @contextlib.contextmanager
-def sigterm_held_back() -> Iterator[None]:
-    """Holds SIGTERM back inside, also from processes that are started there, until they ignore it."""
+def signals_held_back() -> Iterator[None]:
+    """Holds SIGTERM and SIGINT back inside, also from processes started there, until they ignore them."""
     # Python starts this one with the first worker, and lets signals through again once it has.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
     try:
         yield
     finally:
@@ -27,9 +30,9 @@ def sigterm_held_back() -> Iterator[None]:
 def live_with_the_parent(*_: int) -> None:
     """Of a worker process: it ends when it is told to, or the parent is gone, and not by a signal to the whole group.
 
-    A terminal and a batch system send one to all processes, and the parent needs batches until it has saved.
+    The parent needs batches until it has saved.
     """
-    for sent in (signal.SIGTERM, signal.SIGINT):
+    for sent in _TO_THE_GROUP:
         signal.signal(sent, signal.SIG_IGN)
 
     def wait() -> None:

@@ -142,14 +142,15 @@ PARENT = """
 import json, multiprocessing, os, signal, sys, threading, time
 from data_pipelines import loading
 
-def term_the_first():
+def send_to_the_first(sent):
     while not multiprocessing.active_children():
         time.sleep(0.001)
     for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, sent)
 
 if __name__ == "__main__":
-    threading.Thread(target=term_the_first).start()
+    sent = signal.Signals[sys.argv[2]]
+    threading.Thread(target=send_to_the_first, args=(sent,)).start()
     loader = loading.make_loader(json.loads(sys.argv[1]), seed=0)
     next(loader)
     next(loader)
@@ -158,11 +159,12 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_outlive_signals_while_they_start_but_not_the_parent(directory, tmp_path):
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
+def test_workers_outlive_signals_while_they_start_but_not_the_parent(directory, tmp_path, sent):
     (tmp_path / "parent.py").write_text(PARENT)
     config = json.dumps(_config(directory) | {"workers": 2})
     environment = os.environ | {"PYTHONPATH": str(Path(loading.__file__).parents[1])}
-    command = [sys.executable, tmp_path / "parent.py", config]
+    command = [sys.executable, tmp_path / "parent.py", config, sent]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
