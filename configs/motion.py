@@ -131,7 +131,8 @@ def get_config(variant: str = "full") -> ConfigDict:
 def _synthetic(config: ConfigDict) -> ConfigDict:
     """`tiny` made wider and longer, for rendered heads whose poses and expressions are to be measured."""
     config.variant = "synthetic"
-    config.num_steps = 7600  # 90 minutes also where the two cores are a third slower than on a good day
+    # 90 minutes are enough also where the two cores are a third slower than on a good day.
+    config.num_steps = 7600
     config.ema_decay = 0.998
     config.pretraining.steps = 2500
     config.data.augment.flip.probability = 0.5

@@ -1,6 +1,5 @@
 """What goes wrong ends in one line that says what and what to do, a non-zero code, and nothing half-made."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import build_networks, make_task
 from dexportrait_jax.weights.exporting import export_groups
 from tests import fixtures
+from tests.disks import fill, full_disk, read_only, small_disk
 from tests.stages import micro
 
 # What a job tells on the way: "prepare: ...", or a stage or a video with how far it is.
@@ -68,43 +68,6 @@ def video(path: Path, frames: int) -> Path:
         for number in range(frames):
             writer.write(np.full((96, 96, 3), 10 * number, np.uint8))
     return path
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, options: str):
-    """A tmpfs of its own; the test is skipped where that is not allowed."""
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-@contextlib.contextmanager
-def full_disk(path: Path):
-    """A disk with room for names and for nothing else."""
-    with small_disk(path, "size=1m") as disk:
-        with contextlib.suppress(OSError), (disk / "filler").open("wb") as stream:
-            while True:
-                stream.write(bytes(1 << 12))
-                stream.flush()
-        yield disk
-
-
-@contextlib.contextmanager
-def read_only(path: Path):
-    """A folder nobody can write to: by its rights, or for root, who ignores rights, by its mount."""
-    if os.geteuid() != 0:
-        path.mkdir(mode=0o500)
-        yield path
-        return
-    with small_disk(path, "ro,size=64k") as disk:
-        yield disk
 
 
 # --- the command line -----------------------------------------------------------------
@@ -360,22 +323,19 @@ def test_full_disk_while_training_keeps_the_checkpoint_before(places, tmp_path, 
     monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
     with small_disk(tmp_path / "disk", "size=40m") as disk:
         job = ("train", "--config=the one above", f"--workdir={disk / 'run'}")
-        filler = disk / "filler"
         save = loop.checkpoint.Checkpoints.save
 
         def crowded(self, step, state):
             if step == 4:
                 self.wait()
-                with contextlib.suppress(OSError), filler.open("wb") as stream:
-                    while True:
-                        stream.write(bytes(1 << 16))
+                fill(disk)
             save(self, step, state)
 
         with monkeypatch.context() as patch:
             patch.setattr(loop.checkpoint.Checkpoints, "save", crowded)
             line = fails(*job)
         assert "full" in line
-        filler.unlink()
+        (disk / "filler").unlink()
         assert cli.run([str(argument) for argument in job]) == 0
         assert loop.checkpoint.newest_step(disk / "run") == 4
         assert [row["step"] for row in read_rows(disk / "run" / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from dexportrait_jax import checkpoint, distributed, sharding
 from dexportrait_jax.checkpoint import Checkpoints
 from dexportrait_jax.errors import UserError
-from tests.test_bad_input import small_disk
+from tests.disks import small_disk
 
 
 def mesh(**sizes):

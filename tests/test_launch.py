@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dexportrait_jax import train
+from dexportrait_jax import chips, cli, train
+from dexportrait_jax import config as configs
 from launch import local_processes
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -165,6 +167,53 @@ def test_sky_keeps_runs_and_data_in_buckets():
     assert '--config.data.path="/datasets/$DATA"' in task["run"]
     assert {75, 137, 143} == set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
     assert "-c constraints.txt" in task["setup"]
+
+
+def test_jobset_starts_as_many_hosts_as_its_config_is_spread_over():
+    """Wrong commands and runs that cannot go on end for good; what was stopped, killed or lost starts again."""
+    job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
+    (slices,) = job["replicatedJobs"]
+    hosts = slices["template"]["spec"]
+    pod = hosts["template"]["spec"]
+    (container,) = pod["containers"]
+    flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in container["args"][1:])
+    topology, count = configs.topology_of(flags["config"])
+    assert container["args"][0] in cli.JOBS and flags["distributed"] == "on"
+    assert slices["replicas"] == count
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology.partition(":")[2]
+    chips_of_a_host = container["resources"]["limits"]["google.com/tpu"]
+    assert hosts["parallelism"] * chips_of_a_host == chips.grid(topology)[1]
+    assert hosts["completions"] == hosts["parallelism"] and hosts["backoffLimit"] == 0
+    assert pod["restartPolicy"] == "Never"  # or Kubernetes takes no podFailurePolicy
+    configs.load_config(flags["config"], [])
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"] and "persistentVolumeClaim" in volume
+    assert all(
+        flags[path].startswith(f"{mount['mountPath']}/") for path in ("workdir", "config.data.path")
+    )
+    lost, failed = hosts["podFailurePolicy"]["rules"]
+    assert lost["action"] == "Count" and "onPodConditions" in lost
+    assert failed["action"] == "FailJob"
+    assert failed["onExitCodes"]["containerName"] == container["name"]
+    assert set(failed["onExitCodes"]["values"]) == {cli.USAGE_ERROR, cli.FAILED}
+    (rule,) = job["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+
+
+def test_the_image_holds_every_package():
+    """And is made from the versions tested together."""
+    lines = (LAUNCH / "docker" / "Dockerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]}
+    root = LAUNCH.parent
+    assert all((root / name).exists() for name in copied)
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    packages = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {pattern.rstrip("*") for pattern in packages} <= copied
+    assert {project["project"]["readme"], *project["project"]["license-files"]} <= copied
+    (install,) = (line for line in lines if "pip install" in line)
+    assert "--constraint constraints.txt" in install
+    (extras,) = (line.partition("=")[2] for line in lines if line.startswith("ARG"))
+    assert extras in project["project"]["optional-dependencies"]
 
 
 @pytest.fixture

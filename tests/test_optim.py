@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -107,25 +108,42 @@ def test_multipliers_schedule_and_decay_hold_for_muon_too():
     np.testing.assert_allclose(decayed, base - 1e-2 * 0.1 * kernel, rtol=1e-4, atol=1e-7)
 
 
-def test_muon_of_a_sharded_kernel_is_that_of_a_whole_one():
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_three_updates_of_sharded_weights_are_those_of_whole_ones(name):
+    """And all that the optimizer keeps of them; gradients are clipped by their norm over all parts."""
     shapes = {"kernel": (64, 128), "bias": (128,)}
-    params, gradients = _tree(shapes, 0), _tree(shapes, 1)
-    config = common.adam(1e-2, name="muon", warmup_steps=0, clip_norm=1.0)
-    whole = _first_update(config, params, gradients)
-    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "context": 1, "tensor": 2}))
+    start = _tree(shapes, 0)
+    # Of the size of 1: at Adam's eps the sign of a number that is nothing but rounding would be an update of its own.
+    gradients = [
+        jax.tree.map(lambda leaf: leaf + np.sign(leaf), _tree(shapes, n)) for n in (1, 2, 3)
+    ]
+    config = common.adam(1e-2, name=name, weight_decay=0.1, warmup_steps=2, clip_norm=1.0)
     optimizer = make_optimizer(config, num_steps=100)
+
+    def three(init, update, params, place):
+        state = init(params)
+        for given in gradients:
+            updates, state = update(place(given), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    whole = jax.device_get(
+        three(optimizer.init, jax.jit(optimizer.update), start, lambda tree: tree)
+    )
+    mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "context": 1, "tensor": 2}))
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(sharding, "SMALLEST_SHARDED", 2**9)
-        places = sharding.state_shardings(params, mesh)
-        state_places = sharding.state_shardings(jax.eval_shape(optimizer.init, params), mesh)
-        state = jax.jit(optimizer.init, out_shardings=state_places)(jax.device_put(params, places))
-        momenta = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (64, 128)]
-        assert momenta and all(not leaf.sharding.is_fully_replicated for leaf in momenta)
+        places = sharding.state_shardings(start, mesh)
+        state_places = sharding.state_shardings(jax.eval_shape(optimizer.init, start), mesh)
+        init = jax.jit(optimizer.init, out_shardings=state_places)
         update = jax.jit(optimizer.update, out_shardings=(places, state_places))
-        spread, _ = update(jax.device_put(gradients, places), state, params)
-    for name, value in whole["pose"]["head"].items():
-        found = np.asarray(spread["pose"]["head"][name])
-        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-8, err_msg=name)
+        spread = three(
+            init, update, jax.device_put(start, places), lambda tree: jax.device_put(tree, places)
+        )
+    cut = [leaf for leaf in jax.tree.leaves(spread) if leaf.shape == (64, 128)]
+    assert len(cut) > 1 and all(not leaf.sharding.is_fully_replicated for leaf in cut)
+    for found, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-8)
 
 
 def test_unknown_name_is_one_line():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from data_pipelines import dataset, files, video
 from data_pipelines.prepare import clips, crop, job, processing
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
+from tests.disks import resize, small_disk
 
 SETTINGS = crop.Settings(min_frames=6)
 
@@ -276,35 +276,19 @@ def test_folders_that_cannot_be_written(videos, tmp_path, monkeypatch):
         _run(videos, tmp_path / "out")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small disk cannot be mounted here (not root)")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk(videos, small_disk):
-    def remount(size):
-        command = ["mount", "-o", f"remount,size={size}", str(small_disk)]
-        subprocess.run(command, check=True)
-
-    (small_disk / "filler").write_bytes(bytes(500_000))
-    with pytest.raises(UserError, match="the disk is full") as caught:
-        _run(videos, small_disk / "out")
-    assert "\n" not in str(caught.value) and not (small_disk / "out").exists()
-    remount("1m")  # room for what is kept in between, not for the dataset
-    with pytest.raises(UserError, match="the disk is full"):
-        _run(videos, small_disk / "out")
-    assert sorted(path.name for path in small_disk.iterdir()) == [".out.work", "filler"]
-    remount("8m")
-    _run(videos, small_disk / "out")
-    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "out"]
+def test_a_full_disk(videos, tmp_path):
+    with small_disk(tmp_path / "disk", "size=640k") as disk:
+        (disk / "filler").write_bytes(bytes(500_000))
+        with pytest.raises(UserError, match="the disk is full") as caught:
+            _run(videos, disk / "out")
+        assert "\n" not in str(caught.value) and not (disk / "out").exists()
+        resize(disk, "1m")  # room for what is kept in between, not for the dataset
+        with pytest.raises(UserError, match="the disk is full"):
+            _run(videos, disk / "out")
+        assert sorted(path.name for path in disk.iterdir()) == [".out.work", "filler"]
+        resize(disk, "8m")
+        _run(videos, disk / "out")
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "out"]
 
 
 def test_words_of_system_errors(tmp_path):
