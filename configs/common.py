@@ -263,7 +263,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
             "steps": None,
             "beta_start": None,
             "beta_end": None,
-            "prediction": None,  # epsilon | v
+            "prediction": None,  # epsilon | v | sample (the clean latents)
             "zero_terminal_snr": None,
             "final_alpha_one": None,
         }

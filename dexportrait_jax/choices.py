@@ -44,7 +44,7 @@ ANIMATOR: Choices = {
     "model.temporal.norm": ("clip", "frame"),
     "model.image_encoder.activation": ("quick_gelu", "gelu"),
     "diffusion.preset": ("sd15", "xnemo", "zero_snr", None),
-    "diffusion.prediction": ("epsilon", "v", None),
+    "diffusion.prediction": ("epsilon", "v", "sample", None),
     **{f"sampling.{name}": values for name, values in SAMPLING.items()},
 }
 

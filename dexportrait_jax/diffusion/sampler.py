@@ -68,6 +68,8 @@ def ddim_coefficients(
     # clean = a_x * latents + a_p * prediction, noise = b_x * latents + b_p * prediction
     if schedule.prediction == "epsilon":
         a_x, a_p, b_x, b_p = 1 / np.sqrt(now), -np.sqrt((1 - now) / now), 0.0, 1.0
+    elif schedule.prediction == "sample":
+        a_x, a_p, b_x, b_p = 0.0, 1.0, 1 / np.sqrt(1 - now), -np.sqrt(now / (1 - now))
     else:
         a_x, a_p, b_x, b_p = np.sqrt(now), -np.sqrt(1 - now), np.sqrt(1 - now), np.sqrt(now)
     return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dexportrait_jax.choices import nearest
 from dexportrait_jax.errors import UserError
 
-Prediction = Literal["epsilon", "v"]
+Prediction = Literal["epsilon", "v", "sample"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,10 @@ class NoiseSchedule:
     Attributes:
         steps: number of training timesteps.
         beta_start, beta_end: ends of the schedule; its square root is linear in between.
-        prediction: what the network predicts, "epsilon" (the noise) or "v".
+        prediction: what the network predicts: "epsilon" (the noise), "v", or "sample" (the clean latents, as
+            2511.13720 has it for networks that are too narrow to carry noise).
         zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2305.08891);
-            needs "v".
+            not with "epsilon".
         final_alpha_one: DDIM's last step goes to alpha_bar 1 instead of alpha_bar of timestep 0.
 
     Raises:
@@ -45,10 +46,14 @@ class NoiseSchedule:
     final_alpha_one: bool = False
 
     def __post_init__(self):
-        if self.prediction not in ("epsilon", "v"):
-            raise ValueError(f"prediction {self.prediction!r} is neither 'epsilon' nor 'v'")
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(
+                f"prediction {self.prediction!r} is none of {', '.join(get_args(Prediction))}"
+            )
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr leaves no signal to tell noise from: use 'v'")
+            raise ValueError(
+                "zero_terminal_snr leaves no signal to tell noise from: use 'v' or 'sample'"
+            )
 
     @functools.cached_property
     def alphas_cumprod(self) -> Float[np.ndarray, " steps"]:
@@ -89,6 +94,8 @@ class NoiseSchedule:
         """What the network should predict."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return latents
         signal, amount = self.signal_and_noise(timesteps, latents)
         return signal * noise - amount * latents
 
@@ -99,6 +106,8 @@ class NoiseSchedule:
         timesteps: Int[Array, " batch"],
     ) -> Float[Array, "batch ..."]:
         """The clean latents that a prediction implies."""
+        if self.prediction == "sample":
+            return prediction
         signal, amount = self.signal_and_noise(timesteps, noisy)
         if self.prediction == "epsilon":
             return (noisy - amount * prediction) / signal
@@ -112,16 +121,16 @@ class NoiseSchedule:
     def min_snr_weights(
         self, timesteps: Int[Array, " batch"], gamma: float = 5.0
     ) -> Float[Array, " batch"]:
-        """Loss weights min(snr, gamma) / snr, or / (snr + 1) for v (Hang et al. 2303.09556).
+        """Loss weights min(snr, gamma) / snr, or / (snr + 1) for v, or / 1 for the sample (Hang et al. 2303.09556).
 
         That is 0 where there is no signal, and the last timestep of a schedule with zero terminal SNR, from which
         sampling has to start, would never learn. Such a schedule takes Moore-AnimateAnyone's form (method.md 4.7):
-        min(snr + 1, gamma) / (snr + 1), which is 1 there.
+        min(snr + 1, gamma) over the same, which is 1 there.
         """
         snr = self.snr(timesteps)
-        if self.zero_terminal_snr:
-            return jnp.minimum(snr + 1, gamma) / (snr + 1)
-        return jnp.minimum(snr, gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        # How much an error of the clean latents counts; an error of noise or v is that many times smaller.
+        of_clean = jnp.minimum(snr + 1 if self.zero_terminal_snr else snr, gamma)
+        return of_clean / {"epsilon": snr, "v": snr + 1, "sample": 1.0}[self.prediction]
 
 
 SCHEDULES = {

@@ -36,7 +36,12 @@ def test_timesteps_equal_diffusers(spacing, count):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     "schedule",
-    [*SCHEDULES.values(), NoiseSchedule(prediction="v"), NoiseSchedule(final_alpha_one=True)],
+    [
+        *SCHEDULES.values(),
+        NoiseSchedule(prediction="v"),
+        NoiseSchedule(prediction="sample"),
+        NoiseSchedule(final_alpha_one=True),
+    ],
 )
 def test_every_step_equals_diffusers(schedule, eta):
     count = 12

@@ -29,15 +29,17 @@ def published(schedule: NoiseSchedule, **settings):
         clip_sample=False,
         set_alpha_to_one=schedule.final_alpha_one,
         steps_offset=1,
-        prediction_type="epsilon" if schedule.prediction == "epsilon" else "v_prediction",
+        prediction_type="v_prediction" if schedule.prediction == "v" else schedule.prediction,
         rescale_betas_zero_snr=schedule.zero_terminal_snr,
         **settings,
     )
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_equals_diffusers(name):
-    schedule = SCHEDULES[name]
+OF_CLEAN_LATENTS = dataclasses.replace(SCHEDULES["zero_snr"], prediction="sample")
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES.values(), OF_CLEAN_LATENTS])
+def test_equals_diffusers(schedule):
     other = published(schedule)
     np.testing.assert_allclose(
         schedule.alphas_cumprod, other.alphas_cumprod.numpy(), rtol=2e-4, atol=1e-7
@@ -50,6 +52,8 @@ def test_equals_diffusers(name):
     target = schedule.target(latents, noise, TIMESTEPS)
     if schedule.prediction == "epsilon":
         np.testing.assert_array_equal(target, noise)
+    elif schedule.prediction == "sample":
+        np.testing.assert_array_equal(target, latents)
     else:
         np.testing.assert_allclose(target, other.get_velocity(*arguments), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
@@ -99,11 +103,11 @@ def test_wrong_schedules_are_one_line(override, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_min_snr_weights(prediction):
     schedule = NoiseSchedule(prediction=prediction)
     snr = schedule.alphas_cumprod[TIMESTEPS] / (1 - schedule.alphas_cumprod[TIMESTEPS])
-    expected = np.minimum(snr, 5.0) / (snr if prediction == "epsilon" else snr + 1)
+    expected = np.minimum(snr, 5.0) / {"epsilon": snr, "v": snr + 1, "sample": 1}[prediction]
     np.testing.assert_allclose(schedule.min_snr_weights(TIMESTEPS, 5.0), expected, rtol=1e-4)
     np.testing.assert_allclose(schedule.snr(TIMESTEPS), snr, rtol=1e-5)
 
@@ -116,12 +120,35 @@ def test_min_snr_weights_where_the_end_is_pure_noise():
     by_hand.__dict__["alphas_cumprod"] = np.array([0.9, 0.8, 0.5, 0.0])
     weights = by_hand.min_snr_weights(np.arange(4), 5.0)
     np.testing.assert_allclose(weights, [5 / 10, 5 / 5, 2 / 2, 1 / 1], rtol=1e-6)
+    by_hand.__dict__["prediction"] = "sample"
+    np.testing.assert_allclose(by_hand.min_snr_weights(np.arange(4), 5.0), [5, 5, 2, 1], rtol=1e-6)
+
+
+def test_a_weighted_loss_does_not_depend_on_what_is_predicted():
+    """An error of the clean latents, as the error of noise or v that it makes, weighs the same."""
+    generator = np.random.default_rng(0)
+    latents, noise, off = generator.normal(size=(3, 4, 8, 8, 3)).astype(np.float32)
+    losses = []
+    for prediction in ("epsilon", "v", "sample"):
+        schedule = NoiseSchedule(prediction=prediction)
+        signal, amount = schedule.signal_and_noise(TIMESTEPS, latents)
+        noisy = schedule.add_noise(latents, noise, TIMESTEPS)
+        # What a network that sees latents + off in place of latents says.
+        said = schedule.target(latents + off, (noisy - signal * (latents + off)) / amount, TIMESTEPS)
+        np.testing.assert_allclose(
+            schedule.clean(said, noisy, TIMESTEPS), latents + off, rtol=1e-3, atol=1e-3
+        )
+        weights = schedule.min_snr_weights(TIMESTEPS, 5.0)
+        error = said - schedule.target(latents, noise, TIMESTEPS)
+        losses.append(weights * np.mean(np.square(error), axis=(1, 2, 3)))
+    np.testing.assert_allclose(losses[0], losses[2], rtol=2e-2)
+    np.testing.assert_allclose(losses[1], losses[2], rtol=2e-2)
 
 
 def test_what_cannot_be():
     with pytest.raises(ValueError, match="use 'v'"):
         NoiseSchedule(zero_terminal_snr=True)
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="none of epsilon, v, sample"):
         NoiseSchedule(prediction="x0")
 
 

@@ -119,7 +119,7 @@ class Denoiser(UNet):
         temporal: Temporal | None = None,
         frames: int = 1,
     ) -> Float[Array, "batch h w c"]:
-        """The network's prediction (noise or v, as trained), float32.
+        """The network's prediction (noise, v or clean latents, as trained), float32.
 
         ``temporal`` is a ``TemporalModules``; the batch is then clips of ``frames`` successive frames.
         """
