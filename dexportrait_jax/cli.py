@@ -13,6 +13,7 @@ import importlib
 import os
 import select
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ from dexportrait_jax import __version__
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.jobs import JOBS, Job
 
-USAGE_ERROR, FAILED, FAULT, NO_READER = 2, 1, 70, 141
+USAGE_ERROR, FAILED, FAULT, INTERRUPTED, NO_READER = 2, 1, 70, 130, 141
 
 # Which extra of pyproject.toml brings a package that is not there.
 EXTRAS = {
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = NO_READER
         # What is still to be written goes nowhere, instead of failing once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(code)
     raise SystemExit(code)
 
 
@@ -86,14 +88,23 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             raise
         if debug:
-            raise
-        print(f"dexportrait {name}: {_in_words(error, name)}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"dexportrait {name}: {_in_words(error, name)}", file=sys.stderr)
         return FAILED if isinstance(error, UserError | OSError | ImportError) else FAULT
     except KeyboardInterrupt:
         print(f"dexportrait {name}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def _leave(code: int) -> None:
+    """Where several processes train as one, they stop together, but fail apart."""
+    if code in (FAILED, FAULT, INTERRUPTED, NO_READER) and "jax" in sys.modules:
+        from dexportrait_jax import distributed
+
+        distributed.end_soon(code)
 
 
 def _parse(name: str, job: Job, arguments: list[str]) -> tuple[dict, bool]:

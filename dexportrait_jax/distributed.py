@@ -1,8 +1,10 @@
-"""One process per host: joining the others, and who speaks for all."""
+"""One process per host: joining the others, who speaks for all, and leaving when one of them fails."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
 import time
 from collections.abc import Sequence
 
@@ -62,6 +64,29 @@ def _slurm_gpus() -> list[int] | None:
     count = len(visible.split(",")) if visible else int(known.get("SLURM_GPUS_ON_NODE") or 0)
     one_a_node = known.get("SLURM_NTASKS") == known.get("SLURM_STEP_NUM_NODES")
     return list(range(count)) if count and (one_a_node or count == 1) else None
+
+
+def end_soon(code: int, seconds: float = 60.0, more: float = 5.0) -> None:
+    """Bounds how long the end of a process that failed may take, where there are others.
+
+    They do not know yet, and wait for it in their next collective, while JAX's shutdown waits for them: five minutes of
+    a pod, after which all are killed. Its end is what they hear of within seconds.
+
+    Args:
+      code: exit code of the process.
+      seconds: what a running save of it may take, which Python waits for first.
+      more: what may take the rest.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    _exit_after(seconds, code)
+    atexit.register(_exit_after, more, code)  # runs when the threads that save have ended
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def is_main() -> bool:

@@ -1,5 +1,6 @@
 """Two processes equal one, and killed they equal the run left alone."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,13 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
+from dexportrait_jax import checkpoint, sharding
 from dexportrait_jax import config as configs
-from dexportrait_jax import sharding
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.train import train
 from tests import fixtures
 from tests.benchmarks import soak
 from tests.benchmarks.soak import Kill
+from tests.disks import fill, small_disk
 
 STEPS = 12
 
@@ -83,22 +85,61 @@ def test_a_signal_to_one_process_does_not_wait_for_the_records(tmp_path):
     """With 100000 steps between two records, SIGTERM to one of two ends both within seconds, saved."""
     data = fixtures.make_dataset(tmp_path / "data", clips=5, frames=12, size=64)
     more = ("log_every=100000", "checkpoint.every_steps=0")
-    job, log = soak.command(tmp_path / "run", data, 100000, *more), tmp_path / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen(job, stdout=stream, stderr=stream, start_new_session=True)
-    try:
-        while "ready to train" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.2)
+    log = tmp_path / "log.txt"
+    with started(soak.command(tmp_path / "run", data, 100000, *more), log) as process:
+        ready(process, log)
         time.sleep(2)
         psutil.Process(process.pid).children()[1].terminate()
         assert process.wait(120) == 75, log.read_text()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     stopped = int(re.search(r"stopped at step (\d+), saved", log.read_text())[1])
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir() and stopped < 100000
     assert not list((tmp_path / "run").glob("stacks*.txt"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_on_a_disk_that_fills_up(tmp_path):
+    """They end with a line that says so, and with room again go on from what had been saved."""
+    data = fixtures.make_dataset(tmp_path / "data", clips=5, frames=12, size=64)
+    log = tmp_path / "log.txt"
+    with small_disk(tmp_path / "disk", "size=64m") as disk:
+        job = soak.command(disk / "run", data, 100000, "checkpoint.every_steps=20")
+        with started(job, log) as process:
+            ready(process, log)
+            while not (newest := checkpoint.newest_step(disk / "run")):
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.1)
+            filler = fill(disk)
+            # By itself JAX would wait five minutes for the other process.
+            assert process.wait(120) == 1, log.read_text()
+        assert "the disk is full" in log.read_text() and "Traceback" not in log.read_text()
+        saved = checkpoint.newest_step(disk / "run")
+        assert saved >= newest
+        filler.unlink()
+        with started(job, log) as process:
+            ready(process, log)
+            process.terminate()
+            assert process.wait(120) == 75, log.read_text()
+        assert f"going on from step {saved}" in log.read_text()
+
+
+@contextlib.contextmanager
+def started(job, log):
+    """A job in a session of its own, of which nothing is left afterwards; what it says is in `log`."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(job, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ready(process, log):
+    """Returns once the job has made its first step."""
+    while "ready to train" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.2)
 
 
 def test_damage_says_whether_it_was_done(tmp_path):

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from dexportrait_jax import checkpoint, programs, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.metrics import read_rows
-from dexportrait_jax.tasks import make_task
+from dexportrait_jax.tasks import Task, make_task
 from launch.local_processes import RESUME_ME
 from tests import fixtures
 
@@ -334,11 +334,27 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
 
 def newest_state(workdir: Path) -> tuple[int, dict[str, np.ndarray]]:
     """Step and State of the newest checkpoint, on one device of this process."""
-    config = configs.from_json(json.loads((workdir / "config.json").read_text()))
-    mesh = sharding.make_mesh(ConfigDict(dict.fromkeys(sharding.AXES, 1)), jax.devices()[:1])
-    abstract, _, _ = programs.build(make_task(config), config, mesh)
+    _, _, abstract, _ = _on_one_device(workdir)
     checkpoints = checkpoint.Checkpoints(workdir)
     step, state = checkpoints.restore(abstract)
     checkpoints.close()
+    return step, _by_name(state)
+
+
+def state_before_the_first_step(workdir: Path) -> dict[str, np.ndarray]:
+    """What a run started from, by the names of its leaves."""
+    config, task, _, shardings = _on_one_device(workdir)
+    return _by_name(programs.first_state(task, config, shardings))
+
+
+def _on_one_device(workdir: Path) -> tuple[ConfigDict, Task, dict[str, Any], dict[str, Any]]:
+    config = configs.from_json(json.loads((workdir / "config.json").read_text()))
+    mesh = sharding.make_mesh(ConfigDict(dict.fromkeys(sharding.AXES, 1)), jax.devices()[:1])
+    task = make_task(config)
+    abstract, shardings, _ = programs.build(task, config, mesh)
+    return config, task, abstract, shardings
+
+
+def _by_name(state: dict[str, Any]) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]
-    return step, {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}
+    return {sharding.path_name(path): np.asarray(leaf) for path, leaf in leaves}

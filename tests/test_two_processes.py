@@ -1,0 +1,110 @@
+"""Two processes make of every stage what one makes of it: records, weights and the pictures of an evaluation."""
+
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from dexportrait_jax.metrics import read_rows
+from tests.benchmarks import soak
+from tests.stages import micro
+
+STEPS = 3
+# The same four devices, of one process or of two: each of two reads the sources of its half, whose targets its devices
+# share. So narrow here that little would be spread.
+CONFIG = """
+from pathlib import Path
+
+from dexportrait_jax import sharding
+from tests.stages import micro
+
+sharding.SMALLEST_SHARDED = 2**9
+
+
+def get_config(variant=""):
+    return micro({stage!r}, Path({data!r}), Path({exports!r}), **{changes!r})
+"""
+CHANGES = {
+    "data__batch_size": 2,
+    "num_steps": STEPS,
+    "log_every": 1,
+    "mesh__data": 1,
+    "mesh__fsdp": 2,
+    "mesh__context": 2,
+    "evaluate__at_end": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stage", ["motion", "animator_image", "animator_video"])
+def test_two_processes_equal_one(stage, places, tmp_path):
+    data, exports = places
+    micro(stage, data, exports)  # makes what it starts from, which two processes would at a time
+    config = tmp_path / "stage.py"
+    names = {"data": str(data), "exports": str(exports)}
+    config.write_text(CONFIG.format(stage=stage, changes=CHANGES, **names))
+    launchers = {
+        "one": ("dexportrait_jax",),
+        "two": ("launch.local_processes", "--processes=2", "--devices=2", "--"),
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    flags = {"one": "--xla_force_host_platform_device_count=4 ", "two": ""}
+    for name, launcher in launchers.items():
+        job = ["train", f"--config={config}", f"--workdir={tmp_path / name}"]
+        environment["XLA_FLAGS"] = flags[name] + "--xla_backend_optimization_level=1"
+        command = [sys.executable, "-m", *launcher, *job]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert_same_records(one, two)
+    assert_same_pictures(one, two)
+    assert_same_weights(one, two)
+
+
+def assert_same_records(one, two):
+    rows = [read_rows(run / "metrics.jsonl") for run in (one, two)]
+    assert [len(of_run) for of_run in rows] == [STEPS, STEPS]
+    for first, second in zip(*rows, strict=True):
+        names = {name for name in first if not name.startswith(("time/", "memory/"))}
+        assert names <= second.keys() and any(name.endswith("gradient_norm") for name in names)
+        for name in names:
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-6), (
+                first["step"],
+                name,
+            )
+
+
+def assert_same_pictures(one, two):
+    """What the second process has of them comes to the first, which writes."""
+    (first,), (second,) = ((run / "samples").glob("*.png") for run in (one, two))
+    assert first.name == second.name == f"step_{STEPS:07d}.png"
+    shown = [cv2.imread(str(path)).astype(int) for path in (first, second)]
+    assert shown[0].shape == shown[1].shape and shown[0].std() > 10
+    assert np.abs(shown[0] - shown[1]).max() <= 2
+
+
+def assert_same_weights(one, two):
+    """By group, relative to how far it has gone; gradients closer, as Adam's averages of them.
+
+    Adam's first steps have the size of the rate, and the sign of what may be nothing but rounding.
+    """
+    start = soak.state_before_the_first_step(one)
+    first, second = soak.final_state(one), soak.final_state(two)
+    assert first.keys() == second.keys() == start.keys()
+    averages = {name: name.partition("/mu/")[2].partition("/")[0] for name in first}
+    parts = {name: "/".join(name.split("/")[:2]) for name in first}
+    for groups, allowed, what in (
+        (averages, 0.01, "averages of the gradient"),
+        ({name: part for name, part in parts.items() if part.startswith("params/")}, 0.05, ""),
+        ({name: part for name, part in parts.items() if part.startswith("ema/")}, 0.05, ""),
+    ):
+        assert set(groups.values()) - {""}
+        for group in set(groups.values()) - {""}:
+            names = [name for name, of in groups.items() if of == group]
+            gone = sum(np.sum(np.square(first[name] - start[name])) for name in names)
+            apart = sum(np.sum(np.square(second[name] - first[name])) for name in names)
+            assert np.sqrt(apart) <= allowed * np.sqrt(gone), (what, group, apart, gone)
