@@ -13,8 +13,7 @@ from tests.benchmarks import soak
 from tests.stages import micro
 
 STEPS = 3
-# The same four devices, of one process or of two: each of two reads the sources of its half, whose targets its devices
-# share. So narrow here that little would be spread.
+# The same four devices, of one process or of two. So narrow here that little would be spread.
 CONFIG = """
 from pathlib import Path
 
@@ -31,22 +30,25 @@ CHANGES = {
     "data__batch_size": 2,
     "num_steps": STEPS,
     "log_every": 1,
-    "mesh__data": 1,
-    "mesh__fsdp": 2,
-    "mesh__context": 2,
     "evaluate__at_end": True,
+}
+# Weights cut by the border between the processes, sources on either side of it, and frames on either side.
+MESHES = {
+    "motion": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__context": 2},
+    "animator_image": {"mesh__data": 2, "mesh__context": 2},
+    "animator_video": {"mesh__data": 1, "mesh__context": 4, "accumulate": 2},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", ["motion", "animator_image", "animator_video"])
+@pytest.mark.parametrize("stage", MESHES)
 def test_two_processes_equal_one(stage, places, tmp_path):
     data, exports = places
     micro(stage, data, exports)  # makes what it starts from, which two processes would at a time
     config = tmp_path / "stage.py"
     names = {"data": str(data), "exports": str(exports)}
-    config.write_text(CONFIG.format(stage=stage, changes=CHANGES, **names))
+    config.write_text(CONFIG.format(stage=stage, changes=CHANGES | MESHES[stage], **names))
     launchers = {
         "one": ("dexportrait_jax",),
         "two": ("launch.local_processes", "--processes=2", "--devices=2", "--"),
