@@ -62,6 +62,6 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 def _minutes(config: ConfigDict) -> ConfigDict:
     common.animator_of_minutes(config)
-    config.num_steps = 2600
+    config.num_steps = 2000
     config.optim.denoise.learning_rate = 2e-3
     return config
