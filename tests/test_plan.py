@@ -394,7 +394,8 @@ def test_gradients_alone_cross_slices(tmp_path):
     assert found["slices"] == 2 and found["devices"] == 8
     config = plan.configs.load_config("configs/autoencoder.py:tiny", changes)
     mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), sharding.AXES)
-    state = abstract_state(make_task(config), config)
+    task = make_task(config)
+    state, constants = abstract_state(task, config), task.abstract_constants()
     cut = whole = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(state["params"])[0]:
         spec = sharding.parameter_spec(sharding.path_name(path), leaf.shape, mesh)
@@ -404,6 +405,10 @@ def test_gradients_alone_cross_slices(tmp_path):
     # Of weights that every device has, the compiler sums some in parts and some as they are; they fill no tile.
     crossing = found["between_slices_bytes"]
     assert cut / 4 + whole / 4 <= crossing <= 1.05 * (cut / 4 + whole)
+    # What a device is given: a quarter of the weights, of their averages and of both moments, and all that is constant.
+    constant = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(constants))
+    given = found["programs"][0]["argument_gib_per_device"] * 2**30
+    assert given == pytest.approx(4 * (cut / 4 + whole) + constant, rel=0.1, abs=2**20)
 
 
 def test_programs_of_a_clip(monkeypatch):
