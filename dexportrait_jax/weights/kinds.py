@@ -71,7 +71,7 @@ KINDS = {
         folder="motion_adapter",
     ),
     "image_encoder": Kind(
-        "CLIP's image encoder with its projection, alone or in a whole CLIP",
+        "CLIP's image encoder with its projection in transformers', OpenAI's or open_clip's names, or a whole CLIP",
         "--config.init.image_encoder of the animator's image stage",
         "dexportrait_jax.weights.clip_image:plan",
         folder="image_encoder",
@@ -90,11 +90,15 @@ class ImportPlan(NamedTuple):
         groups: group -> (abstract tree of the network, {our key in PyTorch's form: published key}).
         config: what ``model.json`` tells about the network; JSON-able.
         left_out: published keys that are known and not needed, such as a classifier.
+        notes: what people should know of these weights, a line each.
+        files: what holds the keys in groups, where these are views of published tensors.
     """
 
     groups: dict[str, tuple[Mapping[str, Any], dict[str, str]]]
     config: dict[str, Any]
     left_out: list[str]
+    notes: tuple[str, ...] = ()
+    files: TensorFiles | None = None
 
 
 def kind_called(name: str) -> tuple[str, Kind]:

@@ -33,7 +33,7 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
     files = TensorFiles(source, folder=sort.folder, parts=sort.parts)
     plan = plan_import(sort, files)
     groups = {
-        group: (abstract, _stored(files, abstract, found))
+        group: (abstract, _stored(plan.files or files, abstract, found))
         for group, (abstract, found) in plan.groups.items()
     }
     model = {
@@ -49,6 +49,8 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
         print(f"{group}: {count / 1e6:.2f} M parameters in {len(tensors)} tensors")
     if plan.left_out:
         print(f"left out, not needed: {names.listed(plan.left_out)}")
+    for note in plan.notes:
+        print(f"note: {note}")
     print(f"imported {source} to {directory}; it goes to {sort.config_key}")
 
 

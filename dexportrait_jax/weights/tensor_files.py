@@ -7,6 +7,7 @@ is never opened: it is a program.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shlex
@@ -37,6 +38,40 @@ _TYPES = {
 _CODES = {_TYPES[code]: code for code in ("F32", "F16", "BF16")}
 
 
+class View(NamedTuple):
+    """A tensor as it lies within a stored one.
+
+    Attributes:
+        key: of the stored tensor.
+        part, parts: which of how many equal parts of its first axis; all of it is part 0 of 1.
+        transposed: its axes the other way round.
+    """
+
+    key: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+    def rows(self, stored: tuple[int, ...]) -> slice:
+        """Which rows these are of a tensor of that shape; what does not divide shows in the shapes of the parts."""
+        return slice(stored[0] * self.part // self.parts, stored[0] * (self.part + 1) // self.parts)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the view of a tensor of that shape."""
+        rows = self.rows(stored)
+        shape = (rows.stop - rows.start, *stored[1:])
+        return shape[::-1] if self.transposed else shape
+
+
+class _Place(NamedTuple):
+    """Where a tensor is: in which file, as what type, under which key, and what of the tensor of that key."""
+
+    file: Path
+    code: str
+    stored: str
+    view: View | None = None
+
+
 class TensorFiles:
     """The tensors of one file or folder: ``shapes`` at once, ``read`` one by one.
 
@@ -55,7 +90,7 @@ class TensorFiles:
         self.parts = parts
         self.files = _files_of(self.source)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._places: dict[str, _Place] = {}
         for file in self.files:
             self._read_header(file)
         if not self.shapes:
@@ -63,25 +98,41 @@ class TensorFiles:
 
     def dtype(self, key: str) -> np.dtype:
         """The type ``read`` gives; UserError for numbers that are no floats of 16, 32 or 64 bits."""
-        file, code = self._places[key]
-        if code not in _TYPES:
+        place = self._places[key]
+        if place.code not in _TYPES:
             raise UserError(
-                f"{key} in {file} has type {code}; weights are {', '.join(_TYPES)}, so convert them"
+                f"{key} in {place.file} has type {place.code}; weights are {', '.join(_TYPES)}, so convert them"
             )
-        return _TYPES[code]
+        return _TYPES[place.code]
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, contiguous; UserError when it cannot be read or holds values that are not finite."""
-        file, _ = self._places[key]
+        file, _, stored, view = self._places[key]
         try:
             with safe_open(file, framework="np") as opened:
-                stored = opened.get_tensor(key.removeprefix(self._prefix(file)))
-                array = np.ascontiguousarray(stored).astype(self.dtype(key), copy=False)
+                if view is None:
+                    found = opened.get_tensor(stored)
+                else:
+                    tensor = opened.get_slice(stored)
+                    found = tensor[view.rows(tensor.get_shape())]
+                    found = found.T if view.transposed else found
+                array = np.ascontiguousarray(found).astype(self.dtype(key), copy=False)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{key} in {file} cannot be read: {_one_line(error)}") from error
         if not np.isfinite(array).all():
             raise UserError(f"{key} in {file} holds values that are not finite; get other weights")
         return array
+
+    def seen_as(self, views: Mapping[str, View]) -> TensorFiles:
+        """The same tensors with views, ``{key of the view: view}``, in place of those that they are of."""
+        seen = copy.copy(self)
+        whole = {view.key for view in views.values()}
+        seen.shapes = {key: shape for key, shape in self.shapes.items() if key not in whole}
+        seen._places = {key: self._places[key] for key in seen.shapes}
+        for key, view in views.items():
+            seen.shapes[key] = view.shape(self.shapes[view.key])
+            seen._places[key] = self._places[view.key]._replace(view=view)
+        return seen
 
     def _read_header(self, file: Path) -> None:
         try:
@@ -90,11 +141,11 @@ class TensorFiles:
                     key = self._prefix(file) + stored
                     if key in self.shapes:
                         raise UserError(
-                            f"{key} is both in {self._places[key][0]} and in {file}; keep one of them"
+                            f"{key} is both in {self._places[key].file} and in {file}; keep one of them"
                         )
                     tensor = opened.get_slice(stored)
                     self.shapes[key] = tuple(tensor.get_shape())
-                    self._places[key] = (file, tensor.get_dtype())
+                    self._places[key] = _Place(file, tensor.get_dtype(), stored)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read as safetensors ({_one_line(error)}); it is damaged, cut "
@@ -104,9 +155,9 @@ class TensorFiles:
     def _prefix(self, file: Path) -> str:
         return next((f"{part}." for part in self.parts if part in file.stem), "")
 
-    def settings(self) -> dict[str, Any]:
-        """The config.json beside the tensors, as transformers and diffusers write it; empty where there is none."""
-        file = (self.source if self.source.is_dir() else self.source.parent) / "config.json"
+    def settings(self, name: str = "config.json") -> dict[str, Any]:
+        """The JSON of that name beside the tensors, transformers' and diffusers' config; empty where there is none."""
+        file = (self.source if self.source.is_dir() else self.source.parent) / name
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
