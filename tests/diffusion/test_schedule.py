@@ -134,7 +134,9 @@ def test_a_weighted_loss_does_not_depend_on_what_is_predicted():
         signal, amount = schedule.signal_and_noise(TIMESTEPS, latents)
         noisy = schedule.add_noise(latents, noise, TIMESTEPS)
         # What a network that sees latents + off in place of latents says.
-        said = schedule.target(latents + off, (noisy - signal * (latents + off)) / amount, TIMESTEPS)
+        said = schedule.target(
+            latents + off, (noisy - signal * (latents + off)) / amount, TIMESTEPS
+        )
         np.testing.assert_allclose(
             schedule.clean(said, noisy, TIMESTEPS), latents + off, rtol=1e-3, atol=1e-3
         )
