@@ -14,7 +14,7 @@ from dexportrait_jax.diffusion.sampler import (
     whole,
 )
 from dexportrait_jax.diffusion.schedule import SCHEDULES, NoiseSchedule
-from tests.diffusion.test_schedule import published
+from tests.diffusion.test_schedule import OF_CLEAN_LATENTS, published
 
 
 def test_published_timesteps():
@@ -33,25 +33,27 @@ def test_timesteps_equal_diffusers(spacing, count):
     np.testing.assert_array_equal(ours, other.timesteps.numpy())
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     "schedule",
     [
         *SCHEDULES.values(),
+        OF_CLEAN_LATENTS,
         NoiseSchedule(prediction="v"),
         NoiseSchedule(prediction="sample"),
         NoiseSchedule(final_alpha_one=True),
     ],
 )
-def test_every_step_equals_diffusers(schedule, eta):
+def test_every_step_equals_diffusers(schedule, eta, spacing):
     count = 12
     # Diffusers' own float32 table: at zero SNR the last entries differ by rounding alone.
-    other = published(schedule)
+    other = published(schedule, timestep_spacing=spacing)
     other.set_timesteps(count)
     generator = np.random.default_rng(0)
     latents = generator.normal(size=(2, 4, 4, 3)).astype(np.float32)
     theirs = torch.tensor(latents)
-    for timestep in sampling_timesteps(schedule, count).tolist():
+    for timestep in sampling_timesteps(schedule, count, spacing=spacing).tolist():
         prediction, noise = generator.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
         theirs = other.step(
             torch.tensor(prediction), timestep, theirs, eta=eta, variance_noise=torch.tensor(noise)
@@ -87,11 +89,20 @@ def test_a_perfect_network_gives_the_clean_latents():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_a_whole_run_equals_diffusers(eta):
+@pytest.mark.parametrize(
+    ("schedule", "spacing"),
+    [
+        (SCHEDULES["sd15"], "leading"),
+        (SCHEDULES["zero_snr"], "trailing"),
+        (OF_CLEAN_LATENTS, "trailing"),
+    ],
+)
+def test_a_whole_run_equals_diffusers(schedule, spacing, eta):
     """The loop itself: timesteps, the last step, and which noise a step gets."""
-    schedule, count = SCHEDULES["sd15"], 35
-    other = published(schedule)
+    count = 35
+    other = published(schedule, timestep_spacing=spacing)
     other.set_timesteps(count)
+    assert other.timesteps[0] == (953 if spacing == "leading" else 999)
     start = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
 
     def predict(latents, timestep):
@@ -110,6 +121,7 @@ def test_a_whole_run_equals_diffusers(eta):
         schedule,
         guidance_plan(count, scale=1.0, hold=0),
         start,
+        spacing=spacing,
         eta=eta,
         noise=noise,
     )
