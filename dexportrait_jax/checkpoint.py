@@ -2,12 +2,14 @@
 
 `WORKDIR/checkpoints/STEP` is written by Orbax under a temporary name and renamed when it is whole. A newest
 checkpoint that cannot be read is set aside (never deleted) and the one before it is taken, with a word about
-it; when none can be read that is an error, because starting from scratch in silence would bury a run. Each says which
-version wrote it: one that is whole but holds another State than this code is an error that names the version.
+it; when none can be read that is an error, because starting from scratch in silence would bury a run. Arrays carry
+checksums: a damaged one cannot be read either. Each checkpoint says which version wrote it: one that is whole but holds
+another State than this code is an error that names the version.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import dexportrait_jax
 from data_pipelines.files import write_bytes, writing_to
@@ -42,6 +45,30 @@ def orbax_lines_off() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
+def arrays_with_checksums() -> None:
+    """From now on Orbax writes a CRC-32C with every chunk of an array: a flipped bit is an error for who reads it.
+
+    Without it, numbers that were damaged in place are read as if they were right: of Orbax's files only the indices
+    have checksums, and Orbax (0.12.8) has no option for more. TensorStore has, as a codec that stands in an array's own
+    description: any reader checks it, and arrays without it are read as before.
+    """
+    make = getattr(tensorstore_utils, "_build_zarr3_metadata", None)
+    # Another Orbax may call it otherwise: its checkpoints are as sound as Orbax makes them, and a test says so.
+    if make is None or hasattr(make, "__wrapped__"):
+        return
+
+    @functools.wraps(make)
+    def with_checksums(*arguments, **named):
+        metadata = make(*arguments, **named)
+        for codec in metadata["codecs"]:
+            if codec["name"] == "sharding_indexed":
+                # Last: of the bytes as they are stored.
+                codec["configuration"]["codecs"].append({"name": "crc32c"})
+        return metadata
+
+    tensorstore_utils._build_zarr3_metadata = with_checksums
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -52,6 +79,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 2):
         orbax_lines_off()
+        arrays_with_checksums()
         self.directory = Path(workdir).absolute() / FOLDER
         self.directory.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None

@@ -90,7 +90,7 @@ def make_step(
     convolutions inside it run some forty times slower.
 
     A step whose loss or gradient is not finite leaves the phase's parameters and optimizer as they were and
-    is counted in `opt[phase]["skipped"]` and `["skipped_in_a_row"]`.
+    is counted in `opt[phase]["skipped"]` and `["skipped_in_a_row"]`; averages go on towards the parameters that stayed.
     """
 
     def step_function(state, batch, constants, events=frozenset()):

@@ -1,5 +1,6 @@
 """Checkpoints alone, of a State of a few numbers: damage, a full disk, another mesh, parts, versions."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -32,7 +33,8 @@ def placed(tree, over, *axes):
 
 
 def state_of(step):
-    kernel = np.arange(4096, dtype=np.float32).reshape(64, 64) + step
+    # Noise: what takes less than 1 KiB of a device once it is compressed, Orbax puts into its index.
+    kernel = np.random.default_rng(step).random((64, 64), np.float32)
     params = {"encoder": {"kernel": kernel}, "decoder": {"bias": kernel[0]}}
     return {
         "step": np.int32(step),
@@ -96,6 +98,26 @@ def cut(name, size):
     return damage
 
 
+def zeroed(place):
+    """Files of the right length with nothing in them, as after a loss of power."""
+    for file in place.rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+
+
+def file_of_arrays(place):
+    """Where the numbers of a checkpoint are, beside files of their index."""
+    file = max(place.rglob("d/*"), key=lambda path: path.stat().st_size)
+    assert file.stat().st_size > 32 << 10  # three of 16 KiB, compressed by less than a third
+    return file
+
+
+def flipped(place):
+    file = file_of_arrays(place)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 def empty(place):
     shutil.rmtree(place)
     place.mkdir()
@@ -104,6 +126,7 @@ def empty(place):
 DAMAGES = {
     "arrays cut": cut("d/*", 100),
     "arrays empty": cut("d/*", 0),
+    "arrays zeroed": zeroed,
     "tree cut": cut("_METADATA", 100),
     "index cut": cut("manifest.ocdbt", 10),
     "description cut": cut("_CHECKPOINT_METADATA", 20),
@@ -114,7 +137,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES.values(), flipped], ids=[*DAMAGES, "a bit flipped"])
 def test_damage_to_the_newest_costs_no_more_than_the_newest(run, damage, capsys):
     damage(run / "checkpoints" / "4")
     step, state = restored(run)
@@ -130,6 +153,34 @@ def test_damage_to_the_newest_costs_no_more_than_the_newest(run, damage, capsys)
     checkpoints.save(4, placed(state_of(4), mesh(data=4, fsdp=2), "fsdp"))
     checkpoints.close()
     assert restored(run)[0] == 4
+
+
+def test_an_array_is_read_as_it_was_written_or_not_at_all(run):
+    """A bit flipped anywhere in the file of arrays is noticed by whoever reads the array that it is in."""
+    file = file_of_arrays(run / "checkpoints" / "4")
+    whole, steps = file.read_bytes(), set()
+    for position in np.random.default_rng(0).integers(len(whole), size=12):
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        file.write_bytes(data)
+        for part in ("params", "ema"):
+            _, step, groups = checkpoint.load_groups(run, ["encoder"], average=part == "ema")
+            assert_equal(groups["encoder"], state_of(step)[part]["encoder"])
+            steps.add(step)
+    assert steps == {2, 4}
+
+
+def test_arrays_without_checksums_are_read(tmp_path, monkeypatch):
+    """As those that were saved before there were any."""
+    writes = checkpoint.tensorstore_utils
+    make = writes._build_zarr3_metadata
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "arrays_with_checksums", lambda: None)
+        patch.setattr(writes, "_build_zarr3_metadata", getattr(make, "__wrapped__", make))
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(2, placed(state_of(2), mesh(data=4, fsdp=2), "fsdp", "data"))
+        checkpoints.close()
+    assert_equal(restored(tmp_path)[1], state_of(2))
 
 
 def test_a_deleted_newest_leaves_the_one_before(run):
@@ -287,6 +338,7 @@ def test_no_more_is_read_than_was_asked_for(saved_run, monkeypatch, groups, aver
         return load(place, wanted, **options)
 
     monkeypatch.setattr(ocp, "load", noting)
+    gc.collect()  # of arrays that errors of other tests still hold
     on_devices = len(jax.live_arrays())
     _, _, found = checkpoint.load_groups(saved_run, groups, average)
     assert set(asked) == read and len(jax.live_arrays()) == on_devices

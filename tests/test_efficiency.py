@@ -1,5 +1,7 @@
 """MFU worked out by hand, memory as the system says it, and a trace of the steps that were asked for and no others."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -65,6 +67,32 @@ def test_host_memory_is_the_most_at_one_time():
     del block
     assert memory_in_use()["memory/host_gib"] >= quiet
     assert memory_in_use()["memory/host_gib"] >= 400 / 1024
+
+
+@pytest.mark.parametrize(
+    ("said", "row"),
+    [
+        (
+            [
+                {"bytes_in_use": 3 << 30, "peak_bytes_in_use": 5 << 30},
+                {"bytes_in_use": 1 << 30, "peak_bytes_in_use": 13 << 29},
+            ],
+            {"memory/hbm_gib": 3.0, "memory/hbm_peak_gib": 6.5},
+        ),
+        # What is not known of one is not known of the fullest.
+        ([{"bytes_in_use": 3 << 30, "peak_bytes_in_use": 5 << 30}, None], {}),
+        (
+            [{"bytes_in_use": 1 << 30}, {"bytes_in_use": 1 << 29, "peak_bytes_in_use": 1 << 31}],
+            {"memory/hbm_gib": 1.0},
+        ),
+    ],
+)
+def test_device_memory_is_that_of_the_fullest(said, row, monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda stats=stats: stats) for stats in said]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    found = memory_in_use()
+    assert found.pop("memory/host_gib") > 0
+    assert found == row
 
 
 def test_device_kinds_have_peaks():

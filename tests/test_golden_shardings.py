@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from dexportrait_jax import sharding
+from dexportrait_jax.state import parameter_count
 from tests.golden import make_shardings as golden
 
 
@@ -19,14 +21,35 @@ def test_weights_lie_where_they_lay(stage_and_state):
     stage, state = stage_and_state
     found = golden.shardings(stage, state)
     kept = json.loads((golden.FOLDER / f"{stage}.json").read_text())
-    assert found["meshes"] == kept["meshes"]
-    moved = {
+    assert found.keys() == kept.keys() and found["meshes"] == kept["meshes"]
+    for part in ("cut", "cut_in_use"):
+        moved = {
+            name
+            for name in found[part].keys() | kept[part].keys()
+            if found[part].get(name) != kept[part].get(name)
+        }
+        assert not moved, f"{part}: {len(moved)} weights moved, such as {sorted(moved)[0]}"
+        assert found[f"not_{part}"] == kept[f"not_{part}"]
+
+
+def test_in_use_no_weight_lies_over_context(stage_and_state):
+    """And those of small networks not over fsdp either: they are gathered once, at the start of a step."""
+    stage, state = stage_and_state
+    large = {
         name
-        for name in found["cut"].keys() | kept["cut"].keys()
-        if found["cut"].get(name) != kept["cut"].get(name)
+        for name, tree in state["params"].items()
+        if parameter_count(tree) > sharding.LARGEST_WHOLE
     }
-    assert not moved, f"{len(moved)} weights moved, such as {sorted(moved)[0]}"
-    assert found["whole_everywhere"] == kept["whole_everywhere"]
+    for where in golden.SLICES:
+        mesh = golden.mesh_of(stage, where)
+        stored = golden.placed(state["params"], mesh)
+        for name, spec in golden.placed_in_use(state["params"], mesh).items():
+            away = {"context"} if name.partition("/")[0] in large else {"context", "fsdp"}
+            assert axes_of(spec) == axes_of(stored[name]) - away, (where, name)
+
+
+def axes_of(spec):
+    return set(re.findall(r"[a-z]+", spec))
 
 
 def test_averages_and_optimizer_follow_their_weights(stage_and_state):

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from dexportrait_jax import sharding
 from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
 
 RATE = 0.1
@@ -89,6 +92,62 @@ def test_non_finite_step_changes_nothing_but_the_count():
     good, _ = step(after, BATCH, {})
     assert good["opt"]["generator"]["skipped"] == 1
     assert good["opt"]["generator"]["skipped_in_a_row"] == 0
+
+
+def roots(params, batch, key, step, shared, events):
+    """Mean of sqrt(w - x): where an x is its weight, the loss is finite and the gradient is not."""
+    return jnp.mean(jnp.sqrt(params["g"]["w"] - batch["x"])), Outputs({}, {})
+
+
+def spread_over_eight_devices(state, batch):
+    """A quarter of the weights and an eighth of the batch on each, as a pod has them."""
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "context": 1, "tensor": 1}))
+
+    def place(leaf):
+        spec = PartitionSpec("fsdp") if leaf.shape == (8,) else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state), jax.device_put(batch, sharding.batch_shardings(batch, mesh))
+
+
+@pytest.mark.parametrize(
+    ("poison", "accumulate", "spread"),
+    [("loss", 1, False), ("loss", 4, False), ("gradient", 1, False), ("gradient", 4, True)],
+)
+def test_a_poisoned_step_leaves_moments_and_counts_as_they_were(poison, accumulate, spread):
+    """One number of the batch is bad: in one part of it, for one weight, on one device."""
+    tx = optax.adam(optax.linear_schedule(RATE, 0.0, 100))
+    phases = (Phase("descend", ("g",), roots, tx),)
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.9, accumulate=accumulate))
+    params = {"g": {"w": jnp.arange(8.0)}}
+    state = {"step": jnp.int32(0), "params": params, "ema": params}
+    state["opt"] = init_optimizers(phases, params)
+    batch = {"x": -1.0 - jax.random.uniform(jax.random.key(0), (32, 8))}
+    if spread:
+        state, batch = spread_over_eight_devices(state, batch)
+        parts = state["params"]["g"]["w"].sharding.devices_indices_map((8,)).values()
+        assert len({str(part) for part in parts}) == 4
+    before, _ = step(state, batch, {})
+    bad = {"loss": jnp.nan, "gradient": before["params"]["g"]["w"][5]}[poison]
+    after, metrics = step(before, {"x": batch["x"].at[14, 5].set(bad)}, {})
+    assert bool(jnp.isfinite(metrics["descend/loss"])) == (poison == "gradient")
+    assert not jnp.isfinite(metrics["descend/gradient_norm"])
+
+    kept = [(each["params"], each["opt"]["descend"]["tx"]) for each in (before, after)]
+    names = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept[0])}
+    assert {"0/g/w", "1/0/mu/g/w", "1/0/nu/g/w", "1/0/count", "1/1/count"} == names
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+    assert np.all(before["opt"]["descend"]["tx"][0].mu["g"]["w"] != 0)
+    assert after["opt"]["descend"]["skipped"] == after["opt"]["descend"]["skipped_in_a_row"] == 1
+    # Decay of the second step: (1 + 1) / (10 + 1).
+    old, weights = before["ema"]["g"]["w"], before["params"]["g"]["w"]
+    np.testing.assert_allclose(
+        after["ema"]["g"]["w"], 2 / 11 * old + 9 / 11 * weights, rtol=1e-6, atol=1e-6
+    )
+    good, _ = step(after, batch, {})
+    assert good["opt"]["descend"]["tx"][0].count == 2
+    moved = good["params"]["g"]["w"] - weights
+    assert np.all(np.isfinite(moved)) and np.all(moved != 0)
 
 
 def test_accumulation_equals_the_whole_batch():

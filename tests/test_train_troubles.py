@@ -1,5 +1,9 @@
-"""Trouble on the way: gradients that are no numbers end a run; what hangs is reported with all threads' stacks."""
+"""Trouble on the way: gradients that are no numbers end a run; what hangs is reported with all threads' stacks.
 
+And what a run writes beside weights, of which a loss that jumps is one.
+"""
+
+import functools
 import time
 
 import numpy as np
@@ -7,8 +11,12 @@ import pytest
 
 from dexportrait_jax import checkpoint, programs
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.metrics import read_rows
+from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.train import train
 from tests.stages import every_batch, micro
+from tests.test_efficiency import steps_in
+from tests.test_metric_sinks import read as read_tensorboard
 
 
 def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
@@ -22,6 +30,41 @@ def test_endless_non_finite_steps_end_the_run_with_the_phase_name(
     every_batch(monkeypatch, poisoned)
     with pytest.raises(UserError, match="phase 'autoencoder' gave non-finite"):
         train(config, tmp_path)
+
+
+def test_figures_trace_and_spikes_of_a_run(places, tmp_path, monkeypatch, one_device):
+    """The rows say how well the device was used, TensorBoard has the same rows, and one loss of five jumps."""
+    changes = {"report__peak_tflops": 1.0, "report__profile__steps": 1, "report__profile__after": 1}
+    config = micro("autoencoder", *places, num_steps=5, log_every=2, **changes)
+    monkeypatch.setattr("dexportrait_jax.efficiency._model_flops", lambda config, events: 3e9)
+    # Of spikes it speaks from half its window on: at the fifth step alone.
+    monkeypatch.setattr("dexportrait_jax.train.Spikes", functools.partial(Spikes, window=8))
+
+    def dazzling(number, batch):
+        image = batch["source_image"].astype(np.float32)
+        return batch | {"source_image": 100.0 * image if number == 5 else image}
+
+    every_batch(monkeypatch, dazzling)
+    train(config, tmp_path)
+
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "time/mfu" in row] == [2, 4, 5]
+    figures = rows[3]
+    seconds = 2 * figures["time/step_seconds"] + figures["time/data_seconds"]
+    assert figures["time/model_tflops_per_second"] == pytest.approx(2 * 3e9 / seconds / 1e12)
+    # Of one device that could do one TFLOP a second.
+    assert figures["time/mfu"] == figures["time/model_tflops_per_second"]
+    assert 0 < figures["time/pictures_per_second"] <= 2 * config.data.batch_size / seconds
+    assert 0 < figures["time/goodput"] < 1
+
+    assert steps_in(tmp_path / "tensorboard") == [2]
+    spikes = (tmp_path / "spikes.txt").read_text().splitlines()
+    assert len(spikes) == 1 and spikes[0].startswith("step 5: autoencoder/loss")
+    names = {name for row in rows for name in row} - {"step"}
+    assert read_tensorboard(tmp_path / "tensorboard") == {
+        name: [(row["step"], float(np.float32(row[name]))) for row in rows if name in row]
+        for name in names
+    }
 
 
 def hungry(monkeypatch):

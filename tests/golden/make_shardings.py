@@ -18,7 +18,7 @@ from dexportrait_jax.tasks import make_task
 
 FOLDER = Path(__file__).parent / "shardings"
 STAGES = ("motion", "autoencoder", "animator_image", "animator_video")
-SLICES = ("v5e:4x4", "v5e:16x16", "v5p:2x4x4")
+SLICES = ("v5e:4x4", "v5e:16x16", "v5p:2x4x4", "4xv5e:16x16")
 
 
 def state_of(stage: str) -> dict[str, Any]:
@@ -35,12 +35,19 @@ def mesh_of(stage: str, where: str) -> jax.sharding.AbstractMesh:
 
 def placed(tree: Any, mesh: jax.sharding.AbstractMesh) -> dict[str, str]:
     """Of every leaf, by its path: the axes over which each dimension lies, as ". . fsdp+context tensor"."""
+    return _in_words(sharding.state_shardings(tree, mesh))
+
+
+def placed_in_use(params: Any, mesh: jax.sharding.AbstractMesh) -> dict[str, str]:
+    """The same of weights while a step computes with them."""
+    return _in_words(sharding.shardings_in_use(params, mesh))
+
+
+def _in_words(places: Any) -> dict[str, str]:
     found = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = sharding.path_name(path)
-        axes = sharding.parameter_spec(name, tuple(leaf.shape), mesh)
-        over = ((axis,) if isinstance(axis, str) else axis or () for axis in axes)
-        found[name] = " ".join("+".join(each) or "." for each in over)
+    for path, place in jax.tree_util.tree_flatten_with_path(places)[0]:
+        over = ((axis,) if isinstance(axis, str) else axis or () for axis in place.spec)
+        found[sharding.path_name(path)] = " ".join("+".join(each) or "." for each in over)
     return found
 
 
@@ -50,23 +57,30 @@ def is_whole(spec: str) -> bool:
 
 
 def shardings(stage: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The golden file of a stage: on each slice the mesh, and of the weights those that some slice cuts."""
+    """The golden file of a stage: on each slice the mesh, and of the weights those that some slice cuts.
+
+    As they lie between steps, and as a step computes with them.
+    """
     meshes = {where: mesh_of(stage, where) for where in SLICES}
-    by_slice = {where: placed(state["params"], mesh) for where, mesh in meshes.items()}
-    names = list(by_slice[SLICES[0]])
-    cut = [name for name in names if not all(is_whole(by_slice[one][name]) for one in SLICES)]
-    return {
-        "meshes": {where: dict(mesh.shape) for where, mesh in meshes.items()},
-        "whole_everywhere": len(names) - len(cut),
-        "cut": {name: [by_slice[where][name] for where in SLICES] for name in cut},
-    }
+    found = {"meshes": {where: dict(mesh.shape) for where, mesh in meshes.items()}}
+    for part, places in (("cut", placed), ("cut_in_use", placed_in_use)):
+        by_slice = [places(state["params"], mesh) for mesh in meshes.values()]
+        specs = {name: [each[name] for each in by_slice] for name in by_slice[0]}
+        found[part] = {name: each for name, each in specs.items() if not all(map(is_whole, each))}
+        found[f"not_{part}"] = len(specs) - len(found[part])
+    return found
 
 
 def written(found: dict[str, Any]) -> str:
     """JSON with one weight a line."""
-    rows = [f"  {json.dumps(name)}: {json.dumps(specs)}" for name, specs in found["cut"].items()]
-    head = {key: value for key, value in found.items() if key != "cut"}
-    return json.dumps(head)[:-1] + ', "cut": {\n' + ",\n".join(rows) + "\n}}\n"
+    lines = []
+    for key, value in found.items():
+        text = json.dumps(value)
+        if key.startswith("cut"):
+            rows = (f"  {json.dumps(name)}: {json.dumps(specs)}" for name, specs in value.items())
+            text = "{\n" + ",\n".join(rows) + "\n}"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{" + ",\n".join(lines) + "}\n"
 
 
 if __name__ == "__main__":
