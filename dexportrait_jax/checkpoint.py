@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import dexportrait_jax
 from data_pipelines.files import write_bytes, writing_to
@@ -52,9 +51,14 @@ def arrays_with_checksums() -> None:
     have checksums, and Orbax (0.12.8) has no option for more. TensorStore has, as a codec that stands in an array's own
     description: any reader checks it, and arrays without it are read as before.
     """
-    make = getattr(tensorstore_utils, "_build_zarr3_metadata", None)
     # Another Orbax may call it otherwise: its checkpoints are as sound as Orbax makes them, and a test says so.
-    if make is None or hasattr(make, "__wrapped__"):
+    try:
+        from orbax.checkpoint._src.serialization import tensorstore_utils as writes
+
+        make = writes._build_zarr3_metadata
+    except (ImportError, AttributeError):
+        return
+    if hasattr(make, "__wrapped__"):
         return
 
     @functools.wraps(make)
@@ -66,7 +70,7 @@ def arrays_with_checksums() -> None:
                 codec["configuration"]["codecs"].append({"name": "crc32c"})
         return metadata
 
-    tensorstore_utils._build_zarr3_metadata = with_checksums
+    writes._build_zarr3_metadata = with_checksums
 
 
 class Checkpoints:

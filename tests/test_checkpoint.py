@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dexportrait_jax import checkpoint, distributed, sharding
 from dexportrait_jax.checkpoint import Checkpoints
@@ -172,11 +173,12 @@ def test_an_array_is_read_as_it_was_written_or_not_at_all(run):
 
 def test_arrays_without_checksums_are_read(tmp_path, monkeypatch):
     """As those that were saved before there were any."""
-    writes = checkpoint.tensorstore_utils
-    make = writes._build_zarr3_metadata
+    make = tensorstore_utils._build_zarr3_metadata
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "arrays_with_checksums", lambda: None)
-        patch.setattr(writes, "_build_zarr3_metadata", getattr(make, "__wrapped__", make))
+        patch.setattr(
+            tensorstore_utils, "_build_zarr3_metadata", getattr(make, "__wrapped__", make)
+        )
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(2, placed(state_of(2), mesh(data=4, fsdp=2), "fsdp", "data"))
         checkpoints.close()
