@@ -6,7 +6,7 @@
 Windows with calm backgrounds are chosen by `data.calm`; how many pass is said at the start.
 
 tiny: clips of 8 frames at 64 px, 2 cores, about a minute.
-minutes: the same at 128 px, on an export of `configs/animator_image.py:minutes`; not run yet.
+minutes: the same at 128 px, on an export of `configs/animator_image.py:minutes`; six minutes.
 small: clips of 16 frames at 256 px on one GPU. full: batch 8 clips of 24 frames at 512 px, lr 1e-5, 80k steps;
     on TPUs `full@v5e:8x8` spreads it over such a slice (see meshes.py).
 """
