@@ -28,6 +28,24 @@ def parameters_from_torch(abstract: dict, state_dict: dict) -> dict:
     return tree
 
 
+def published_unet(block_channels, layers, *, heads, context, groups, **settings):
+    """diffusers' UNet of SD1.5's structure: text attention at every level but the last."""
+    import diffusers
+
+    attentive = len(block_channels) - 1
+    return diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=block_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * attentive + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attentive,
+        layers_per_block=layers,
+        cross_attention_dim=context,
+        attention_head_dim=heads,  # their name for the number of heads
+        norm_num_groups=groups,
+        **settings,
+    )
+
+
 def randomise(module, seed: int = 0):
     """Give a PyTorch module weights far from any special initial value, and return it in eval mode."""
     import torch

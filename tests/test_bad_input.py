@@ -24,6 +24,7 @@ from dexportrait_jax.weights.exporting import export_groups
 from tests import fixtures
 from tests.disks import fill, full_disk, read_only, small_disk
 from tests.stages import micro
+from tests.weights.test_lpips_names import one_file, random_params
 
 # What a job tells on the way: "prepare: ...", or a stage or a video with how far it is.
 PROGRESS = re.compile(r"prepare: |[\w .-]+: \d+/\d+ (step|frame|clip)s")
@@ -301,7 +302,22 @@ def test_weights_of_another_stage(fails, places, weights, tmp_path):
         f"--config.init.image={weights}",
         "--config.data.batch_size=8",
     )
-    assert str(weights) in line
+    assert f"{weights} is an export of stage 'motion' with the groups " in line
+    assert "; it has no autoencoder, reference, denoiser. Give an export that does" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_width(fails, places, tmp_path, monkeypatch):
+    """The option that fits is given, and not a list of tensors."""
+    config = micro("animator_video", *places)
+    image, width = config.init.image, config.model.unet.block_channels
+    with config.unlocked():
+        config.model.unet.block_channels = tuple(2 * channels for channels in width)
+    monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
+    line = fails("train", "--config=the one above", f"--workdir={tmp_path / 'run'}")
+    assert f"{image} does not fit this config" in line
+    assert line.endswith("give: '--config.model.unet.block_channels=(16,32)'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_read_only_workdir(fails, tmp_path, places):
@@ -373,6 +389,19 @@ def test_portraits_without_a_person(fails, weights, shared_data, tmp_path, still
     )
     assert still in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_import_cannot_animate(fails, tmp_path):
+    source, out = one_file(random_params("alexnet"), tmp_path), tmp_path / "import"
+    assert cli.run(["import", "--kind=lpips", f"--source={source}", f"--out={out}"]) == 0
+    picture = tmp_path / "face.png"
+    cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    made = tmp_path / "out.mp4"
+    flags = (f"--weights={out}", f"--source={picture}", '--pose={"yaw":10}', f"--out={made}")
+    line = fails("animate", *flags)
+    assert f"--weights={out} is an export of stage 'import', which cannot animate" in line
+    assert line.endswith("give an export of motion, animator_image, animator_video")
+    assert not made.exists()
 
 
 def test_results_are_not_overwritten(fails, weights, places, tmp_path):

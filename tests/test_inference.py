@@ -40,10 +40,35 @@ SMALL = [
     "sampling.shared_noise=0.5",
     "sampling.temperature=0.7",
 ]
+IMAGE_ENCODER = {
+    "image_size": 16,
+    "patch_size": 8,
+    "features": 8,
+    "layers": 1,
+    "heads": 1,
+    "projection": 12,
+}
+TEXT_ATTENTION = ["model.attn2.cross_attention_features=12", "model.attn2.null_text_tokens=3"]
+# The stages, and the image stage with what else SD1.5's text attention may read.
 STAGES = {
     "motion": ("configs/motion.py:tiny", motion, []),
     "animator_image": ("configs/animator_image.py:tiny", animator, SMALL),
     "animator_video": ("configs/animator_video.py:tiny", animator, SMALL),
+    "clip_image": (
+        "configs/animator_image.py:tiny",
+        animator,
+        [
+            *SMALL,
+            *TEXT_ATTENTION,
+            "model.attn2.attn2=clip_image",
+            *(f"model.image_encoder.{name}={value}" for name, value in IMAGE_ENCODER.items()),
+        ],
+    ),
+    "null_text": (
+        "configs/animator_image.py:tiny",
+        animator,
+        [*SMALL, *TEXT_ATTENTION, "model.attn2.attn2=null_text"],
+    ),
 }
 
 
@@ -277,12 +302,24 @@ READINGS = [
 ]
 
 
+# Those that decide which branch is given the embedding of the source.
+OF_THE_EMBEDDING = [
+    {"reading": "expression_in_both"},
+    {"null_reference": "kept"},
+    {"null_reference": "kept", "null_pose": "source"},
+]
+
+
 @pytest.mark.parametrize(
-    "reading", READINGS, ids=lambda reading: "-".join(map(str, reading.values()))
+    ("stage", "reading"),
+    [("animator_video", reading) for reading in READINGS]
+    + [("clip_image", reading) for reading in OF_THE_EMBEDDING],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_every_reading_is_what_its_branches_say(video_model, reading):
+def test_every_reading_is_what_its_branches_say(models, stage, reading):
     """A flag reaches the denoiser: one window's prediction by hand, from nothing cached, is the sampler's."""
-    model, frames = video_model, 4
+    model = models(stage)
+    frames = model.window[0]
     # Three steps: twice without the expression, once with it.
     sampling = Sampling(steps=3, guidance=2.0, hybrid_steps=1, **reading)
     settings, plan = model.settings(sampling), model.plan(sampling)
@@ -294,6 +331,7 @@ def test_every_reading_is_what_its_branches_say(video_model, reading):
         source_pose=drive.source_pose[None],
         driving_pose=drive.poses,
         expression=drive.expressions,
+        context=None if context is None else np.repeat(context, frames, 0),
     )
     choice = NullReading(
         "source" if null == "source" else "null",
@@ -329,6 +367,12 @@ def test_every_reading_is_what_its_branches_say(video_model, reading):
     np.testing.assert_allclose(made[0], wanted, rtol=1e-3, atol=1e-3)
     plain = Sampling(steps=3, guidance=2.0, hybrid_steps=1)
     assert model.settings(plain) != settings
+    if stage == "clip_image":  # and the embedding is no decoration
+        timesteps = np.full(frames, 300, np.int32)
+        prediction = predict(wanted, timesteps, "full")
+        full = full.replace(context=-full.context)
+        other = predict(wanted, timesteps, "full")
+        assert np.abs(np.asarray(prediction - other)).max((1, 2, 3)).min() > 0.01
 
 
 def test_animator_equals_the_plain_sampler(video_model):

@@ -27,7 +27,13 @@ from dexportrait_jax.weights.importing import load_groups, read_description
 from dexportrait_jax.weights.names import Params
 
 UNETS = ("reference", "denoiser")
-_UNET = ("unet.heads", "unet.groups", "attn2.attn2")
+_UNET = (
+    "unet.block_channels",
+    "unet.layers_per_block",
+    "unet.heads",
+    "unet.groups",
+    "attn2.attn2",
+)
 # Of config.model, for every group: what shapes do not tell, or not in words, and has to be what the weights were
 # trained with.
 _MODEL = {

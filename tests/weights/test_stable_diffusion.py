@@ -7,7 +7,6 @@ import sys
 
 import diffusers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 from dexportrait_jax import cli
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.conditioning import Conditions
+from dexportrait_jax.models.animator.temporal import TemporalModules
 from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.animator.vae import VAE
@@ -24,7 +24,11 @@ from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.tasks.animator import AnimatorTask
 from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
-from tests.published import random_like, randomise, relative_error
+from tests.models.animator.added_branches import (
+    assert_nothing_is_added,
+    assert_rays_are_not_read,
+)
+from tests.published import published_unet, random_like, randomise, relative_error
 from tests.stages import micro
 
 CHANNELS, LAYERS, CONTEXT = (16, 32, 32), 2, 24
@@ -35,18 +39,7 @@ LEVELS = len(CHANNELS)
 
 @pytest.fixture(scope="module")
 def unet():
-    return randomise(
-        diffusers.UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=CHANNELS,
-            down_block_types=("CrossAttnDownBlock2D",) * (LEVELS - 1) + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (LEVELS - 1),
-            layers_per_block=LAYERS,
-            cross_attention_dim=CONTEXT,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        )
-    )
+    return randomise(published_unet(CHANNELS, LAYERS, heads=2, context=CONTEXT, groups=4))
 
 
 @pytest.fixture(scope="module")
@@ -354,33 +347,61 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("memory")
-def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys):
-    """The denoiser with every branch, its reference dropped, says what diffusers says."""
+@pytest.mark.parametrize(
+    ("injector", "expression"),
+    [("in_block", {"attn_expression": 11}), ("xnemo", {"expression_modules": 16})],
+)
+def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys, injector, expression):
+    """The denoiser with every branch and temporal modules, its reference dropped, says what diffusers says."""
     changes = {
         "model__attn2__attn2": "null_text",
         "model__attn2__cross_attention_features": CONTEXT,
+        "model__denoiser__expression_injector": injector,
     }
-    task = AnimatorTask(sd15_sized(unet, tmp_path, **changes))
+    config = sd15_sized(unet, tmp_path, **changes)
+    task, frames = AnimatorTask(config), 2
     start = task.pretrained()
     assert "start fresh" not in capsys.readouterr().err
+    temporal = Network(
+        lambda rngs: TemporalModules(**config.model.unet, **config.model.temporal, rngs=rngs)
+    )
+    denoiser, reference = task.networks["denoiser"], task.networks["reference"]
+    params = filled(start["denoiser"], denoiser.init(jax.random.key(0)))
+    modules = temporal.init(jax.random.key(1))
+    assert_nothing_is_added(params, {"warp_projection": 11} | expression)
+    assert_nothing_is_added(modules, {"motion_modules": 16})
+    assert_rays_are_not_read(params, latent_channels=4, rays=6)
+
     rng = np.random.default_rng(1)
-    text = rng.normal(size=task.networks["denoiser"].abstract["null_text"].shape).astype(np.float32)
-    params = filled(start["denoiser"], task.networks["denoiser"].init(jax.random.key(0)))
+    text = rng.normal(size=denoiser.abstract["null_text"].shape).astype(np.float32)
     params["null_text"] = text
-    latents = rng.normal(size=(1, 8, 8, 4)).astype(np.float32)
+    read = filled(start["reference"], random_like(reference.abstract))
+    source = rng.normal(size=(1, 8, 8, 4)).astype(np.float32)
+    latents = rng.normal(size=(frames, 8, 8, 4)).astype(np.float32)
+    timesteps = np.full(frames, 300)
     pose = np.eye(3, 4, dtype=np.float32)[None] * 1.1
-    conditions = Conditions(source_pose=pose, driving_pose=pose * 0.9, expression=np.ones((1, 64)))
+    conditions = Conditions(
+        reference=jax.jit(lambda p: reference.bind(p)(source))(read),
+        source_pose=pose,
+        driving_pose=np.concatenate([0.9 * pose, 1.2 * pose]),
+        expression=rng.normal(size=(frames, 64)).astype(np.float32),
+        keep_reference=np.zeros(frames, np.float32),
+    )
     ours = jax.jit(
-        lambda p: task.networks["denoiser"].bind(p)(latents, jnp.array([300]), conditions)
-    )(params)
+        lambda p, m, c: denoiser.bind(p)(
+            latents, timesteps, c, temporal=temporal.bind(m), frames=frames
+        )
+    )(params, modules, conditions)
     with torch.no_grad():
         expected = unet(
-            torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor([300]), torch.tensor(text[None])
+            torch.tensor(latents).permute(0, 3, 1, 2),
+            torch.tensor(timesteps),
+            torch.tensor(text).expand(frames, -1, -1),
         ).sample
     assert relative_error(ours, expected.permute(0, 2, 3, 1)) <= 1e-4
-    reference = start["reference"]
-    kept = unet.state_dict()["mid_block.resnets.1.conv2.weight"].numpy().transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(reference["mid_block"]["resnets"]["1"]["conv2"]["kernel"], kept)
+    published = unet.state_dict()["mid_block.resnets.1.conv2.weight"].numpy()
+    kept = start["reference"]["mid_block"]["resnets"]["1"]["conv2"]["kernel"]
+    np.testing.assert_array_equal(kept, published.transpose(2, 3, 1, 0))
 
 
 def test_without_text_attention_it_is_left_out_and_said(tmp_path, unet, capsys):

@@ -19,6 +19,10 @@ from dexportrait_jax.models.animator.temporal import TemporalModules
 from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.state import Network, parameter_count
+from tests.models.animator.added_branches import (
+    assert_nothing_is_added,
+    assert_rays_are_not_read,
+)
 from tests.published import random_like
 
 SIZES = {"block_channels": (16, 32), "layers_per_block": 1, "groups": 4}
@@ -96,6 +100,11 @@ def test_added_branches_start_as_nothing(world, injector):
     bare = Network(lambda rngs: Denoiser(**(settings | bare_settings), rngs=rngs))
     temporal = Network(lambda rngs: TemporalModules(**sizes, heads=2, rngs=rngs))
     params = network.init(jax.random.key(0, impl="unsafe_rbg"))
+    temporal_params = temporal.init(jax.random.key(1, impl="unsafe_rbg"))
+    expression = {"attn_expression": 4} if injector == "in_block" else {"expression_modules": 7}
+    assert_nothing_is_added(params, {"warp_projection": 4} | expression)
+    assert_nothing_is_added(temporal_params, {"motion_modules": 7})
+    assert_rays_are_not_read(params, latent_channels=4, rays=6)
 
     def shared(shapes, values):
         if not isinstance(shapes, dict):
@@ -107,7 +116,6 @@ def test_added_branches_start_as_nothing(world, injector):
         path: jnp.resize(features, (*features.shape[:3], 16))
         for path, features in world.conditions.reference.items()
     }
-    temporal_params = temporal.init(jax.random.key(1, impl="unsafe_rbg"))
 
     @jax.jit
     def run(params, keep):
@@ -145,12 +153,22 @@ def test_no_keep_field_keeps_all(world):
     np.testing.assert_allclose(ours, world(world.conditions), rtol=1e-4, atol=1e-5)
 
 
-def test_dropping_everything_is_having_nothing(world):
-    nothing = jnp.zeros(BATCH)
-    masked = world(
-        world.conditions.replace(keep_reference=nothing, keep_pose=nothing, keep_expression=nothing)
-    )
-    np.testing.assert_allclose(masked, world(Conditions()), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("attn2", ["none", "clip_image"])
+def test_dropping_everything_is_having_nothing(world, attn2):
+    """What is left of the source's embedding is zeros."""
+    run, given, embedding = world, world.conditions, jnp.ones((BATCH, 1, 12))
+    if attn2 == "clip_image":
+        settings = SMALL | {"attn2": attn2, "cross_attention_features": 12}
+        network = Network(lambda rngs: Denoiser(**settings, rngs=rngs))
+        params = random_like(network.abstract)
+        run = jax.jit(lambda c: network.bind(params)(world.latents, world.timesteps, c))
+        given = given.replace(context=embedding)
+    masked = run(given.replace(**dict.fromkeys(KEEPS, jnp.zeros(BATCH))))
+    np.testing.assert_allclose(masked, run(Conditions()), rtol=1e-4, atol=1e-5)
+    if attn2 == "clip_image":
+        zeroed = run(Conditions(context=0 * embedding))
+        np.testing.assert_allclose(masked, zeroed, rtol=1e-4, atol=1e-5)
+        assert differ(run(Conditions(context=embedding)), np.asarray(zeroed)).all()
 
 
 def test_dropped_conditions_cannot_be_seen(world):

@@ -2,7 +2,6 @@
 
 from typing import get_args
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,22 +13,18 @@ from dexportrait_jax.models.animator.transformer import TransformerOptions
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.rematerialisation import Remat
 from dexportrait_jax.state import Network, parameter_count
-from tests.published import parameters_from_torch, random_like, randomise, relative_error
+from tests.published import (
+    parameters_from_torch,
+    published_unet,
+    random_like,
+    randomise,
+    relative_error,
+)
 
 
 def unet_pair(block_channels, layers, heads=4, context=24, groups=8):
     published = randomise(
-        diffusers.UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=block_channels,
-            down_block_types=("CrossAttnDownBlock2D",) * (len(block_channels) - 1)
-            + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(block_channels) - 1),
-            layers_per_block=layers,
-            cross_attention_dim=context,
-            attention_head_dim=heads,
-            norm_num_groups=groups,
-        )
+        published_unet(block_channels, layers, heads=heads, context=context, groups=groups)
     )
     network = Network(
         lambda rngs: UNet(
