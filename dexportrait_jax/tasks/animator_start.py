@@ -1,7 +1,8 @@
 """What an animator starts from: exports of the stages before it, and imports of published networks.
 
 Weights that do not fit are refused in one line that says which option to give: other shapes, other pictures for the
-frozen encoders, another scale of the latents, another noise schedule.
+frozen encoders, another scale of the latents, another noise schedule. Where published weights are in use under both
+settings, as AnimateDiff's are, a line says it.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ _MODEL = {
         "image_encoder.activation",
     ),
 }
+# Of these: what of an import is for the user to choose, because others run the same weights otherwise.
+_CHOSEN = ("model.temporal.norm",)
 
 
 def load_start(
@@ -101,7 +104,8 @@ def load_start(
         )
     description = read_description(Path(path))
     there = description.get("config", {})
-    if description.get("stage") == published.STAGE and "unet" in description["groups"]:
+    is_import = description.get("stage") == published.STAGE
+    if is_import and "unet" in description["groups"]:
         _, groups = load_groups(path, ["unet"])
         latent_channels = config.model.autoencoder.latent_channels
         groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
@@ -116,6 +120,19 @@ def load_start(
         }
         for name in names
     }
+    if is_import:
+        chosen = {
+            knob: values.pop(knob)
+            for values in differing.values()
+            for knob in _CHOSEN
+            if knob in values
+        }
+        if chosen:
+            print(
+                f"note: {path} has the names of AnimateDiff's own code, which does as {_overrides(chosen)} here; with "
+                "this config its weights run as in diffusers",
+                file=sys.stderr,
+            )
     unets = [name for name in names if name in UNETS]
     for name in (name for name in names if name not in unets):
         refuse(path, f"its {name} is another one", differing[name])

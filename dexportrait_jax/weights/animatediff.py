@@ -2,7 +2,8 @@
 
 Known are AnimateDiff's own names (``down_blocks.0.motion_modules.0.temporal_transformer...``, also behind ``module.``)
 and those of diffusers' motion adapter. Both also hold the positional encoding as a table; ours is computed, so the
-table has only to be that same sine.
+table has only to be that same sine. The code that uses AnimateDiff's own names normalises every frame alone, which is
+told; diffusers' names do not tell where weights were trained.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dexportrait_jax.weights.published import matched
 from dexportrait_jax.weights.tensor_files import TensorFiles
 
 GROUP = "temporal"
+_OWN = ".temporal_transformer."
 _TABLE = re.compile(r".*\.(pos_encoder|pos_embed)\.pe")
 _RULES = (
     (r"^module\.", ""),
@@ -59,8 +61,16 @@ def plan(files: TensorFiles) -> ImportPlan:
         lambda rngs: TemporalModules(**sizes, heads=1, middle=middle, groups=1, rngs=rngs)
     )
     found, left_out = matched(files, network.abstract, _translate)
-    config = {"unet": sizes, "temporal": {"max_frames": min(frames), "middle": middle}}
-    return ImportPlan({GROUP: (network.abstract, found)}, {"model": config}, left_out)
+    temporal = {"max_frames": min(frames), "middle": middle}
+    notes = ()
+    if any(_OWN in key for key in files.shapes):
+        temporal["norm"] = "frame"
+        notes = (
+            "AnimateDiff's own code, whose names these are, normalises every frame alone: "
+            "--config.model.temporal.norm=frame does so too, the default is as in diffusers",
+        )
+    config = {"model": {"unet": sizes, "temporal": temporal}}
+    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out, notes)
 
 
 def _translate(key: str) -> str:

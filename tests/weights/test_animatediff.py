@@ -6,13 +6,19 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
+from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from safetensors.numpy import save_file
 
 from dexportrait_jax import cli
+from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.tasks.animator import AnimatorTask
+from dexportrait_jax.weights.exporting import export_groups
 from tests.published import parameters_from_torch, randomise
-from tests.stages import micro
+from tests.stages import micro, random_weights
 
 CHANNELS, LAYERS = (16, 32), 1  # those of `micro`
 
@@ -85,7 +91,8 @@ def test_the_video_stage_starts_from_them(tmp_path, layout, middle):
     model = adapter(middle, frames=16)
     assert imported(layout(model, tmp_path), tmp_path / "out") == 0
     told = json.loads((tmp_path / "out" / "model.json").read_text())["config"]["model"]
-    assert told["temporal"] == {"max_frames": 16, "middle": middle}
+    own = {} if layout is as_adapter else {"norm": "frame"}
+    assert told["temporal"] == {"max_frames": 16, "middle": middle, **own}
     task = AnimatorTask(video_stage(tmp_path, tmp_path / "out", model__temporal__middle=middle))
     found = task.pretrained()["temporal"]
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(".pe")}
@@ -98,6 +105,48 @@ def test_the_video_stage_starts_from_them(tmp_path, layout, middle):
         found,
         expected,
     )
+
+
+def test_animatediffs_names_are_those_that_diffusers_reads(tmp_path):
+    """The files that these tests draw are ours to get wrong; diffusers' own conversion makes its adapter of them."""
+    model = adapter()
+    file = as_published(model, tmp_path)
+    converted = convert_animatediff_checkpoint_to_diffusers(safetensors.torch.load_file(file))
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith(".pe")}
+    assert converted.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(converted[key], value.half(), rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("layout", "norm", "noted"),
+    [
+        (as_published, "clip", True),
+        (as_published, "frame", False),
+        (as_adapter, "clip", False),
+        (as_adapter, "frame", False),
+    ],
+)
+def test_how_animatediff_normalised_is_told(tmp_path, layout, norm, noted, capsys):
+    """Its own names tell; both norms are in use on these weights, so neither is refused."""
+    override = "--config.model.temporal.norm=frame"
+    assert imported(layout(adapter(frames=16), tmp_path), tmp_path / "out") == 0
+    assert (override in capsys.readouterr().out) == (layout is as_published)
+    task = AnimatorTask(video_stage(tmp_path, tmp_path / "out", model__temporal__norm=norm))
+    assert "temporal" in task.pretrained()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "AnimateDiff" in line]
+    assert [override in line for line in lines] == [True] * noted
+
+
+def test_what_a_run_trained_with_another_norm_is_refused(tmp_path):
+    """The note is for imports alone."""
+    config = video_stage(tmp_path, "", model__temporal__norm="frame")
+    group = random_weights(build_networks(config)["temporal"], seed=1)
+    values = configs.to_json(config)
+    model = {"stage": "animator_video", "config": values, "step": 1, "ema": False, "crop": {}}
+    export_groups(tmp_path / "run", model, {"temporal": group})
+    with pytest.raises(UserError, match="--config.model.temporal.norm=frame$"):
+        AnimatorTask(video_stage(tmp_path, tmp_path / "run")).pretrained()
 
 
 def test_the_contracts_name_of_the_kind(tmp_path):

@@ -24,8 +24,7 @@ from tests.stages import micro
 SIZES = {"block_channels": (8, 8, 8), "layers_per_block": 2, "latent_channels": 5}
 
 
-@pytest.fixture(scope="module")
-def published():
+def drawn():
     return randomise(
         diffusers.AutoencoderTiny(
             encoder_block_out_channels=(8, 8, 8),
@@ -35,6 +34,11 @@ def published():
             num_decoder_blocks=(2, 2, 1),
         )
     )
+
+
+@pytest.fixture(scope="module")
+def published():
+    return drawn()
 
 
 def as_folder(model, folder):
