@@ -330,7 +330,56 @@ def test_planned_before(tmp_path, monkeypatch, capsys):
     assert said.count("planned before") == 1 and said.count("compute bounds it") == 7
 
 
-def planned(tmp_path, *flags):
+def test_a_plan_is_kept_under_all_that_it_depends_on(monkeypatch):
+    config = plan.configs.load_config("configs/autoencoder.py:tiny", [])
+    asked = {"config": config, "job": "train", "topology": "v5e:2x2", "slices": 1}
+
+    def kept(**changes):
+        return plan._cache_file(**asked | {"effort": "quick"} | changes).name
+
+    names = [
+        kept(),
+        kept(config=plan.configs.load_config("configs/autoencoder.py:tiny", ["num_steps=7"])),
+        kept(job="animate"),
+        kept(topology="v5e:2x4"),
+        kept(slices=2),
+        kept(effort="exact"),
+    ]
+    assert kept() == names[0]
+    monkeypatch.setattr(plan, "code_sha256", lambda: "0" * 64)
+    names.append(kept())
+    monkeypatch.setattr(plan, "_version", lambda package: f"{package} 9.9")
+    names.append(kept())
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("effort", "inside"), [("quick", ["O0", "O0"]), ("exact", ["O1", "O3"])])
+def test_effort_is_that_of_one_program(effort, inside):
+    """XLA's levels are others while a plan is compiled, and afterwards as they were, whatever happens."""
+    names = ("jax_optimization_level", "jax_memory_fitting_level")
+
+    def levels():
+        return [getattr(jax.config, name) for name in names]
+
+    def lower():
+        seen.append(levels())
+        raise RuntimeError("no program")
+
+    def set_levels(values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+
+    before, seen = levels(), []
+    try:
+        set_levels(["O1", "O3"])
+        with pytest.raises(RuntimeError, match="no program"):
+            compiling.compiled(lower, "name", effort)
+        assert seen == [inside] and levels() == ["O1", "O3"]
+    finally:
+        set_levels(before)
+
+
+def planned(tmp_path, *flags, answer="fits"):
     """The plan for v5e:2x2 by the command line."""
     out = tmp_path / "plan.json"
     done = subprocess.run(
@@ -341,7 +390,7 @@ def planned(tmp_path, *flags):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "fits" in done.stdout and done.stderr == ""
+    assert answer in done.stdout and done.stderr == ""
     return json.loads(out.read_text())
 
 
@@ -379,6 +428,19 @@ def test_programs_for_chips_that_are_not_here(tmp_path):
         assert found["programs"][0]["loops_counted_once"] == []
     memory = {stage: found["hbm_gib_per_device"] for stage, found in plans.items()}
     assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_batch_that_no_chip_holds(tmp_path):
+    """That it does not fit is an answer, and by how much: the command ends well and writes its file."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
+    batch = "--config.data.batch_size=8000000"
+    config = "--config=configs/autoencoder.py:tiny"
+    found = planned(tmp_path, config, batch, "--config.mesh.data=4", answer="does not fit")
+    assert found["fits"] is False and found["compiled_not_run"] and found["advice"]
+    # A source and two targets of 64 x 64 bytes in three colours, before anything is computed.
+    pictures = 8_000_000 / 4 * 3 * 64 * 64 * 3 / 2**30
+    assert found["hbm_gib_per_device"] > pictures > found["hbm_limit_gib"] == 15.75
 
 
 @pytest.mark.slow
