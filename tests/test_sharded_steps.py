@@ -57,7 +57,6 @@ CASES = [
     Case("motion", (1, 2, 2, 2), {"fsdp", "context"}),
     Case("motion", (1, 2, 2, 1), {"fsdp", "context"}, whole=False),
     Case("animator_image", (2, 2, 2, 1), {"fsdp", "context"}, TWO, BLOCKS, whole=False),
-    Case("animator_image", (2, 2, 1, 2), {"fsdp", "tensor"}, TWO),
     Case(
         "animator_image",
         (1, 2, 2, 2),

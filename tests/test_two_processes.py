@@ -12,7 +12,7 @@ from dexportrait_jax.metrics import read_rows
 from tests.benchmarks import soak
 from tests.stages import micro
 
-STEPS = 3
+STEPS = 2
 # The same four devices, of one process or of two. So narrow here that little would be spread.
 CONFIG = """
 from pathlib import Path
