@@ -6,8 +6,8 @@
 With `--config.data.latents=data/faces-latents`, made once by `dexportrait encode`, the step need not encode pictures.
 
 tiny: 64 px, latents 16x16x16, 2 cores, five minutes; hair, colours and head shape of the person, soft faces.
-minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:real`; 20 to 25 minutes on 2 cores. On held-out parts of
-    clips it beats repeating the source, with soft faces (README). Its latents are made first by
+minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:real`; 20 to 25 minutes on 2 cores. On held-out
+    parts of clips it beats repeating the source, with soft faces (README). Its latents are made first by
     dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
     and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps;
