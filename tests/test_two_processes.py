@@ -1,4 +1,4 @@
-"""Two processes make of every stage what one makes of it: records, weights and the pictures of an evaluation."""
+"""Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation."""
 
 import os
 import subprocess
@@ -32,11 +32,9 @@ CHANGES = {
     "log_every": 1,
     "evaluate__at_end": True,
 }
-# Weights cut by the border between the processes, sources on either side of it, and frames on either side.
+# Weights cut by the border between the processes, and sources on either side of it.
 MESHES = {
     "motion": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__context": 2},
-    "animator_image": {"mesh__data": 2, "mesh__context": 2},
-    "animator_video": {"mesh__data": 1, "mesh__context": 4, "accumulate": 2},
 }
 
 
