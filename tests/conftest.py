@@ -19,10 +19,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def programs_compiled_once(tmp_path_factory):
-    """Tests that build the same program again, as a resumed run does, need not compile it again."""
+    """Tests that build the same program again, as a resumed run does, need not compile it again.
+
+    The workers of one pytest share what they have compiled.
+    """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
+    jax.config.update("jax_compilation_cache_dir", str(session / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

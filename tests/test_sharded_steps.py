@@ -38,6 +38,7 @@ class Case(NamedTuple):
       spread: of the config, on the mesh alone.
       whole: weights are gathered once a step, as those of small networks are; else they are cut while in use, as
         those of the UNets at `full`.
+      mark: when it is tested; each takes minutes, but for the autoencoder's.
     """
 
     stage: str
@@ -46,17 +47,28 @@ class Case(NamedTuple):
     changes: dict[str, int] = {}
     spread: dict[str, str] = {}
     whole: bool = True
+    mark: str = "slow"
 
 
 # Two heads, for tensor to share.
 TWO = {"model__unet__heads": 2}
 BLOCKS = {"remat": "blocks"}
+TARGETS = {"data__targets": 2}
+EXHAUSTIVE = "exhaustive"
 CASES = [
-    Case("autoencoder", (2, 2, 2, 1), {"fsdp", "context"}, {"data__targets": 2}),
-    Case("autoencoder", (1, 8, 1, 1), {"fsdp"}, {"data__targets": 2}, whole=False),
+    Case("autoencoder", (2, 2, 2, 1), {"fsdp", "context"}, TARGETS, mark=""),
+    Case("autoencoder", (1, 8, 1, 1), {"fsdp"}, TARGETS, whole=False, mark=""),
     Case("motion", (1, 2, 2, 2), {"fsdp", "context"}),
-    Case("motion", (1, 2, 2, 1), {"fsdp", "context"}, whole=False),
-    Case("animator_image", (2, 2, 2, 1), {"fsdp", "context"}, TWO, BLOCKS, whole=False),
+    Case("motion", (1, 2, 2, 1), {"fsdp", "context"}, whole=False, mark=EXHAUSTIVE),
+    Case(
+        "animator_image",
+        (2, 2, 2, 1),
+        {"fsdp", "context"},
+        TWO,
+        BLOCKS,
+        whole=False,
+        mark=EXHAUSTIVE,
+    ),
     Case(
         "animator_image",
         (1, 2, 2, 2),
@@ -65,7 +77,7 @@ CASES = [
         whole=False,
     ),
     Case("animator_video", (2, 2, 2, 1), {"fsdp", "context"}, TWO, BLOCKS, whole=False),
-    Case("animator_video", (2, 2, 1, 2), {"fsdp", "tensor"}, TWO),
+    Case("animator_video", (2, 2, 1, 2), {"fsdp", "tensor"}, TWO, mark=EXHAUSTIVE),
 ]
 
 
@@ -80,7 +92,7 @@ def on_one_device():
     [
         pytest.param(
             case,
-            marks=() if case.stage == "autoencoder" else pytest.mark.slow,
+            marks=getattr(pytest.mark, case.mark) if case.mark else (),
             id="-".join([case.stage, *map(str, case.sizes), "whole" if case.whole else "cut"]),
         )
         for case in CASES

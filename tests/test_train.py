@@ -17,7 +17,7 @@ from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import train
-from tests.stages import STAGES, handful_of_numbers, interrupt_in_step, leaves, micro
+from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro
 
 
 def learned(run):
@@ -47,11 +47,12 @@ def programs_from_the_cache():
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("autoencoder", {}), ("autoencoder", {"optim__autoencoder__name": "muon"})]
-    + [
-        pytest.param(stage, {}, marks=pytest.mark.slow)
-        for stage in STAGES
-        if stage != "autoencoder"
+    [
+        ("autoencoder", {}),
+        ("autoencoder", {"optim__autoencoder__name": "muon"}),
+        pytest.param("motion", {}, marks=pytest.mark.slow),
+        pytest.param("animator_image", {}, marks=pytest.mark.exhaustive),
+        pytest.param("animator_video", {}, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_equals_uninterrupted_bit_for_bit(

@@ -1,4 +1,7 @@
-"""Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation."""
+"""Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation.
+
+Each stage takes six minutes, so these are exhaustive; `test_soak.py` holds two processes against one with every change.
+"""
 
 import os
 import subprocess
@@ -32,13 +35,15 @@ CHANGES = {
     "log_every": 1,
     "evaluate__at_end": True,
 }
-# Weights cut by the border between the processes, and sources on either side of it.
+# Weights cut by the border between the processes, sources on either side of it, and frames on either side.
 MESHES = {
     "motion": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__context": 2},
+    "animator_image": {"mesh__data": 2, "mesh__context": 2},
+    "animator_video": {"mesh__data": 1, "mesh__context": 4, "accumulate": 2},
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", MESHES)
 def test_two_processes_equal_one(stage, places, tmp_path):
