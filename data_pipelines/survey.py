@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import background, dataset, records, transforms
-from data_pipelines.loading import Examples
+from data_pipelines.examples import Examples
 from dexportrait_jax.errors import UserError
 
 _ATTEMPTS = 100  # damaged records in a row before a split counts as damaged; as in `loading`

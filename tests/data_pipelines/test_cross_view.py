@@ -11,6 +11,7 @@ import pytest
 from configs import animator_image, animator_video, motion
 from data_pipelines import augment, cross_view, dataset, loading, network_inputs
 from data_pipelines.cross_view import Shown
+from data_pipelines.examples import Examples
 from dexportrait_jax.errors import UserError
 from tests import fixtures
 from tests.data_pipelines.batches import assert_same, take
@@ -116,7 +117,7 @@ def test_view_change_is_relative_to_the_camera_of_the_target(clips, where):
 @pytest.mark.parametrize("cross_view", [0.0, 0.5])
 def test_the_first_target_does_not_decide_on_the_view_of_the_others(clips, cross_view):
     """Every target that asks for another camera's expression gets one."""
-    examples = loading.Examples(_quiet(_config(RENDERED, cross_view=cross_view), view_change=0.5))
+    examples = Examples(_quiet(_config(RENDERED, cross_view=cross_view), view_change=0.5))
     rng = np.random.default_rng(0)
     targets = [Shown(0, 1), Shown(0, 2), Shown(4, 3)]
     plain = augment.neutral_draw(examples.augment)
@@ -224,4 +225,4 @@ def test_configs_whose_figures_were_measured_without_have_none():
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_that_cannot_be_is_one_line(share):
     with pytest.raises(UserError, match=f"data.cross_view is {share}"):
-        loading.Examples(_config(RENDERED, cross_view=share))
+        Examples(_config(RENDERED, cross_view=share))

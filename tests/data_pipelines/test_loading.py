@@ -22,6 +22,7 @@ from data_pipelines import (
     records,
     transforms,
 )
+from data_pipelines.examples import Examples
 from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
@@ -193,12 +194,12 @@ def test_epochs_show_every_clip_in_new_order(directory):
 
 
 def test_targets_keep_their_distance(directory):
-    examples = loading.Examples(_config(directory, source_margin=10, targets=3))
+    examples = Examples(_config(directory, source_margin=10, targets=3))
     rng = np.random.default_rng(0)
     for _ in range(50):
         source, targets = examples._choose_pairs(0, rng)
         assert (np.abs(targets - source) >= 10).all() and len(set(targets)) == 3
-    examples = loading.Examples(_config(directory, source_margin=500, targets=3))
+    examples = Examples(_config(directory, source_margin=500, targets=3))
     for _ in range(50):
         source, targets = examples._choose_pairs(0, rng)
         assert source not in targets and len(set(targets)) == 3
@@ -237,12 +238,12 @@ def test_windows_are_chosen_by_what_is_stored(restless, monkeypatch):
     """The first of the candidates that is calm, or the calmest, and not one picture is decoded for it."""
     monkeypatch.setattr(background, "motion", None)
     config = _config(restless, mode="video", frames=4)
-    calmest = loading.Examples(config | {"calm": _calm(0.0, 6)})
-    first = loading.Examples(config | {"calm": _calm(1.0, 6)})
+    calmest = Examples(config | {"calm": _calm(0.0, 6)})
+    first = Examples(config | {"calm": _calm(1.0, 6)})
     clips = calmest.clips
     every = np.concatenate([background.all_windows(clip.background_motion, 4) for clip in clips])
     limit = float(np.quantile(every, 0.3))
-    below = loading.Examples(config | {"calm": _calm(limit, 6)})
+    below = Examples(config | {"calm": _calm(limit, 6)})
 
     def motion(examples, seed):
         clip, source, targets = examples._choose_window(0, np.random.default_rng(seed))
@@ -278,7 +279,7 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 2, 12, 48, cameras=2)
     config = _quiet(_config(directory, cross_view=0.0))
     config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
-    examples = loading.Examples(config)
+    examples = Examples(config)
     clip, other = examples.clips[0], examples.clips[1]
     assert (clip.identity, clip.session) == (other.identity, other.session)
     draw = dataclasses.replace(augment.neutral_draw(config["augment"]), other_view=True)
@@ -287,7 +288,7 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
     assert examples._same_instant(clip, 7, late, draw) is None
 
     config["augment"]["view_change"]["probability"] = 1.0
-    examples = loading.Examples(config)
+    examples = Examples(config)
     place = int(np.flatnonzero(examples.order(0) == 0)[0])
     example = examples(place, np.random.default_rng(3))
     same = network_inputs.inference_inputs(clip, range(12), 32, 24, 16, config["augment"])
@@ -309,7 +310,7 @@ def test_second_expression_is_another_picture_of_the_instant(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 2, 12, 48, cameras=2)
     config = _quiet(_config(directory, cross_view=0.0)) | {"second_expression": True}
     config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
-    examples = loading.Examples(config)
+    examples = Examples(config)
     clip, other = examples.clips[0], examples.clips[1]
     place = int(np.flatnonzero(examples.order(0) == 0)[0])
     example = examples(place, np.random.default_rng(3))
@@ -364,7 +365,7 @@ def test_nothing_but_bad_records_is_an_error(tmp_path):
     clip = fixtures.make_clip(0, 12, 32)
     clip = dataclasses.replace(clip, frames=[b"no jpeg"] * 12)
     directory = builder.write_dataset({"train": lambda: [clip]}, tmp_path / "data")
-    examples = loading.Examples(_config(directory))
+    examples = Examples(_config(directory))
     with pytest.raises(UserError, match="damaged"):
         examples(0, np.random.default_rng(0))
 
@@ -424,7 +425,7 @@ def test_configdict_is_understood(directory):
 def test_speed_at_64_pixels(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 4, 60, 64)
     sizes = {"image_size": 64, "pose_size": 64, "expression_size": 64}
-    examples = loading.Examples(_config(directory) | sizes)
+    examples = Examples(_config(directory) | sizes)
     rng = np.random.default_rng(0)
     examples(0, rng)
     started = time.process_time()

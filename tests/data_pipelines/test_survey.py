@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import dataset, loading
+from data_pipelines.examples import Examples
 from data_pipelines.prepare import builder
 from data_pipelines.survey import survey
 from dexportrait_jax.errors import UserError
@@ -45,7 +46,7 @@ def test_short_clips_are_counted_in_both_splits(tmp_path):
     (video,) = survey(_data(directory, mode="video", frames=2, frame_stride=3)).warnings
     assert "3 of 4 clips" in video and "the 4 frames" in video
     # Left out they are: 50 examples never read a clip of one frame.
-    examples = loading.Examples(_data(directory))
+    examples = Examples(_data(directory))
     assert list(examples.usable) == [0, 2]
     for number in range(50):
         examples(number, np.random.default_rng(number))
@@ -126,7 +127,7 @@ def test_one_good_record_is_enough(tmp_path, capfd):
     directory = _dataset(tmp_path, train=[(0, 4), (1, 4), (2, 4)])
     fixtures.remove_masks(directory, keep=(2,))
     assert survey(_data(directory)).warnings == ()
-    examples = loading.Examples(_data(directory))
+    examples = Examples(_data(directory))
     for number in range(6):
         examples(number, np.random.default_rng(0))
     said = capfd.readouterr().err

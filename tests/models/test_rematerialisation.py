@@ -86,7 +86,11 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("made", [appearance, slow(generator), slow(discriminator), slow(temporal)])
+# Two minutes; a step of the video stage with `remat=blocks` stands against one without in test_sharded_steps.py.
+TEMPORAL = pytest.param(temporal, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("made", [appearance, slow(generator), slow(discriminator), TEMPORAL])
 def test_gradients_are_the_same(made):
     found = {remat: made(remat) for remat in REMATS}
     params = random_like(found["none"][0].abstract)

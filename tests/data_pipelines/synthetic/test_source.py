@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import background, dataset, loading, records, transforms
+from data_pipelines.examples import Examples
 from data_pipelines.synthetic import poses, source
 from data_pipelines.synthetic.dataset import run_render
 from data_pipelines.synthetic.identity import make_identity
@@ -179,7 +180,7 @@ def test_users_get_one_line(directory, tmp_path, capsys):
     with pytest.raises(UserError, match="no split 'test'"):
         dataset.open_clips(PATH, "test")
     with pytest.raises(UserError, match="but 30 are needed"):
-        loading.Examples(_config(PATH, mode="video", frames=30))
+        Examples(_config(PATH, mode="video", frames=30))
     with pytest.raises(UserError, match="exists already"):
         run_render(directory, identities=5, workers=1)
     with pytest.raises(UserError, match="workers is 0"):
