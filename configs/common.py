@@ -296,7 +296,11 @@ def animator(stage: str, variant: str) -> ConfigDict:
             # Deviation of the noise. A network of minutes lets noise through to the picture; less noise, less of it.
             "temperature": 0.5 if tiny else 1.0,
             "shared_noise": 1.0 if tiny else 0.0,  # share of it that all frames have in common
+            # Windows of data.frames frames, of which two in a row share these; one less than a window at most.
             "overlap": 2 if tiny else 4,
+            "window_offset": "none",  # none | random: the windows lie elsewhere in every step
+            "window_ends": "open",  # open | closed: the clip's end goes on with its beginning
+            "window_weights": "triangular",  # triangular | equal, of a window's frames in the average
         }
     )
     return config

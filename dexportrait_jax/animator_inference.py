@@ -26,6 +26,8 @@ from dexportrait_jax.animator_windows import (
     WINDOW_CACHE_BYTES,
     ClipWindows,
     DenoiserPrograms,
+    check_windows,
+    grid_options,
     null_reading,
     warps,
 )
@@ -50,6 +52,7 @@ from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
 # Knobs of config.sampling that an older export lacks, at what was true before them.
 LATER_KNOBS = {"null_reference": "dropped", "null_pose": "zero", "expression_guidance": None}
+LATER_KNOBS |= {"window_offset": "none", "window_ends": "open", "window_weights": "triangular"}
 
 
 class AnimatorModel(PortraitModel):
@@ -74,15 +77,16 @@ class AnimatorModel(PortraitModel):
 
     @property
     def clip_length(self) -> int:
-        return self.config.data.frames if "temporal" in self.networks else 1
+        return self.config.data.frames if self._temporal else 1
 
     @property
-    def window(self) -> tuple[int, int]:
-        """Length of a window and the overlap of two."""
-        if "temporal" not in self.networks:
-            return BATCH, 0
-        length = self.config.data.frames
-        return length, min(self.config.sampling.overlap, length - 1)
+    def window(self) -> int:
+        """Frames that the denoiser is given together."""
+        return self.config.data.frames if self._temporal else BATCH
+
+    @property
+    def _temporal(self) -> bool:
+        return "temporal" in self.networks
 
     # --- settings ---------------------------------------------------------------------
 
@@ -102,6 +106,7 @@ class AnimatorModel(PortraitModel):
             raise UserError(f"--steps={settings['steps']}: at most {self.schedule.steps}")
         if settings["expression_guidance"] is not None and settings["reading"] != "three_scale":
             raise UserError("--expression_guidance needs --reading=three_scale")
+        check_windows(sampling, self.window, temporal=self._temporal)
         return guidance_plan(
             settings["steps"],
             scale=settings["guidance"],
@@ -157,7 +162,7 @@ class AnimatorModel(PortraitModel):
         if zero not in self._denoisers:
             network = self._denoiser_network(zero)
             temporal = self.networks.get("temporal")
-            frames = self.window[0] if temporal else 1
+            frames = self.window if temporal else 1
 
             def keys_values(params, bank):
                 return network.bind(params["denoiser"]).keys_values(bank)
@@ -185,7 +190,7 @@ class AnimatorModel(PortraitModel):
     def clip_programs(self, sampling):
         settings, plan = self._chosen(sampling), self.plan(sampling)
         denoiser = self._denoiser(settings["expression_null"])
-        length, data = self.window[0], self.config.data
+        length, data = self.window, self.config.data
         source = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
         pose, poses = (jax.ShapeDtypeStruct((n, 3, 4), jnp.float32) for n in (1, length))
         latent, bank, context = jax.eval_shape(self._source, self.params, source, pose)
@@ -242,8 +247,9 @@ class AnimatorModel(PortraitModel):
         settings, plan = self._chosen(sampling), self.plan(sampling)
         latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
         programs = self._denoiser(settings["expression_null"])
-        windows = ClipWindows(self.params, programs, drive, bank, context, settings)
-        length, overlap = self.window
+        grid = grid_options(settings, self.window, temporal=self._temporal)
+        moving = grid["offset"] == "random"
+        windows = ClipWindows(self.params, programs, drive, bank, context, settings, moving=moving)
         source_latent = np.asarray(latent)[0]
         shape, steps = source_latent.shape, len(plan.steps)
         start = spill.zeros((len(drive), *shape))
@@ -252,7 +258,7 @@ class AnimatorModel(PortraitModel):
             start[part] = self._start(source_latent, part, settings)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
-            windowed(windows.predict, len(drive), length=length, overlap=overlap),
+            windowed(windows.predict, len(drive), **grid),
             self.schedule,
             plan,
             start,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from dexportrait_jax.diffusion.guidance import Branch
-from dexportrait_jax.inference import Drive
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.inference import Drive, Sampling, nbytes
 from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 
@@ -20,6 +21,8 @@ from dexportrait_jax.models.animator.conditioning import Conditions
 WINDOW_CACHE_BYTES = 1 << 30
 # Branches without reference and driver's pose: all windows have the same residuals, if any.
 BARE: tuple[Branch, ...] = ("null", "expression")
+# Keys of config.sampling that say how a clip is cut into windows.
+WINDOW_KNOBS = ("overlap", "window_offset", "window_ends", "window_weights")
 
 
 class DenoiserPrograms(NamedTuple):
@@ -44,8 +47,37 @@ def warps(branch: Branch, reading: NullReading) -> bool:
     return branch not in BARE or (reading.reference == "kept" and reading.pose == "source")
 
 
+def check_windows(sampling: Sampling, length: int, *, temporal: bool) -> None:
+    """UserError for flags that the windows of a model, of so many frames, cannot follow."""
+    given = {name: value for name, value in asdict(sampling).items() if name in WINDOW_KNOBS}
+    for name, value in given.items():
+        if value is not None and not temporal:
+            raise UserError(
+                f"--{name} is for the video stage: an export of the image stage makes each frame alone; leave it "
+                "out, or give an export of the video stage"
+            )
+    overlap = sampling.overlap
+    if overlap is not None and not 0 <= overlap < length:
+        raise UserError(
+            f"--overlap={overlap}: windows of this model have {length} frames, so two can share 0 to {length - 1}"
+        )
+
+
+def grid_options(settings: dict[str, Any], length: int, *, temporal: bool) -> dict[str, Any]:
+    """Arguments of ``windows.windowed`` by config.sampling; frames that stand alone need no overlap."""
+    if not temporal:
+        return {"length": length, "overlap": 0, "offset": "none"}
+    # That of a config holds for clips of its own length, which may be shorter.
+    grid = {"length": length, "overlap": min(settings["overlap"], length - 1)}
+    grid |= {knob.removeprefix("window_"): settings[knob] for knob in WINDOW_KNOBS[1:]}
+    return grid | {"seed": settings["seed"]}
+
+
 class ClipWindows:
-    """Predictions for windows of one clip; the parts that no step changes are kept while they fit."""
+    """Predictions for windows of one clip; the parts that no step changes are kept while they fit.
+
+    ``moving``: other steps have other windows.
+    """
 
     def __init__(
         self,
@@ -55,13 +87,15 @@ class ClipWindows:
         bank: dict[str, Array],
         context: Array | None,
         settings: dict[str, Any],
+        *,
+        moving: bool = False,
     ):
         self.params, self.programs = params, programs
         self.drive, self.bank, self.context = drive, bank, context
         self.keys_values = programs.keys_values(params, bank)
         self.reading = null_reading(settings)
+        self._moving = moving
         self._kept: dict[bytes, Any] = {}
-        self._bytes = 0
 
     def predict(self, latents, timesteps, frames, branch) -> Array:
         """The prediction of one branch for the frames of one window."""
@@ -95,10 +129,10 @@ class ClipWindows:
     def _residuals(self, key: bytes, source: np.ndarray, poses: np.ndarray) -> Any:
         if key in self._kept:
             return self._kept[key]
+        if self._moving and key:  # only the branches of a step share a window
+            self._kept = {other: kept for other, kept in self._kept.items() if not other}
         conditions = Conditions(reference=self.bank, source_pose=source, driving_pose=poses)
         residuals = self.programs.residuals(self.params, conditions)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(residuals))
-        if self._bytes + size <= WINDOW_CACHE_BYTES:
-            self._bytes += size
+        if nbytes(self._kept) + nbytes(residuals) <= WINDOW_CACHE_BYTES:
             self._kept[key] = residuals
         return residuals

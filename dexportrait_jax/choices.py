@@ -22,10 +22,14 @@ SAMPLING: Choices = {
     "null_pose": ("zero", "source"),
     "start": ("noise", "ref_blur"),
     "spacing": ("leading", "trailing", "linspace"),
+    "window_offset": ("none", "random"),
+    "window_ends": ("open", "closed"),
+    "window_weights": ("triangular", "equal"),
 }
 # Flags of `animate`, in a file of jobs too.
 ANIMATE: Choices = {
-    "smooth": ("none", "gaussian", "one_euro"),
+    "smooth": ("none", "gaussian", "one_euro", "kalman"),
+    "paste_mask": ("face", "crop"),
     "length": ("shortest", "hold"),
     **SAMPLING,
 }

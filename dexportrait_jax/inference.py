@@ -46,6 +46,10 @@ class Sampling:
     null_pose: str | None = None
     start: str | None = None
     eta: float | None = None
+    overlap: int | None = None
+    window_offset: str | None = None
+    window_ends: str | None = None
+    window_weights: str | None = None
 
 
 @dataclass(frozen=True)

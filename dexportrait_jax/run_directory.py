@@ -63,6 +63,9 @@ BEFORE_THE_KEY = {
     "model.generator.rgb_channels": None,
     "model.pose.scale_limit": 2.0,
     "model.temporal.norm": "clip",
+    "sampling.window_ends": "open",
+    "sampling.window_offset": "none",
+    "sampling.window_weights": "triangular",
 }
 
 

@@ -1,4 +1,7 @@
-"""What sampling starts from, and where the source's embedding goes: by stubs, so nothing is compiled."""
+"""What sampling starts from, how clips are cut into windows, and where the source's embedding goes.
+
+By stubs, so nothing is compiled.
+"""
 
 import cv2
 import numpy as np
@@ -7,30 +10,35 @@ import pytest
 from dexportrait_jax import animator_inference
 from dexportrait_jax import config as configs
 from dexportrait_jax.animator_inference import AnimatorModel
-from dexportrait_jax.animator_windows import DenoiserPrograms
+from dexportrait_jax.animator_windows import ClipWindows, DenoiserPrograms
 from dexportrait_jax.diffusion.sampler import frame_noise
+from dexportrait_jax.diffusion.windows import window_frames
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Drive, Sampling
+from dexportrait_jax.tasks.animator_config import check_config
 from tests.tasks.test_animator import Stub
 
 FRAMES, SIDE = 3, 16
 POSE = np.eye(3, 4, dtype=np.float32)
 PICTURE = np.full((64, 64, 3), 204, np.uint8)
 LATENT = np.random.default_rng(0).normal(size=(SIDE, SIDE, 4)).astype(np.float32)
-DRIVE = Drive(
-    POSE,
-    np.zeros(512, np.float32),
-    np.repeat(POSE[None], FRAMES, 0),
-    np.ones((FRAMES, 512), np.float32),
-)
+
+
+def drive_of(frames):
+    poses, expressions = np.repeat(POSE[None], frames, 0), np.ones((frames, 512), np.float32)
+    return Drive(POSE, np.zeros(512, np.float32), poses, expressions)
+
+
+DRIVE = drive_of(FRAMES)
 
 
 class Stubbed(AnimatorModel):
-    """The image stage at the paper's settings with a denoiser that only notes what it is given."""
+    """A stage at the paper's settings with a denoiser that only notes what it is given."""
 
-    def __init__(self, *overrides, context=None):
-        config = configs.load_config("configs/animator_image.py:full", list(overrides))
-        super().__init__({"stage": config.stage}, config, {}, {})
+    def __init__(self, *overrides, context=None, stage="image"):
+        config = configs.load_config(f"configs/animator_{stage}.py:full", list(overrides))
+        networks = {"temporal": None} if stage == "video" else {}
+        super().__init__({"stage": config.stage}, config, networks, {})
         self.seen = []
         self._source = lambda *arguments: (LATENT[None], {}, context)
         self._decode = lambda params, latents: np.zeros((len(latents), 8, 8, 3), np.float32)
@@ -133,3 +141,85 @@ def test_embedding_is_of_the_source(monkeypatch):
     np.testing.assert_allclose(context, np.full((1, 1, 3), 0.6), atol=1e-5)
     for given, wanted in zip(asked["reference"], (latent, context, POSE[None]), strict=True):
         np.testing.assert_array_equal(given, wanted)
+
+
+GRID = {"overlap": 6, "window_offset": "random", "window_ends": "closed", "window_weights": "equal"}
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_windows_are_those_of_flags_and_config(monkeypatch, by_flag):
+    asked = []
+
+    def noted(predict, frames, **grid):
+        asked.append((frames, grid))
+        return lambda latents, timesteps, step: iter(())
+
+    monkeypatch.setattr(animator_inference, "windowed", noted)
+    overrides = [] if by_flag else [f"sampling.{name}={value}" for name, value in GRID.items()]
+    model = Stubbed(*overrides, stage="video")
+    given = Sampling(seed=4, steps=2, hybrid_steps=0, **(GRID if by_flag else {}))
+    list(model.animate(PICTURE, DRIVE, given))
+    grid = {"overlap": 6, "offset": "random", "ends": "closed", "weights": "equal"}
+    assert asked == [(FRAMES, {"length": 24, "seed": 4, **grid})]
+    assert GRID.items() <= model.settings(given).items()
+
+
+def test_windows_of_an_export_from_before_the_keys(monkeypatch):
+    model = Stubbed(stage="video")
+    model.config.unlock()
+    for name in GRID:
+        if name != "overlap":
+            del model.config.sampling[name]
+    settings = model.settings(Sampling())
+    assert [settings[name] for name in GRID] == [4, "none", "open", "triangular"]
+    assert model.settings(Sampling(**GRID))["window_ends"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "message"),
+    [
+        ("video", {"overlap": 24}, "^--overlap=24: windows of this model have 24 .* 0 to 23$"),
+        ("video", {"overlap": 99}, "^--overlap=99: "),
+        ("image", {"overlap": 2}, "^--overlap is for the video stage: "),
+        ("image", {"window_ends": "closed"}, "^--window_ends is for the video stage: "),
+        ("image", {"window_offset": "none"}, "^--window_offset is for the video stage: "),
+        ("image", {"window_weights": "equal"}, "^--window_weights is for the video stage: "),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(stage, flags, message):
+    model = Stubbed(stage=stage)
+    with pytest.raises(UserError, match=message) as caught:
+        model.settings(Sampling(**flags))
+    assert "\n" not in str(caught.value)
+    assert Stubbed(stage="video").settings(Sampling(overlap=23))["overlap"] == 23
+
+
+def test_overlap_of_a_config_is_that_of_its_windows():
+    """More than the clips of training have room for was always cut to what fits; less than none is refused."""
+    model = Stubbed("data.frames=3", "sampling.overlap=9", stage="video")
+    list(model.animate(PICTURE, drive_of(5), Sampling(steps=1, hybrid_steps=0, guidance=1.0)))
+    assert [len(conditions.expression) for conditions in model.seen] == [3, 3, 3]
+    config = configs.load_config("configs/animator_video.py:tiny", ["sampling.overlap=-1"])
+    with pytest.raises(UserError, match="^config.sampling.overlap=-1: .* 0 frames or more$"):
+        check_config(config)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_features_of_windows_that_move_are_kept_for_their_step(moving):
+    """Otherwise all that do not come again would be kept, up to the limit."""
+    made = []
+
+    def residuals(params, conditions):
+        made.append(conditions.driving_pose)
+        return {"block": np.zeros(4, np.float32)}
+
+    programs = DenoiserPrograms(lambda *given: {}, residuals, lambda *given: given[1])
+    settings = Stubbed().settings(Sampling())
+    windows = ClipWindows({}, programs, drive_of(60), {}, None, settings, moving=moving)
+    for seed in range(4):
+        table = window_frames(60, random=np.random.default_rng(seed) if moving else None)
+        for frames in table:
+            for branch in ("reduced", "full"):
+                windows.predict(np.zeros((24, 1)), np.zeros(24), frames, branch)
+    assert len(windows._kept) == (1 if moving else 3)
+    assert len(made) == (4 * 4 if moving else 3)

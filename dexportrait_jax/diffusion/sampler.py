@@ -20,7 +20,7 @@ from dexportrait_jax.diffusion.schedule import NoiseSchedule
 Latents = Float[np.ndarray, "batch h w c"]
 Timesteps = Int[np.ndarray, " batch"]
 Denoise = Callable[[Latents, Timesteps, Branch], Latents]
-# The guided prediction in parts that follow each other: frames, and their prediction. Once a part is
+# The guided prediction in parts, every frame in one of them: frames, and their prediction. Once a part is
 # given, the latents of its frames are not read any more.
 Guided = Callable[[Latents, Timesteps, GuidanceStep], Iterator[tuple[slice, Latents]]]
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -157,6 +157,7 @@ def sample(
         latents = np.array(latents, np.float32)
     for index, (timestep, step) in enumerate(zip(timesteps.tolist(), plan.steps, strict=True)):
         batch = np.full((frames,), timestep, np.int32)
+        done = 0
         for part, prediction in guided(latents, batch, step):
             latents[part] = ddim_step(
                 schedule,
@@ -167,8 +168,9 @@ def sample(
                 eta=eta,
                 noise=noise(index, part) if eta > 0 else None,
             )
+            done += part.stop - part.start
             if progress is not None:
-                progress(index, part.stop / frames)
+                progress(index, done / frames)
     return latents
 
 

@@ -21,6 +21,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for name, value in config.sampling.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.sampling.{name}={value:g} is no number; give a finite one")
+    if config.sampling.overlap < 0:
+        raise UserError(
+            f"config.sampling.overlap={config.sampling.overlap}: windows of a long video share 0 frames or more"
+        )
     _check_image_size(config)
     frames, longest = config.data.frames, config.model.temporal.max_frames
     if config.stage == "animator_video" and frames > longest:

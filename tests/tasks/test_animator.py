@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dexportrait_jax import choices
 from dexportrait_jax import config as configs
-from dexportrait_jax.diffusion import guidance, sampler, schedule
+from dexportrait_jax.diffusion import guidance, sampler, schedule, windows
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator import (
     branches,
@@ -155,6 +155,9 @@ def test_choices_are_those_that_the_code_knows():
         "sampling.spacing": get_args(sampler.Spacing),
         "sampling.null_reference": get_args(null["reference"]),
         "sampling.null_pose": get_args(null["pose"]),
+        "sampling.window_offset": get_args(windows.Offset),
+        "sampling.window_ends": get_args(windows.Ends),
+        "sampling.window_weights": get_args(windows.Weights),
         "model.temporal.norm": get_args(temporal.Norm),
     }.items():
         assert values(key) == set(known), key
