@@ -29,7 +29,7 @@ from dexportrait_jax.errors import UserError
 FOLDER = "checkpoints"
 # Beside the folder: the last step whose checkpoint is known to be whole, so that one knows when the folder is lost.
 LAST_SAVED = "last_saved.txt"
-# Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are alike.
+# Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are of schema 1.
 SCHEMA = 1
 
 
@@ -265,7 +265,7 @@ def load_groups(
 
 def _check_schema(place: Path, writer: dict[str, Any] | None) -> None:
     """UserError where another version wrote what may mean something else than here."""
-    schema = (writer or {}).get("schema", SCHEMA)
+    schema = (writer or {}).get("schema", 1)
     if schema != SCHEMA:
         raise UserError(
             f"{place} was written by {_writer(writer)} under schema {schema}, this is {dexportrait_jax.__version__} "

@@ -1,5 +1,6 @@
 """Every test runs on a CPU that plays eight devices, and finds real video only where it may be used."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -46,6 +47,26 @@ def places(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("stages")
     return fixtures.make_dataset(root / "data", clips=5, frames=12, size=64), root / "exports"
+
+
+@pytest.fixture
+def programs():
+    """Names of the programs that JAX compiles, small ones of single operations too."""
+    import jax
+
+    names = []
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            text = record.getMessage()
+            if text.startswith("Compiling "):
+                names.append(text.split()[1])
+
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Heard()
+    logger.addHandler(handler)
+    with jax.log_compiles(True):
+        yield names
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ from dexportrait_jax import checkpoint, distributed, sharding
 from dexportrait_jax.checkpoint import Checkpoints
 from dexportrait_jax.errors import UserError
 from tests.disks import small_disk
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def mesh(**sizes):
@@ -382,6 +385,42 @@ def test_another_schema_names_its_version(run, read, schema):
     with pytest.raises(UserError, match=words) as said:
         read(run)
     assert "\n" not in str(said.value) and (run / "checkpoints" / "4").is_dir()
+
+
+@pytest.fixture
+def first_run(tmp_path):
+    """A run of this project's first version (commit a43e5f5): what it saved after four steps, as it wrote it."""
+    with zipfile.ZipFile(GOLDEN / "first_checkpoint.zip") as archive:
+        archive.extractall(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"stage": "motion"}))
+    kernel = (np.arange(576) * 7919 % 1009 / 1024).reshape(24, 24).astype(np.float32)
+    params = {"encoder": {"kernel": kernel}, "decoder": {"bias": kernel[0]}}
+    opt, ema = {"adam": {"mu": kernel / 2}}, {"encoder": {"kernel": kernel - 1}}
+    return tmp_path / "run", {"step": np.int32(4), "params": params, "opt": opt, "ema": ema}
+
+
+def test_a_checkpoint_of_the_first_version_is_gone_on_with(first_run):
+    """Read on any mesh and for an export, and followed by one of today's."""
+    workdir, wanted = first_run
+    abstract = shapes(placed(wanted, mesh(data=4, fsdp=2), "fsdp", "data"))
+    step, state = restored(workdir, abstract)
+    assert step == 4
+    assert_equal(state, wanted)
+    assert_equal(checkpoint.load_groups(workdir)[2]["encoder"], wanted["ema"]["encoder"])
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(6, state | {"step": jnp.int32(6)})
+    checkpoints.close()
+    assert restored(workdir, abstract)[0] == 6
+
+
+@pytest.mark.parametrize("read", [restored, checkpoint.load_groups])
+def test_a_checkpoint_of_the_first_version_has_the_first_schema(first_run, read, monkeypatch):
+    """Which it does not say: once arrays mean something else, it must not be taken for one of today's."""
+    monkeypatch.setattr(checkpoint, "SCHEMA", checkpoint.SCHEMA + 1)
+    words = "was written by a version before checkpoints said which under schema 1, this is .* schema 2; "
+    with pytest.raises(UserError, match=words) as said:
+        read(first_run[0])
+    assert "\n" not in str(said.value) and (first_run[0] / "checkpoints" / "4").is_dir()
 
 
 def test_another_state_is_not_passed_over_for_an_older_checkpoint(run):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -75,17 +76,22 @@ print(json.dumps(found))
 """
 
 
-def test_devices_of_libtpu():
+def said_with_libtpu(program):
+    """What a program, run with `plan`'s environment, prints last, as JSON."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu: pip install -e '.[tpu]' -c constraints.txt")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env=os.environ | dict(JOBS["plan"].environment),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_devices_of_libtpu():
+    found = said_with_libtpu(PROGRAM)
     assert "libtpu does not know this grid" in found.pop("error")
     assert {name: count for name, (count, _) in found.items()} == {
         "v4:2x2x2": 8,
@@ -96,3 +102,43 @@ def test_devices_of_libtpu():
         "tpu7x:2x2x1": 8,  # two devices a chip
     }
     assert found["v6e:4x4"][1] == [0] * 16 + [1] * 16
+
+
+# A program that is its argument and its result, each half of what it takes.
+LIMITS = """
+import json
+import jax
+from jax.sharding import SingleDeviceSharding
+from dexportrait_jax import chips, compiling
+
+found = {}
+for kind, chip in chips.CHIPS.items():
+    device = chips.topology(f"{kind}:{'x'.join('1' * chip.dimensions)}")[1][0]
+
+    def lowered(gib):
+        shape = (round(gib * chips.GIB / 2 / 4096), 1024)
+        given = jax.ShapeDtypeStruct(shape, "float32", sharding=SingleDeviceSharding(device))
+        return jax.jit(lambda x: x + 1).lower(given)
+
+    answers = [
+        compiling.compiled(lambda: lowered(share * chip.hbm_gib), kind, "quick") for share in (0.995, 1.02)
+    ]
+    try:
+        lowered(2 * chip.hbm_gib).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found[kind] = answers, str(error)
+print(json.dumps(found))
+"""
+
+
+def test_memory_of_every_chip_is_what_its_compiler_says():
+    """A little less than all of it fits, a little more does not; and the message names the size that we have."""
+    found = said_with_libtpu(LIMITS)
+    assert list(found) == list(chips.CHIPS)
+    for kind, ((less, more), message) in found.items():
+        limit = chips.CHIPS[kind].hbm_gib
+        said = re.search(r"exceeds available HBM \(([\d.]+)G\)|of ([\d.]+)G hbm", message)
+        assert said and float(said[1] or said[2]) == limit, (kind, message)
+        assert less["fits"] and less["hbm_gib_per_device"] == pytest.approx(0.995 * limit, rel=1e-3)
+        assert not more["fits"]
+        assert more["hbm_gib_per_device"] == pytest.approx(1.02 * limit, rel=1e-3)

@@ -3,11 +3,12 @@ clip's length.
 """
 
 import dataclasses
+import gc
 import json
-import logging
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from dexportrait_jax.diffusion import windows
 from dexportrait_jax.diffusion.guidance import guidance_plan
 from dexportrait_jax.diffusion.sampler import frame_noise, sample, whole
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.inference import Drive, Sampling, load_model
+from dexportrait_jax.inference import Drive, Sampling, load_model, nbytes
 from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.tasks import animator, autoencoder, motion
@@ -48,6 +49,12 @@ IMAGE_ENCODER = {
     "heads": 1,
     "projection": 12,
 }
+# Smaller still, where nothing is asked about the networks themselves.
+SMALLEST = [
+    "model.unet.layers_per_block=1",
+    "model.pose.depths=(1, 1, 1, 1)",
+    "model.expression.depth=1",
+]
 TEXT_ATTENTION = ["model.attn2.cross_attention_features=12", "model.attn2.null_text_tokens=3"]
 # The stages, and the image stage with what else SD1.5's text attention may read.
 STAGES = {
@@ -88,10 +95,10 @@ def random_params(abstract):
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-def export(folder, stage):
+def export(folder, stage, overrides=()):
     """A small model with random weights as an export."""
-    address, task, overrides = STAGES[stage]
-    config = load_config(address, overrides)
+    address, task, own = STAGES[stage]
+    config = load_config(address, [*own, *overrides])
     networks = task.build_networks(config)
     groups = {name: random_params(network.abstract) for name, network in networks.items()}
     model = {"stage": config.stage, "config": config.to_dict(), "step": 0, "ema": False}
@@ -120,6 +127,7 @@ def video_model(models):
     return models("animator_video")
 
 
+POSE = np.eye(3, 4, dtype=np.float32)
 SOURCE_FLOAT = np.zeros((8, 64, 64, 3), np.float32)
 SOURCE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -170,24 +178,6 @@ def compiled(model):
     else:
         jitted += [model._source, model._decode, *model._denoiser("learned")]
     return [function._cache_size() for function in jitted]
-
-
-@pytest.fixture
-def programs():
-    """Names of the programs that JAX compiles, small ones of single operations too."""
-    names = []
-
-    class Heard(logging.Handler):
-        def emit(self, record):
-            text = record.getMessage()
-            if text.startswith("Compiling "):
-                names.append(text.split()[1])
-
-    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Heard()
-    logger.addHandler(handler)
-    with jax.log_compiles(True):
-        yield names
-    logger.removeHandler(handler)
 
 
 def test_another_clip_and_source_compile_nothing(model, programs):
@@ -413,6 +403,48 @@ def test_animator_equals_the_plain_sampler(video_model):
     assert np.abs(made.astype(int) - wanted).max() <= 1
     mean = networks["autoencoder"].bind(params["autoencoder"]).encode(to_float(SOURCE[None]))[0]
     np.testing.assert_allclose(latent, mean * decoder.scale, atol=1e-4)
+
+
+def test_memory_of_a_clip_does_not_grow_with_it(video_model, monkeypatch):
+    """The host's, of whatever numpy and Python hold, and the devices': no more of a clip than of a window is there."""
+    model, most, window = video_model, [], []
+    programs = model._denoiser("learned")
+
+    def predict(params, *arguments):
+        result = programs.predict(params, *arguments)
+        most.append(sum(array.nbytes for array in jax.live_arrays()))
+        return result
+
+    def residuals(*arguments):
+        result = programs.residuals(*arguments)
+        window.append(nbytes(result))
+        return result
+
+    def peaks(frames):
+        drive, count = make_drive(model, frames), 0
+        list(model.animate(SOURCE, make_drive(model, 4), sampling))
+        gc.collect()
+        most.clear()
+        before = sum(array.nbytes for array in jax.live_arrays())
+        tracemalloc.start()
+        for images in model.animate(SOURCE, drive, sampling):
+            count += len(images)
+        host = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == frames
+        return host, max(most) - before
+
+    sampling = Sampling(steps=2, hybrid_steps=1)
+    monkeypatch.setitem(
+        model._denoisers, False, programs._replace(predict=predict, residuals=residuals)
+    )
+    list(model.animate(SOURCE, make_drive(model, 4), sampling))
+    # Room for the warped features of two windows, where a clip of twelve frames has five.
+    monkeypatch.setattr(animator_windows, "WINDOW_CACHE_BYTES", 2 * window[0])
+    (short, short_device), (long, long_device) = peaks(12), peaks(72)
+    latents = np.prod(model._source(model.params, SOURCE[None], POSE[None])[0].shape[1:]) * 4
+    assert (long - short) / 60 < latents / 4  # numbers of frames, windows and noise
+    assert long_device - short_device < window[0]
 
 
 def test_sampling_settings(video_model, models):
