@@ -42,14 +42,19 @@ from dexportrait_jax.inference import (
     nbytes,
     padded,
 )
-from dexportrait_jax.models.animator.branches import branch_conditions
+from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks.animator_networks import denoiser_network
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 
 # Knobs of config.sampling that an older export lacks, at what was true before them.
-LATER_KNOBS = {"null_reference": "dropped", "null_pose": "zero", "expression_guidance": None}
+LATER_KNOBS = {
+    "null_reference": "dropped",
+    "null_pose": "zero",
+    "expression_guidance": None,
+    "window_weights": "triangular",
+}
 
 
 class AnimatorModel(PortraitModel):
@@ -127,6 +132,9 @@ class AnimatorModel(PortraitModel):
                 "null tokens; use zero or source"
             )
         return chosen
+
+    def _reading(self, settings: dict[str, Any]) -> NullReading:
+        return null_reading(settings, self.config.model.denoiser.get("drop_attn2", "image"))
 
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         self.plan(sampling)
@@ -208,7 +216,7 @@ class AnimatorModel(PortraitModel):
             expression=expressions,
             context=context,
         )
-        reading = null_reading(settings)
+        reading = self._reading(settings)
         passes = collections.Counter(branch for step in plan.steps for branch in step.branches)
         # Those of the branches that warp nothing are made for other poses than those of the rest.
         warpings = sum(times for branch, times in passes.items() if warps(branch, reading))
@@ -242,7 +250,7 @@ class AnimatorModel(PortraitModel):
         settings, plan = self._chosen(sampling), self.plan(sampling)
         latent, bank, context = self._source(self.params, source[None], drive.source_pose[None])
         programs = self._denoiser(settings["expression_null"])
-        windows = ClipWindows(self.params, programs, drive, bank, context, settings)
+        windows = ClipWindows(self.params, programs, drive, bank, context, self._reading(settings))
         length, overlap = self.window
         source_latent = np.asarray(latent)[0]
         shape, steps = source_latent.shape, len(plan.steps)
@@ -252,7 +260,13 @@ class AnimatorModel(PortraitModel):
             start[part] = self._start(source_latent, part, settings)
         share = 0.95  # of the work; the rest is decoding
         latents = sample(
-            windowed(windows.predict, len(drive), length=length, overlap=overlap),
+            windowed(
+                windows.predict,
+                len(drive),
+                length=length,
+                overlap=overlap,
+                weights=settings["window_weights"],
+            ),
             self.schedule,
             plan,
             start,

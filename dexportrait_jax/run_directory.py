@@ -58,11 +58,19 @@ BEFORE_THE_KEY = {
     "loss.perceptual_form": "lpips",
     "loss.person_leak": 0.0,
     "loss.pose_leak": 0.0,
+    "model.denoiser.drop_attn2": "image",
+    "model.denoiser.expression_linear": True,
+    "model.denoiser.expression_place": "before_feed_forward",
+    "model.denoiser.expression_positions": "sinusoidal",
+    "model.denoiser.raymap_points": "centres",
+    "model.denoiser.volume_order": "channel_depth",
     "model.expression.dropout": 0.0,
     "model.generator.flatten_stride": "last",
     "model.generator.rgb_channels": None,
     "model.pose.scale_limit": 2.0,
+    "model.reference.raymap_points": "centres",
     "model.temporal.norm": "clip",
+    "sampling.window_weights": "triangular",
 }
 
 

@@ -7,6 +7,7 @@ the host, and predictions are given as soon as their last window is through: mem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,6 +16,7 @@ from dexportrait_jax.diffusion.guidance import Branch, GuidanceStep
 from dexportrait_jax.diffusion.sampler import Guided, Latents, combine
 
 Frames = Int[np.ndarray, " length"]
+Weights = Literal["triangular", "equal"]
 
 
 def window_frames(
@@ -50,18 +52,21 @@ def windowed(
     *,
     length: int = 24,
     overlap: int = 4,
+    weights: Weights = "triangular",
 ) -> Guided:
     """``sample``'s prediction for a whole clip from a denoise function for windows.
 
-    Predictions of windows that share a frame are averaged by triangular weights.
+    Predictions of windows that share a frame are averaged.
 
     Args:
         denoise: ``denoise(latents (length, ...), timesteps (length,), frame numbers, branch)``.
         frames: frames of the clip.
         length, overlap: of the windows.
+        weights: of the average, "triangular", those in the middle of their window most, or "equal" (X-NeMo).
     """
     table = window_frames(frames, length, overlap)
-    weights = triangular_weights(length)
+    equal = weights == "equal"
+    of_frames = np.ones(length, np.float32) if equal else triangular_weights(length)
 
     def guided(
         latents: Latents, timesteps: np.ndarray, step: GuidanceStep
@@ -74,7 +79,7 @@ def windowed(
             prediction = combine(denoise, step, latents[chosen], timesteps[chosen], chosen)
             # A repeated last frame counts once, where it first stands.
             own, at = np.unique(chosen, return_index=True)
-            factor = weights[at].reshape((-1,) + (1,) * (latents.ndim - 1))
+            factor = of_frames[at].reshape((-1,) + (1,) * (latents.ndim - 1))
             more = int(own[-1]) + 1 - first - len(sums)
             sums = np.concatenate([sums, np.zeros((more, *sums.shape[1:]), np.float32)])
             weight_sums = np.concatenate(
