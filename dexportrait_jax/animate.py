@@ -217,6 +217,7 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
             for name, driver in plan.drivers.items()
         },
         pasted_back=job.paste_back,
+        paste_mask=job.paste_mask if job.paste_back else None,
     )
     metadata = provenance.container_metadata(record)
     source = model_inputs(model, plan.source, np.array([0]))["image"][0]
@@ -239,7 +240,7 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         beside = writer(job.side_by_side) if job.side_by_side else None
         for images in model.animate(source, plan.drive, job.sampling, report):
             for image in images:
-                pasted = _paste(image, plan, faces) if job.paste_back else image
+                pasted = _paste(image, plan, faces, job.paste_mask) if job.paste_back else image
                 result.write(pasted, times[number])
                 if beside:
                     shown = image
@@ -256,14 +257,17 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
 
 
 def _paste(
-    image: UInt8[np.ndarray, "h w 3"], plan: Plan, faces: Faces
+    image: UInt8[np.ndarray, "h w 3"], plan: Plan, faces: Faces, kind: str = "face"
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The result in the full source picture, masked by the face before and after (method.md 7.3)."""
-    outlines = [plan.source.landmarks[0]]
-    after = faces.landmarks(image)
-    if after is not None:
-        outlines.append(after)
-    mask = paste_back.face_mask(outlines, PANEL)
+    """The result in the full source picture, masked by the face before and after, or by the crop (method.md 7.3)."""
+    if kind == "crop":
+        mask = paste_back.crop_mask(PANEL)
+    else:
+        outlines = [plan.source.landmarks[0]]
+        after = faces.landmarks(image)
+        if after is not None:
+            outlines.append(after)
+        mask = paste_back.face_mask(outlines, PANEL)
     return paste_back.paste(plan.full_picture, image, plan.source.crop_box, mask)
 
 

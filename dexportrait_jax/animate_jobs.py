@@ -33,6 +33,7 @@ class Job(Sampling):
     smooth: str = "none"
     length: str = "shortest"
     paste_back: bool = False
+    paste_mask: str = "face"
     side_by_side: str | None = None
     max_frames: int | None = None
     overwrite: bool = False
@@ -159,6 +160,10 @@ def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
         raise UserError(
             f"--smooth={job.smooth}: no video drives the pose, so there is nothing to smooth; leave it out, or give "
             "a video as --pose or --driving"
+        )
+    if job.paste_mask != "face" and not job.paste_back:
+        raise UserError(
+            f"--paste_mask={job.paste_mask}: nothing is pasted back; leave it out, or add --paste_back"
         )
     if job.relative_expression and not expression_moves:
         raise UserError(

@@ -27,13 +27,17 @@ SAMPLING: Choices = {
 ANIMATE: Choices = {
     "smooth": ("none", "gaussian", "one_euro"),
     "length": ("shortest", "hold"),
+    "paste_mask": ("face", "crop"),
     **SAMPLING,
 }
 _RAYMAPS = ("displacement", "plucker6", "none")
 _POINTS = ("centres", "corners")
 _NORMS = ("group", "instance", "layer")
-# Keys of the encoders and their pictures, in the config of every stage that has them.
+_TYPES = ("float32", "bfloat16", "float16")
+# Keys of every stage that has the encoders: of these, of their pictures, and of how it computes.
 _ENCODERS: Choices = {
+    "dtype": _TYPES,
+    "frozen_dtype": _TYPES,
     "model.pose.rotation_head": ("euler_bins", "6d"),
     "model.pose.initialisation": ("published", "fan_in"),
     "model.expression.kind": ("fan", "fan_sa"),

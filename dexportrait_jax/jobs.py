@@ -284,6 +284,13 @@ def _animate(parser):
     _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
     _flag(
         parser,
+        "paste_mask",
+        "what of the result --paste_back shows: the face, or the crop up to its border (default: %(default)s)",
+        choices=choices.ANIMATE["paste_mask"],
+        default="face",
+    )
+    _flag(
+        parser,
         "side_by_side",
         "also write source, drivers and result beside each other to this .mp4",
         default=None,

@@ -1,7 +1,7 @@
 """The generated crop back in the full-size picture, without a seam (method.md 7.3).
 
 The mask is the convex hull of the face in the source and in the result, dilated and feathered, so
-hair, neck and background stay the source's own pixels, bit for bit.
+hair, neck and background stay the source's own pixels, bit for bit; or the whole crop but for a ramp at its border.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 DILATION = 0.05  # of the crop's side (method.md 7.3)
 FEATHER = 0.03  # sigma of the Gaussian, of the crop's side
 BORDER = 0.04  # over this part of the crop's side the mask falls to zero at the crop's edge
+RAMP = 0.10  # likewise, of the mask that is the whole crop (HunyuanPortrait)
 
 
 def face_mask(
@@ -35,11 +36,16 @@ def face_mask(
     radius = max(1, round(dilation * side))
     mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2))
     mask = cv2.GaussianBlur(mask, (0, 0), max(0.5, feather * side))
-    return np.clip(mask * _border_ramp(side), 0, 1)
+    return np.clip(mask * _border_ramp(side, BORDER), 0, 1)
 
 
-def _border_ramp(side: int) -> Float[np.ndarray, "side side"]:
-    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) / max(1.0, BORDER * side)
+def crop_mask(side: int) -> Float[np.ndarray, "side side"]:
+    """Opacity of the whole crop: one, and a linear ramp to zero over a tenth of the side at each border."""
+    return _border_ramp(side, RAMP)
+
+
+def _border_ramp(side: int, width: float) -> Float[np.ndarray, "side side"]:
+    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) / max(1.0, width * side)
     ramp = np.clip(distance, 0, 1).astype(np.float32)
     return np.minimum(ramp[:, None], ramp[None])
 

@@ -31,6 +31,13 @@ def test_mask_edge_lies_dilated_by_five_percent():
     assert abs(int(np.sum(mask[100, 100:] > 0.5)) - 50) <= 2
 
 
+def test_mask_of_the_crop_is_a_ramp_over_a_tenth_of_its_side():
+    mask = paste_back.crop_mask(100)
+    np.testing.assert_allclose(mask[50, :12], [*np.arange(10) / 10, 1, 1], atol=1e-6)
+    assert (mask[10:-10, 10:-10] == 1).all() and mask[3, 60] == pytest.approx(0.3)
+    np.testing.assert_array_equal(mask, mask[::-1, ::-1])
+
+
 def test_paste_keeps_the_rest_bit_for_bit():
     random = np.random.default_rng(0)
     frame = random.integers(0, 256, (120, 160, 3), dtype=np.uint8)
