@@ -100,7 +100,7 @@ TABLE = [
         Choice("3.11", MOTION, f"optim.{phase}.{name}", value, (other,), traces.optimizer)
         for phase in ("generator", "discriminator")
         for name, value, other in (
-            ("name", "adam", "adamw"),
+            ("name", "adam", "muon"),
             ("learning_rate", 1e-4, 2e-4),
             ("b1", 0.5, 0.0),
             ("b2", 0.99, 0.999),
@@ -288,7 +288,7 @@ TABLE = [
     Choice("6.3", MOTION, "data.augment.component_mask.dilation", 0.012, (0.1,), "drawn"),
     Choice("6.3", MOTION, "data.augment.component_mask.blur", 0.008, (0.05,), "drawn"),
     # 7: inference
-    Choice("7.1", IMAGE, "sampling.steps", 35, (8,), traces.sampling),
+    Choice("7.1", IMAGE, "sampling.steps", 35, (12,), traces.sampling),
     Choice("7.1", IMAGE, "sampling.guidance", 2.5, (1.5,), traces.sampling),
     Choice("7.1", IMAGE, "sampling.spacing", "leading", ("trailing", "linspace"), traces.sampling),
     Choice("7.1", IMAGE, "sampling.offset", 1, (0,), traces.sampling),
@@ -296,7 +296,6 @@ TABLE = [
     Choice("7.1", IMAGE, "sampling.start", "noise", ("ref_blur",), traces.sampling),
     Choice("7.2", IMAGE, "sampling.hybrid_steps", 5, (1,), traces.sampling),
     Choice("7.2", IMAGE, "sampling.reading", "hybrid", ("expression_in_both",), traces.sampling),
-    # With one scale, three_scale is hybrid written otherwise.
     Choice(
         "7.2", IMAGE, "sampling.expression_guidance", None, (2.0,), traces.sampling, THREE_SCALE
     ),
@@ -319,6 +318,14 @@ TABLE = [
         ("sampling.overlap=3",),
     ),
 ]
+
+# Words that no row above tries.
+NOT_TRIED = {
+    "sampling.reading": {"three_scale"},  # with one scale, hybrid written otherwise
+    "diffusion.preset": {None},  # what configs from before there were presets have
+    "diffusion.prediction": {"epsilon"},  # that of the preset
+    "dtype": {"float16"},
+}
 
 # Flags of jobs: section, job, name, values it takes or None, one that it does not take.
 FLAGS = [

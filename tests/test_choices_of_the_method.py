@@ -10,7 +10,16 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.tasks import animator_start, make_task
 from tests import fixtures, traces
-from tests.choices_of_the_method import FLAGS, IMAGE, MOTION, SWITCHES, TABLE
+from tests.choices_of_the_method import (
+    FLAGS,
+    IMAGE,
+    MOTION,
+    NOT_TRIED,
+    SWITCHES,
+    TABLE,
+    VIDEO,
+    Choice,
+)
 
 NEEDED = {
     "animate": ["--weights=w", "--source=a.png", "--out=o.mp4"],
@@ -18,12 +27,17 @@ NEEDED = {
 }
 
 
+WORDS = {MOTION: choices.MOTION, IMAGE: choices.ANIMATOR, VIDEO: choices.ANIMATOR}
+OPTIMIZERS = {"name": ("adam", "adamw", "muon"), "decay": ("constant", "cosine")}
+
+
 def named(choice):
     return f"{choice.section}-{choice.stage}-{choice.key}"
 
 
 def plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    """A config's lists are tuples, or become lists in it."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def value_of(config, key):
@@ -89,44 +103,49 @@ def test_the_same_twice_is_no_difference(choice, places):
 def test_every_word_is_tried():
     tried = {}
     for choice in TABLE:
-        both = (choice.default, *choice.others)
-        tried.setdefault((choice.stage, choice.key), set()).update(map(plain_key, both))
-    tried[IMAGE, "sampling.reading"].add("three_scale")
-    tried[IMAGE, "diffusion.preset"].add(None)  # what older configs have
-    tried[IMAGE, "dtype"].add("float16")
-    tried[MOTION, "dtype"].add("float16")
-    tried[IMAGE, "diffusion.prediction"].add("epsilon")  # that of the preset
+        values = map(plain, (choice.default, *choice.others))
+        tried.setdefault((choice.stage, choice.key), set()).update(values)
     for (stage, key), values in tried.items():
-        known = (choices.MOTION if stage == MOTION else choices.ANIMATOR).get(key)
-        assert known is None or values == set(known), key
+        known = set(WORDS[stage].get(key, values))
+        assert values <= known and known - values == NOT_TRIED.get(key, set()), key
 
 
-def plain_key(value):
-    return tuple(value) if isinstance(value, list) else value
+def wrong_values():
+    """One choice a key, with a word or a number that is none of its values."""
+    keys = {(choice.stage, choice.key): choice for choice in TABLE}
+    asked = [c for c in keys.values() if c.default is not None or c.key in WORDS[c.stage]]
+    numbers = [c for c in asked if c.key in WORDS[c.stage] and isinstance(c.default, int)]
+    return [
+        *((choice, "nonsense") for choice in asked),
+        *((choice, "7") for choice in numbers),
+        (keys[MOTION, "data.augment.component_mask.parts"], "('nonsense',)"),
+    ]
 
 
 @pytest.mark.parametrize(
-    "choice", {c.key: c for c in TABLE if c.default is not None}.values(), ids=named
+    ("choice", "wrong"),
+    wrong_values(),
+    ids=lambda value: named(value) if isinstance(value, Choice) else value,
 )
-def test_a_wrong_value_is_one_line(choice, places):
-    """A word that is none of the choices, which are named; or no number where one is wanted."""
-    known = (choices.MOTION if choice.stage == MOTION else choices.ANIMATOR).get(choice.key)
-    words = [str(value) for value in known or ()]
-    if choice.key.startswith("optim.") and isinstance(choice.default, str):
-        words = {"name": ["adam", "adamw", "muon"], "decay": ["constant", "cosine"]}[
-            choice.key.rsplit(".", 1)[1]
-        ]
-    wrong = "('nonsense',)" if isinstance(choice.default, tuple) else "nonsense"
+def test_a_wrong_value_is_one_line(choice, wrong, places):
+    """It names the key and the words that there are; where a number is wanted, it says that."""
+    override = choice.override(wrong)
     with pytest.raises(UserError) as caught:
-        config = configs.load_config(
-            f"configs/{choice.stage}.py:tiny", [*choice.given, f"{choice.key}={wrong}"]
-        )
-        if choice.key == "data.augment.component_mask.parts":
-            places["drawn"](choice.stage, [f"{choice.key}={wrong}"])
+        config = configs.load_config(f"configs/{choice.stage}.py:tiny", [*choice.given, override])
+        if choice.key.startswith("optim."):
+            traces.optimizer(choice.stage, [override])
+        elif choice.key.endswith(".parts"):
+            places[choice.seen](choice.stage, [override])
         make_task(config)
     said = str(caught.value)
-    assert "\n" not in said and choice.key.rsplit(".", 1)[1:] and "nonsense" in said
-    assert all(word in said for word in words)
+    last = choice.key.rsplit(".", 1)[-1]
+    assert "\n" not in said and last in said and wrong.strip("(',)") in said
+    words = WORDS[choice.stage].get(choice.key) or OPTIMIZERS.get(last, ())
+    if isinstance(choice.default, int | float) and wrong == "nonsense":
+        words = [type(choice.default).__name__]
+    elif choice.key.endswith(".parts") and wrong != "nonsense":
+        words = choice.default
+    assert all(str(word) in said for word in words if word is not None)
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: f"{flag[0]}-{flag[2]}")

@@ -239,8 +239,8 @@ class _Noted(AnimatorModel):
 
 
 def sampling(stage, overrides, windows=False):
-    """All that a denoiser is asked in the six steps of a clip of seven frames, and the latents that come of it."""
-    short = ("sampling.steps=6", "sampling.hybrid_steps=2", "data.frames=4")
+    """All that a denoiser is asked in the ten steps of a clip of seven frames, and the latents that come of it."""
+    short = ("sampling.steps=10", "data.frames=4")
     model = _Noted((*short, *overrides), windows)
     drive = Drive(POSE, np.zeros(4, np.float32), np.stack([1.1 * POSE] * 7), np.ones((7, 4)))
     picture = np.zeros((64, 64, 3), np.uint8)
