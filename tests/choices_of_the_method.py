@@ -6,6 +6,8 @@ What is marked so and is no key, being no choice of a model:
 3.2   cross-replica BatchNorm: the norms to choose from need no statistics of a batch.
 3.8   noise in the decoder, and 3.10 path-length regularisation: left out, see configs/motion.py.
 3.10  the mask is resized to each feature map; there is nothing else to do with it.
+4     what is added to SD1.5 starts at zero, or the animator would not start as it.
+6.1   one upright box for a clip: scale, place and roll of the head have to survive in the frames.
 7.2   alpha, and one unconditional term for both: the formula that the notes print, computed once.
 8     protocols are jobs of `evaluate`; 9 is what led to the three stages; 10 is how JAX is used.
 Weights to start from (2, 4.7: published ones, or the stage before) are `config.init`, see tests/test_train_starts.py.
