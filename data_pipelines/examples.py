@@ -46,6 +46,13 @@ class Examples:
             raise UserError(
                 f"data.cross_view is {config['cross_view']}; it must lie between 0 and 1"
             )
+        parts = config["augment"]["component_mask"]["parts"]
+        unknown = [part for part in parts if part not in records.POLYGONS]
+        if unknown:
+            raise UserError(
+                f"data.augment.component_mask.parts: there is no {unknown[0]!r}; there are "
+                f"{', '.join(records.POLYGONS)}"
+            )
         self.config = config
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

@@ -44,7 +44,7 @@ from dexportrait_jax.inference import (
     nbytes,
     padded,
 )
-from dexportrait_jax.models.animator.branches import branch_conditions
+from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks.animator_networks import denoiser_network
@@ -133,6 +133,9 @@ class AnimatorModel(PortraitModel):
             )
         return chosen
 
+    def _reading(self, settings: dict[str, Any]) -> NullReading:
+        return null_reading(settings, self.config.model.denoiser.get("drop_attn2", "image"))
+
     def settings(self, sampling: Sampling) -> dict[str, Any]:
         self.plan(sampling)
         # All of it: a picture is not to be had again from the steps and the scale alone.
@@ -213,7 +216,7 @@ class AnimatorModel(PortraitModel):
             expression=expressions,
             context=context,
         )
-        reading = null_reading(settings)
+        reading = self._reading(settings)
         passes = collections.Counter(branch for step in plan.steps for branch in step.branches)
         # Those of the branches that warp nothing are made for other poses than those of the rest.
         warpings = sum(times for branch, times in passes.items() if warps(branch, reading))
@@ -249,7 +252,9 @@ class AnimatorModel(PortraitModel):
         programs = self._denoiser(settings["expression_null"])
         grid = grid_options(settings, self.window, temporal=self._temporal)
         moving = grid["offset"] == "random"
-        windows = ClipWindows(self.params, programs, drive, bank, context, settings, moving=moving)
+        windows = ClipWindows(
+            self.params, programs, drive, bank, context, self._reading(settings), moving=moving
+        )
         source_latent = np.asarray(latent)[0]
         shape, steps = source_latent.shape, len(plan.steps)
         start = spill.zeros((len(drive), *shape))

@@ -33,12 +33,13 @@ class DenoiserPrograms(NamedTuple):
     predict: Callable[..., Any]
 
 
-def null_reading(settings: dict[str, Any]) -> NullReading:
-    """What config.sampling says of the branches that leave something out."""
+def null_reading(settings: dict[str, Any], drop_attn2: str) -> NullReading:
+    """What config.sampling says of the branches that leave something out, and how the denoiser was trained."""
     return NullReading(
         expression="source" if settings["expression_null"] == "source" else "null",
         reference=settings["null_reference"],
         pose=settings["null_pose"],
+        context="kept" if drop_attn2 == "never" else "dropped",
     )
 
 
@@ -86,14 +87,14 @@ class ClipWindows:
         drive: Drive,
         bank: dict[str, Array],
         context: Array | None,
-        settings: dict[str, Any],
+        reading: NullReading,
         *,
         moving: bool = False,
     ):
         self.params, self.programs = params, programs
         self.drive, self.bank, self.context = drive, bank, context
         self.keys_values = programs.keys_values(params, bank)
-        self.reading = null_reading(settings)
+        self.reading = reading
         self._moving = moving
         self._kept: dict[bytes, Any] = {}
 

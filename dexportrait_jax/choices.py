@@ -34,16 +34,53 @@ ANIMATE: Choices = {
     **SAMPLING,
 }
 _RAYMAPS = ("displacement", "plucker6", "none")
+_POINTS = ("centres", "corners")
+_NORMS = ("group", "instance", "layer")
+_TYPES = ("float32", "bfloat16", "float16")
+# Keys of every stage that has the encoders: of these, of their pictures, and of how it computes.
+_ENCODERS: Choices = {
+    "dtype": _TYPES,
+    "frozen_dtype": _TYPES,
+    "model.pose.rotation_head": ("euler_bins", "6d"),
+    "model.pose.initialisation": ("published", "fan_in"),
+    "model.expression.kind": ("fan", "fan_sa"),
+    "model.expression.norm": _NORMS,
+    "data.augment.pose_mask.fill": ("mean", "black"),
+    "data.augment.similarity.border": ("reflect", "replicate", "black"),
+}
+# Keys of the motion trainer's config.
+MOTION: Choices = {
+    **_ENCODERS,
+    "model.appearance.norm": _NORMS,
+    "model.generator.norm": _NORMS,
+    "model.generator.flatten_stride": ("last", "first"),
+    "model.generator.injection": ("modulated", "adain"),
+    "model.warp_padding": ("zeros", "border"),
+    "loss.perceptual": ("vgg16", "alexnet"),
+    "loss.perceptual_form": ("lpips", "features"),
+    "loss.clpips_reduction": ("all_positions", "mask_area"),
+}
 # Keys of an animator's config.
 ANIMATOR: Choices = {
+    **_ENCODERS,
     "model.attn2.attn2": ("none", "null_text", "clip_image"),
     "model.reference.raymap": _RAYMAPS,
     "model.reference.raymap_w": (1, 0),
+    "model.reference.raymap_points": _POINTS,
+    "model.denoiser.drop_attn2": ("image", "always", "never"),
     "model.denoiser.raymap": _RAYMAPS,
     "model.denoiser.raymap_w": (1, 0),
+    "model.denoiser.raymap_points": _POINTS,
     "model.denoiser.warp_kernel": (3, 1, 0),
     "model.denoiser.warp_padding": ("zeros", "border"),
+    "model.denoiser.volume_order": ("channel_depth", "depth_channel"),
     "model.denoiser.expression_injector": ("in_block", "xnemo", "none"),
+    "model.denoiser.expression_place": (
+        "before_feed_forward",
+        "after_feed_forward",
+        "before_text",
+    ),
+    "model.denoiser.expression_positions": ("sinusoidal", "none"),
     "model.denoiser.expression_null": ("learned", "zero"),
     "model.temporal.norm": ("clip", "frame"),
     "model.image_encoder.activation": ("quick_gelu", "gelu"),

@@ -20,6 +20,7 @@ Pose = Float[Array, "*batch 3 4"]
 Rotation = Float[Array, "*batch 3 3"]
 Angle = Float[Array, "*batch"]
 Padding = Literal["zeros", "border"]
+RayMapPoints = Literal["centres", "corners"]
 
 # Reading positions this close to a cell (in cells) are rounding errors of a position on the cell.
 _SNAP = 1e-5
@@ -174,17 +175,21 @@ def ray_map(
     width: int,
     homogeneous: bool = True,
     kind: Literal["displacement", "plucker6"] = "displacement",
+    points: RayMapPoints = "centres",
 ) -> Float[Array, "batch height width features"]:
     """How the pose moves each point (u, v, 0) of the canonical plane (method.md 4.2).
 
     "displacement": d = P [u, v, 0, 1] - [u, v, 0], 3 features; "plucker6": d and p x d, 6 features.
-    (u, v) are pixel centres in [-1, 1]. ``homogeneous=False`` puts 0 for the 1, as printed in the
-    paper, which drops the translation. All zeros at the identity pose.
+    (u, v) are pixel centres in [-1, 1], or with ``points`` "corners" lie as the cells of volumes do, the first at
+    -1 and the last at 1. ``homogeneous=False`` puts 0 for the 1, as printed in the paper, which drops the
+    translation. All zeros at the identity pose.
     """
     if kind not in ("displacement", "plucker6"):
         raise ValueError(f"ray map {kind!r} is neither 'displacement' nor 'plucker6'")
-    u = 2 * (jnp.arange(width) + 0.5) / width - 1
-    v = 2 * (jnp.arange(height) + 0.5) / height - 1
+    if points not in ("centres", "corners"):
+        raise ValueError(f"ray map points {points!r} are neither 'centres' nor 'corners'")
+    place = _centres if points == "centres" else _cells
+    u, v = place(width), place(height)
     plane = jnp.stack(jnp.broadcast_arrays(u, v[:, None], jnp.zeros(())), axis=-1)
     # P - [I | 0] first: exact zero at the identity.
     movement = pose - jnp.eye(3, 4)
@@ -195,6 +200,11 @@ def ray_map(
         return displacement
     moment = jnp.cross(jnp.broadcast_to(plane, displacement.shape), displacement)
     return jnp.concatenate([displacement, moment], axis=-1)
+
+
+def _centres(count: int) -> Float[Array, " count"]:
+    """Coordinates of the middles of an axis' pixels."""
+    return 2 * (jnp.arange(count) + 0.5) / count - 1
 
 
 def _cells(count: int) -> Float[Array, " count"]:

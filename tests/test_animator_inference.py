@@ -112,6 +112,16 @@ def test_embedding_of_the_source_is_given_where_the_reference_is(reference):
         np.testing.assert_array_equal(null.context, full.context)
 
 
+def test_embedding_is_given_without_the_reference_where_training_never_dropped_it():
+    context = np.arange(6, dtype=np.float32).reshape(1, 1, 6)
+    for drop, given in (("image", False), ("always", False), ("never", True)):
+        model = Stubbed(f"model.denoiser.drop_attn2={drop}", context=context)
+        list(model.animate(PICTURE, DRIVE, Sampling(steps=1, hybrid_steps=0)))
+        null, full = model.seen
+        assert null.keys_values is None and (null.context is not None) == given, drop
+        np.testing.assert_array_equal(full.context, np.repeat(context, len(full.context), 0))
+
+
 def test_embedding_is_of_the_source(monkeypatch):
     """The reference reads it as one token, of the picture at the encoder's size."""
     model, asked = Stubbed(), {}

@@ -264,3 +264,15 @@ def test_ray_map():
     np.testing.assert_allclose(six[..., 3:], np.cross(plane[None], six[..., :3]), atol=1e-6)
     with pytest.raises(ValueError, match="rays"):
         geometry.ray_map(pose, 4, 6, kind="rays")
+
+
+def test_ray_map_from_corner_to_corner():
+    """Its points lie as a volume's cells do."""
+    pose = np.asarray(poses(1, 2))
+    u, v = np.meshgrid(np.linspace(-1, 1, 6), np.linspace(-1, 1, 4))
+    plane = np.stack([u, v, np.zeros_like(u), np.ones_like(u)], axis=-1)
+    expected = np.einsum("bij,hwj->bhwi", pose, plane) - plane[..., :3]
+    found = geometry.ray_map(pose, 4, 6, points="corners")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="neither 'centres' nor 'corners'"):
+        geometry.ray_map(pose, 4, 6, points="edges")

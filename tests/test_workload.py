@@ -12,6 +12,7 @@ from dexportrait_jax.models.perceptual import PerceptualNetwork
 from dexportrait_jax.state import Network
 from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.workload import forward_work, step_work
+from tests import traces
 
 GIGA = 1e9
 CONFIG = "configs/motion.py:full"
@@ -150,6 +151,25 @@ def test_step_is_three_times_its_forward_passes():
     extra = with_penalty["discriminator"] - step["discriminator"]
     assert extra == pytest.approx(3 * 2 * judge * 2, rel=5e-2)
     assert with_penalty["generator"] == step["generator"]
+
+
+def test_choices_of_the_denoiser():
+    """Where things stand costs nothing; a linear layer less is its products less, for each of two samples."""
+
+    def macs(*choices):
+        overrides = [f"model.denoiser.{choice}" for choice in choices]
+        _, function, given = traces.denoiser("animator_image", overrides)
+        return count(function, *given).macs
+
+    default = macs()
+    elsewhere = macs(
+        "volume_order=depth_channel",
+        "expression_place=after_feed_forward",
+        "expression_positions=none",
+        "raymap_points=corners",
+    )
+    assert elsewhere == default > 1e5
+    assert default - macs("expression_linear=False") == 2 * 64 * 64
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "animator_image", "animator_video"])

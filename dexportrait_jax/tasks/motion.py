@@ -16,6 +16,7 @@ import ml_collections
 
 from data_pipelines.survey import Survey
 from dexportrait_jax import geometry
+from dexportrait_jax.choices import MOTION, check_choices
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.perceptual import PerceptualNetwork
 from dexportrait_jax.optim import make_optimizer, with_lazy_penalty
@@ -25,7 +26,6 @@ from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.equivariance import draw_similarities, move_pictures
 from dexportrait_jax.tasks.motion_networks import build_networks, reenact
 from dexportrait_jax.tasks.motion_terms import (
-    PERCEPTUAL_FORMS,
     Encoded,
     Terms,
     image_terms,
@@ -50,6 +50,7 @@ class MotionTask:
     """The motion trainer for `train.py`."""
 
     def __init__(self, config: ml_collections.ConfigDict):
+        check_choices(config, MOTION)
         data = config.data
         if config.loss.person_leak and (data.batch_size < 2 or data.targets < 2):
             raise UserError(
@@ -64,11 +65,6 @@ class MotionTask:
         if config.loss.r1_every < 1:
             raise UserError(
                 f"config.loss.r1_every={config.loss.r1_every}: at least 1; --config.loss.r1_gamma=0 is without R1"
-            )
-        if config.loss.perceptual_form not in PERCEPTUAL_FORMS:
-            raise UserError(
-                f"config.loss.perceptual_form is {' or '.join(PERCEPTUAL_FORMS)}, "
-                f"not {config.loss.perceptual_form!r}"
             )
         self.config = config
         self.networks = build_networks(config)

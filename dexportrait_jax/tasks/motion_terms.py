@@ -20,7 +20,6 @@ from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.pictures import flatten_targets, to_float
 
 Terms = dict[str, tuple[Any, Array]]
-PERCEPTUAL_FORMS = ("lpips", "features")
 
 
 class Encoded(NamedTuple):

@@ -252,6 +252,9 @@ def test_overlaps_blend_by_weight():
     guided = windowed(number_of_window, 6, length=4, overlap=2)
     result = joined(guided, np.zeros((6, 1, 1, 1)), np.zeros(6, np.int32)).ravel()
     np.testing.assert_allclose(result, [0, 0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
+    alike = windowed(number_of_window, 6, length=4, overlap=2, weights="equal")
+    result = joined(alike, np.zeros((6, 1, 1, 1)), np.zeros(6, np.int32)).ravel()
+    np.testing.assert_allclose(result, [0, 0, 1 / 2, 1 / 2, 1, 1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("overlap", [3, 6])

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dexportrait_jax import choices
+from dexportrait_jax import choices, geometry
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion import guidance, sampler, schedule, windows
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator import (
     branches,
     conditioning,
+    denoiser,
     image_encoder,
     reference,
     temporal,
@@ -84,6 +85,7 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     config.model.unet.heads = 2
     config.model.reference.raymap_w = 0
     config.model.denoiser.update(raymap_w=0, warp_padding="border", expression_heads=2)
+    config.model.denoiser.update(volume_order="depth_channel", expression_linear=False)
     with pytest.raises(UserError) as caught:
         animator.AnimatorTask(config).pretrained()
     said = str(caught.value)
@@ -93,7 +95,9 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
         "--config.model.reference.raymap_w=1",
         "--config.model.denoiser.raymap_w=1",
         "--config.model.denoiser.warp_padding=zeros",
+        "--config.model.denoiser.volume_order=channel_depth",
         "--config.model.denoiser.expression_heads=None",
+        "--config.model.denoiser.expression_linear=True",
         "--config.diffusion.beta_end=0.012",
         "--config.diffusion.prediction=v",
         "--config.diffusion.zero_terminal_snr=True",
@@ -148,6 +152,12 @@ def test_choices_are_those_that_the_code_knows():
         "model.denoiser.raymap": conditioning.RAY_CHANNELS,
         "model.denoiser.expression_injector": (*get_args(transformer.ExpressionInjector), "none"),
         "model.denoiser.expression_null": get_args(conditioning.ExpressionNull),
+        "model.denoiser.expression_place": get_args(transformer.ExpressionPlace),
+        "model.denoiser.expression_positions": get_args(conditioning.ExpressionPositions),
+        "model.denoiser.volume_order": get_args(conditioning.VolumeOrder),
+        "model.denoiser.drop_attn2": get_args(denoiser.DropAttn2),
+        "model.denoiser.raymap_points": get_args(geometry.RayMapPoints),
+        "model.reference.raymap_points": get_args(geometry.RayMapPoints),
         "model.image_encoder.activation": image_encoder.ACTIVATIONS,
         "diffusion.preset": schedule.SCHEDULES,
         "diffusion.prediction": get_args(schedule.Prediction),

@@ -21,11 +21,13 @@ class NullReading:
         reference: in the unconditional branch, "dropped" or "kept".
         pose: in the unconditional branch, "zero" (zero ray maps, no warp) or "source" (as if the
             target had the source's pose).
+        context: attn2's context where the reference is dropped, "dropped" or "kept" (``drop_attn2="never"``).
     """
 
     expression: Literal["null", "source"] = "null"
     reference: Literal["dropped", "kept"] = "dropped"
     pose: Literal["zero", "source"] = "zero"
+    context: Literal["dropped", "kept"] = "dropped"
 
 
 def branch_conditions(
@@ -63,8 +65,9 @@ def branch_conditions(
         bare = bare.replace(
             reference=conditions.reference,
             keys_values=conditions.keys_values,
-            context=conditions.context,
         )
+    if "kept" in (reading.reference, reading.context):
+        bare = bare.replace(context=conditions.context)
     if reading.pose == "source" and conditions.source_pose is not None:
         source, driving = conditions.source_pose, conditions.driving_pose
         poses = jnp.repeat(source, driving.shape[0] // source.shape[0], axis=0)

@@ -21,6 +21,8 @@ from dexportrait_jax.models.animator.blocks import position_features
 Bank = dict[str, Array]
 RayMapKind = Literal["displacement", "plucker6", "none"]
 ExpressionNull = Literal["learned", "zero"]
+ExpressionPositions = Literal["sinusoidal", "none"]
+VolumeOrder = Literal["channel_depth", "depth_channel"]
 
 RAY_CHANNELS = {"displacement": 3, "plucker6": 6, "none": 0}
 
@@ -38,7 +40,8 @@ class Conditions:
         driving_pose: (B, 3, 4).
         expression: (B, L) latents.
         context: (B, n, features) tokens for attn2 in the mode "clip_image".
-        keep_reference: (B,). Dropped: self-attention to own tokens only, no warped residual, zero context.
+        keep_reference: (B,). Dropped: self-attention to own tokens only, no warped residual, and of the context
+            what the denoiser's ``drop_attn2`` says.
         keep_pose: (B,). Dropped: zero ray maps, no warped residual.
         keep_expression: (B,). Dropped: the null tokens.
         reference_token_keep: path -> (S, h*w), 0 where a token is hidden (random reference masking).
@@ -89,9 +92,10 @@ def random_token_keep(key: Array, bank: Bank, rate: float) -> dict[str, Array]:
 
 
 class ExpressionTokens(nnx.Module):
-    """Latent -> tokens: a linear layer, a reshape, a fixed position embedding; and the null tokens.
+    """Latent -> tokens: a linear layer, a reshape, a fixed position embedding; and the null tokens (method.md 4.4).
 
-    ``null="learned"`` trains the tokens of a dropped expression (they get the position embedding
+    ``linear=False`` leaves the layer out: the latent is cut into tokens as it is. ``positions="none"`` leaves the
+    embedding out. ``null="learned"`` trains the tokens of a dropped expression (they get the position embedding
     too); ``null="zero"`` gives tokens that are zero throughout.
     """
 
@@ -100,14 +104,19 @@ class ExpressionTokens(nnx.Module):
         latent_features: int = 512,
         tokens: tuple[int, int] = (32, 16),
         *,
+        linear: bool = True,
+        positions: ExpressionPositions = "sinusoidal",
         null: ExpressionNull = "learned",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         if tokens[0] * tokens[1] != latent_features:
             raise ValueError(f"a latent of {latent_features} does not reshape to tokens {tokens}")
-        self.tokens, self.dtype = tuple(tokens), dtype
-        self.linear = nnx.Linear(latent_features, latent_features, dtype=dtype, rngs=rngs)
+        self.tokens, self.positions, self.dtype = tuple(tokens), positions, dtype
+        if linear:
+            self.linear = nnx.Linear(latent_features, latent_features, dtype=dtype, rngs=rngs)
+        else:
+            self.linear = None
         self.null_tokens = nnx.Param(jnp.zeros(tokens)) if null == "learned" else None
 
     def __call__(
@@ -117,18 +126,28 @@ class ExpressionTokens(nnx.Module):
         batch: int,
     ) -> Float[Array, "batch n features"]:
         """Tokens of each sample; the null tokens where ``keep`` is 0 or there is no latent."""
-        positions = position_features(*self.tokens).astype(self.dtype)
         if self.null_tokens is None:
             null = jnp.zeros(self.tokens, self.dtype)
         else:
-            null = self.null_tokens[...].astype(self.dtype) + positions
+            null = self._placed(self.null_tokens[...].astype(self.dtype))
         null = jnp.broadcast_to(null, (batch, *self.tokens))
         if latent is None:
             return null
-        tokens = self.linear(latent.astype(self.dtype)).reshape(batch, *self.tokens) + positions
+        latent = latent.astype(self.dtype)
+        if self.linear is not None:
+            latent = self.linear(latent)
+        tokens = self._placed(latent.reshape(batch, *self.tokens))
         if keep is None:
             return tokens
         return jnp.where(keep[:, None, None] > 0.5, tokens, null)
+
+    def _placed(
+        self, tokens: Float[Array, "*batch n features"]
+    ) -> Float[Array, "*batch n features"]:
+        """The tokens with their position embedding, where there is one."""
+        if self.positions == "none":
+            return tokens
+        return tokens + position_features(*self.tokens).astype(self.dtype)
 
 
 def ray_maps(
@@ -139,9 +158,10 @@ def ray_maps(
     *,
     kind: RayMapKind,
     homogeneous: bool,
+    points: geometry.RayMapPoints = "centres",
 ) -> Float[Array, "batch h w rays"]:
     """Ray maps of source and driving pose, concatenated on channels; zero where ``keep`` is 0."""
-    settings = {"homogeneous": homogeneous, "kind": kind}
+    settings = {"homogeneous": homogeneous, "kind": kind, "points": points}
     source = geometry.ray_map(source_pose, *size, **settings)
     driving = geometry.ray_map(driving_pose, *size, **settings)
     source = jnp.repeat(source, driving.shape[0] // source.shape[0], axis=0)
@@ -156,10 +176,12 @@ def warp_bank(
     driving_pose: Float[Array, "batch 3 4"],
     *,
     padding: Literal["zeros", "border"],
+    order: VolumeOrder = "channel_depth",
 ) -> dict[str, Float[Array, "batch h w c"]]:
     """The bank's features moved rigidly from the source's pose to each target's.
 
-    Features (h, w, c) are read as a volume of depth h/2 with 2c/h channels, channel = ch*(h/2) + d.
+    Features (h, w, c) are read as a volume of depth h/2 with 2c/h channels (method.md 4.3). ``order`` says where the
+    channel ch of depth d stands among the features: "channel_depth" ch*(h/2) + d, "depth_channel" d*(2c/h) + ch.
     Sampling places depend on the poses and the resolution alone, so the blocks of one
     resolution are warped together, and a source's volume is not copied for its targets.
     """
@@ -170,28 +192,35 @@ def warp_bank(
     warped = {}
     for (height, width), members in groups.items():
         depth = height // 2
-        volumes = [_as_volume(bank[path], depth) for path in members]
+        volumes = [_as_volume(bank[path], depth, order) for path in members]
         coordinates = geometry.source_coordinates(
             jnp.repeat(source_pose, targets, axis=0), driving_pose, (depth, height, width)
         )
         moved = geometry.warp_volume(jnp.concatenate(volumes, axis=-1), coordinates, padding)
         splits = np.cumsum([volume.shape[-1] for volume in volumes])[:-1]
         for path, part in zip(members, jnp.split(moved, splits, axis=-1), strict=True):
-            warped[path] = _as_features(part).astype(bank[path].dtype)
+            warped[path] = _as_features(part, order).astype(bank[path].dtype)
     return warped
 
 
-def _as_volume(features: Array, depth: int) -> Array:
-    """(B, h, w, c) -> (B, depth, h, w, c/depth), channel index = ch*depth + d."""
+def _as_volume(features: Array, depth: int, order: VolumeOrder) -> Array:
+    """(B, h, w, c) -> (B, depth, h, w, c/depth)."""
     batch, height, width, channels = features.shape
     if channels % depth:
         raise ValueError(
             f"{channels} channels on a grid of height {height} do not divide into depth {depth}"
         )
-    split = features.reshape(batch, height, width, channels // depth, depth)
-    return split.transpose(0, 4, 1, 2, 3)
+    if order == "channel_depth":
+        split = features.reshape(batch, height, width, channels // depth, depth)
+        return split.transpose(0, 4, 1, 2, 3)
+    if order == "depth_channel":
+        split = features.reshape(batch, height, width, depth, channels // depth)
+        return split.transpose(0, 3, 1, 2, 4)
+    raise ValueError(f"volume order {order!r} is neither 'channel_depth' nor 'depth_channel'")
 
 
-def _as_features(volume: Array) -> Array:
+def _as_features(volume: Array, order: VolumeOrder) -> Array:
+    """The inverse of ``_as_volume``."""
     batch, depth, height, width, channels = volume.shape
-    return volume.transpose(0, 2, 3, 4, 1).reshape(batch, height, width, channels * depth)
+    axes = (0, 2, 3, 4, 1) if order == "channel_depth" else (0, 2, 3, 1, 4)
+    return volume.transpose(axes).reshape(batch, height, width, channels * depth)

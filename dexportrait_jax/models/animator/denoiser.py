@@ -12,13 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dexportrait_jax.geometry import RayMapPoints
 from dexportrait_jax.models.animator.conditioning import (
     RAY_CHANNELS,
     Bank,
     Conditions,
     ExpressionNull,
+    ExpressionPositions,
     ExpressionTokens,
     RayMapKind,
+    VolumeOrder,
     ray_maps,
     warp_bank,
 )
@@ -27,11 +30,14 @@ from dexportrait_jax.models.animator.transformer import (
     BlockInputs,
     BlockReference,
     ExpressionInjector,
+    ExpressionPlace,
     TransformerOptions,
 )
 from dexportrait_jax.models.animator.unet import Temporal, UNet
 from dexportrait_jax.models.attention import Backend
 from dexportrait_jax.models.rematerialisation import Remat
+
+DropAttn2 = Literal["image", "always", "never"]
 
 
 class Denoiser(UNet):
@@ -42,14 +48,21 @@ class Denoiser(UNet):
         block_channels, layers_per_block, heads, groups: sizes; the defaults are SD1.5's.
         attn2: what SD1.5's text attention reads: "none" (layer left out), "null_text" (a constant, learned
             from zero), "clip_image" (``Conditions.context``).
+        drop_attn2: whether that becomes zeros where the reference is dropped: "image" says so of ``Conditions.context``
+            and keeps the constant, "always" of both, "never" of neither.
         cross_attention_features, null_text_tokens: channels and length of that context.
         raymap: "displacement" (3 channels a pose), "plucker6" (6), or "none".
         raymap_w: the fourth coordinate of the ray map's points, 1 or 0 (0 drops the translation).
+        raymap_points: where these points lie, "centres" or "corners" (see ``geometry.ray_map``).
         warp_kernel: convolution on the warped reference, 3 or 1; 0 leaves the branch out.
         warp_padding: "zeros" or "border", what is read outside the volume.
+        volume_order: how features are split into volumes, "channel_depth" or "depth_channel" (see ``warp_bank``).
         expression_injector: "in_block" or "xnemo"; "none" leaves the branch out.
         expression_heads: heads of the expression attention; None means ``heads``.
+        expression_place: of "in_block", "before_feed_forward", "after_feed_forward" or "before_text" (attn2).
         expression_latent, expression_tokens: size of the latent and its shape as tokens.
+        expression_linear: a trained linear layer before the latent is cut into tokens.
+        expression_positions: "sinusoidal" adds a position embedding to the tokens, "none" does not.
         expression_null: tokens of a dropped expression, "learned" or "zero".
         backend, remat, dtype: attention backend, rematerialisation, compute type.
     """
@@ -65,14 +78,20 @@ class Denoiser(UNet):
         attn2: Attn2 = "none",
         cross_attention_features: int = 768,
         null_text_tokens: int = 77,
+        drop_attn2: DropAttn2 = "image",
         raymap: RayMapKind = "displacement",
         raymap_w: int = 1,
+        raymap_points: RayMapPoints = "centres",
         warp_kernel: int = 3,
         warp_padding: Literal["zeros", "border"] = "zeros",
+        volume_order: VolumeOrder = "channel_depth",
         expression_injector: ExpressionInjector | Literal["none"] = "in_block",
         expression_heads: int | None = None,
+        expression_place: ExpressionPlace = "before_feed_forward",
         expression_latent: int = 512,
         expression_tokens: tuple[int, int] = (32, 16),
+        expression_linear: bool = True,
+        expression_positions: ExpressionPositions = "sinusoidal",
         expression_null: ExpressionNull = "learned",
         backend: Backend = "auto",
         remat: Remat = "none",
@@ -86,6 +105,7 @@ class Denoiser(UNet):
             expression_features=expression_tokens[1] if has_expression else None,
             expression_injector=expression_injector,
             expression_heads=expression_heads,
+            expression_place=expression_place,
             warp_kernel=warp_kernel,
             backend=backend,
         )
@@ -101,11 +121,19 @@ class Denoiser(UNet):
             dtype=dtype,
             rngs=rngs,
         )
-        self.raymap, self.raymap_w, self.warp_padding = raymap, raymap_w, warp_padding
+        self.raymap, self.raymap_w, self.raymap_points = raymap, raymap_w, raymap_points
+        self.warp_padding, self.volume_order = warp_padding, volume_order
+        self.drop_attn2 = drop_attn2
         self.null_text = null_text_parameter(attn2, null_text_tokens, cross_attention_features)
         if has_expression:
             self.expression_tokens = ExpressionTokens(
-                expression_latent, expression_tokens, null=expression_null, dtype=dtype, rngs=rngs
+                expression_latent,
+                expression_tokens,
+                linear=expression_linear,
+                positions=expression_positions,
+                null=expression_null,
+                dtype=dtype,
+                rngs=rngs,
             )
         else:
             self.expression_tokens = None
@@ -129,15 +157,11 @@ class Denoiser(UNet):
             expression = self.expression_tokens(
                 conditions.expression, conditions.keep_expression, batch
             )
-        keep_reference = conditions.keep_reference
-        context = conditions.context
-        if context is not None and keep_reference is not None:
-            context = context * keep_reference[:, None, None]
         inputs = BlockInputs(
-            context=attn2_context(self.null_text, context, batch, self.options, self.dtype),
+            context=self._context(conditions, batch),
             expression=expression,
-            reference_keep=keep_reference,
-            residual_keep=_product(keep_reference, conditions.keep_pose),
+            reference_keep=conditions.keep_reference,
+            residual_keep=_product(conditions.keep_reference, conditions.keep_pose),
         )
         return self.forward(
             self._with_rays(latents, conditions),
@@ -171,6 +195,18 @@ class Denoiser(UNet):
             for path, reference in self._references(conditions).items()
         }
 
+    def _context(self, conditions: Conditions, batch: int) -> Array | None:
+        """What attn2 reads, zero where it is dropped with the reference."""
+        context = attn2_context(self.null_text, conditions.context, batch, self.options, self.dtype)
+        constant, keep = self.null_text is not None, conditions.keep_reference
+        if context is None or self.drop_attn2 == "never":
+            return context
+        if constant and self.drop_attn2 == "image":
+            return context
+        if constant and conditions.reference is None and conditions.keys_values is None:
+            return jnp.zeros_like(context)
+        return context if keep is None else context * keep[:, None, None].astype(context.dtype)
+
     def _with_rays(self, latents: Array, conditions: Conditions) -> Array:
         channels = 2 * RAY_CHANNELS[self.raymap]
         if channels == 0:
@@ -185,6 +221,7 @@ class Denoiser(UNet):
                 conditions.keep_pose,
                 kind=self.raymap,
                 homogeneous=bool(self.raymap_w),
+                points=self.raymap_points,
             )
         return jnp.concatenate([latents, rays.astype(latents.dtype)], axis=-1)
 
@@ -201,6 +238,7 @@ class Denoiser(UNet):
                 conditions.source_pose,
                 conditions.driving_pose,
                 padding=self.warp_padding,
+                order=self.volume_order,
             )
         hidden = conditions.reference_token_keep or {}
         return {

@@ -59,7 +59,7 @@ class ReferenceUNet(UNet):
         cross_attention_features: channels of that context.
         null_text_tokens: length of the constant.
         raymap_reference: give it the ray map of the source pose too.
-        raymap, raymap_w: as in ``Denoiser``.
+        raymap, raymap_w, raymap_points: as in ``Denoiser``.
         backend, remat, dtype: attention backend, rematerialisation, compute type.
     """
 
@@ -77,6 +77,7 @@ class ReferenceUNet(UNet):
         raymap_reference: bool = False,
         raymap: RayMapKind = "displacement",
         raymap_w: int = 1,
+        raymap_points: geometry.RayMapPoints = "centres",
         backend: Backend = "auto",
         remat: Remat = "none",
         dtype: jnp.dtype = jnp.float32,
@@ -88,6 +89,7 @@ class ReferenceUNet(UNet):
             backend=backend,
         )
         self.raymap_reference, self.raymap, self.raymap_w = raymap_reference, raymap, raymap_w
+        self.raymap_points = raymap_points
         super().__init__(
             in_channels=in_channels,
             out_channels=in_channels,
@@ -119,6 +121,7 @@ class ReferenceUNet(UNet):
                 *latents.shape[1:3],
                 homogeneous=bool(self.raymap_w),
                 kind=self.raymap,
+                points=self.raymap_points,
             )
             latents = jnp.concatenate([latents, rays], axis=-1)
         context = attn2_context(self.null_text, context, sources, self.options, self.dtype)

@@ -1,14 +1,14 @@
 """The spatial transformer of SD1.5 with the places where the animator's conditions enter.
 
 Order inside a block (method.md 4.3): self-attention with the reference tokens, warped reference residual, attention
-to an outer context (attn2, optional), expression attention, feed-forward. With no condition given it is
-diffusers' ``Transformer2DModel`` with one ``BasicTransformerBlock``.
+to an outer context (attn2, optional), expression attention, feed-forward; ``ExpressionPlace`` names the others. With
+no condition given it is diffusers' ``Transformer2DModel`` with one ``BasicTransformerBlock``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.struct
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from dexportrait_jax.models.attention import Attention, Backend
 from dexportrait_jax.models.layers import Conv
 
 ExpressionInjector = Literal["in_block", "xnemo"]
+ExpressionPlace = Literal["before_feed_forward", "after_feed_forward", "before_text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class TransformerOptions:
         expression_injector: "in_block" adds one cross-attention to every transformer block,
             "xnemo" a transformer of its own after every (ResNet, attention) pair.
         expression_heads: heads of the expression attention; None means ``heads``.
+        expression_place: where the attention of "in_block" stands: right before the feed-forward or right after it,
+            or before attn2, where it is as before the feed-forward if there is no attn2.
         warp_kernel: kernel of the convolution on the warped reference, 3 or 1; 0 leaves it out.
         backend: attention backend.
     """
@@ -43,6 +46,7 @@ class TransformerOptions:
     expression_features: int | None = None
     expression_injector: ExpressionInjector = "in_block"
     expression_heads: int | None = None
+    expression_place: ExpressionPlace = "before_feed_forward"
     warp_kernel: int = 0
     backend: Backend = "auto"
 
@@ -89,8 +93,13 @@ class TransformerBlock(nnx.Module):
     def __init__(
         self, features: int, options: TransformerOptions, *, dtype=jnp.float32, rngs: nnx.Rngs
     ):
+        if options.expression_place not in get_args(ExpressionPlace):
+            raise ValueError(
+                f"expression place {options.expression_place!r} is none of {', '.join(get_args(ExpressionPlace))}"
+            )
         build = {"dtype": dtype, "rngs": rngs}
         heads, backend = options.heads, options.backend
+        self.expression_place = options.expression_place
         self.norm1 = LayerNorm(features, **build)
         self.attn1 = Attention(features, heads, backend=backend, **build)
         if options.warp_kernel == 0:
@@ -145,11 +154,12 @@ class TransformerBlock(nnx.Module):
             residual = self.warped_residual(reference, inputs.residual_keep)
             if residual is not None:
                 hidden = hidden + residual.reshape(hidden.shape).astype(hidden.dtype)
+        hidden = self._expression("before_text", hidden, inputs)
         if self.attn2 is not None:
             hidden = hidden + self.attn2(self.norm2(hidden), inputs.context)
-        if self.attn_expression is not None:
-            hidden = hidden + self.attn_expression(self.norm_expression(hidden), inputs.expression)
+        hidden = self._expression("before_feed_forward", hidden, inputs)
         hidden = hidden + self.ff(self.norm3(hidden))
+        hidden = self._expression("after_feed_forward", hidden, inputs)
         return hidden.reshape(grid), normed.reshape(grid)
 
     def reference_keys_values(self, tokens: Float[Array, "sources h w c"]) -> tuple[Array, Array]:
@@ -166,6 +176,12 @@ class TransformerBlock(nnx.Module):
         if residual is None or keep is None:
             return residual
         return residual * keep[:, None, None, None].astype(residual.dtype)
+
+    def _expression(self, place: ExpressionPlace, hidden: Array, inputs: BlockInputs) -> Array:
+        """The expression attention added, where this is its place."""
+        if self.attn_expression is None or self.expression_place != place:
+            return hidden
+        return hidden + self.attn_expression(self.norm_expression(hidden), inputs.expression)
 
     def _self_attention(
         self, normed: Array, inputs: BlockInputs, reference: BlockReference | None

@@ -9,6 +9,7 @@ from dexportrait_jax import geometry
 from dexportrait_jax.models.animator.branches import NullReading, branch_conditions
 from dexportrait_jax.models.animator.conditioning import (
     Conditions,
+    ExpressionTokens,
     random_token_keep,
     select_frames,
     warp_bank,
@@ -87,12 +88,32 @@ def differ(one, other):
     return np.abs(one - other).max(axis=(1, 2, 3)) > 1e-3
 
 
-@pytest.mark.parametrize("injector", ["in_block", pytest.param("xnemo", marks=pytest.mark.slow)])
-def test_added_branches_start_as_nothing(world, injector):
+# Every choice of the branches' form at once, other than the default.
+OTHERWISE = {
+    "volume_order": "depth_channel",
+    "raymap_points": "corners",
+    "expression_place": "after_feed_forward",
+    "expression_linear": False,
+    "expression_positions": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("choices", "levels"),
+    [
+        ({"expression_injector": "in_block"}, 2),
+        (OTHERWISE, 1),  # its transformer block is the middle's
+        pytest.param({"expression_injector": "xnemo"}, 2, marks=pytest.mark.slow),
+    ],
+    ids=["in_block", "otherwise", "xnemo"],
+)
+def test_added_branches_start_as_nothing(world, choices, levels):
     """Without the reference it is the plain UNet; with it, what its tokens alone make of that."""
     # Equal widths: the parameters then have few different shapes, each of which costs a compilation.
-    sizes = SIZES | {"block_channels": (16, 16)}
-    settings = SMALL | sizes | {"expression_injector": injector}
+    sizes = SIZES | {"block_channels": (16,) * levels}
+    blocks, units = {1: (1, 4), 2: (4, 7)}[levels]
+    settings = SMALL | sizes | choices
+    injector = choices.get("expression_injector", "in_block")
     network = Network(lambda rngs: Denoiser(**settings, rngs=rngs))
     options = TransformerOptions(heads=2, cross_attention_features=None)
     plain = Network(lambda rngs: UNet(**sizes, options=options, rngs=rngs))
@@ -101,9 +122,11 @@ def test_added_branches_start_as_nothing(world, injector):
     temporal = Network(lambda rngs: TemporalModules(**sizes, heads=2, rngs=rngs))
     params = network.init(jax.random.key(0, impl="unsafe_rbg"))
     temporal_params = temporal.init(jax.random.key(1, impl="unsafe_rbg"))
-    expression = {"attn_expression": 4} if injector == "in_block" else {"expression_modules": 7}
-    assert_nothing_is_added(params, {"warp_projection": 4} | expression)
-    assert_nothing_is_added(temporal_params, {"motion_modules": 7})
+    expression = {"attn_expression": blocks}
+    if injector == "xnemo":
+        expression = {"expression_modules": units}
+    assert_nothing_is_added(params, {"warp_projection": blocks} | expression)
+    assert_nothing_is_added(temporal_params, {"motion_modules": units})
     assert_rays_are_not_read(params, latent_channels=4, rays=6)
 
     def shared(shapes, values):
@@ -116,6 +139,9 @@ def test_added_branches_start_as_nothing(world, injector):
         path: jnp.resize(features, (*features.shape[:3], 16))
         for path, features in world.conditions.reference.items()
     }
+    if levels == 1:
+        middle = "mid_block.attentions.0.transformer_blocks.0"
+        bank = {middle: bank["down_blocks.0.attentions.0.transformer_blocks.0"]}
 
     @jax.jit
     def run(params, keep):
@@ -249,6 +275,79 @@ def test_warped_bank(world):
     )
     for d in range(depth):
         np.testing.assert_allclose(moved[..., d::depth], expected[:, d], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["channel_depth", "depth_channel"])
+def test_order_of_the_volume(order):
+    """Of 6 x 6 x 12 features: depth 3 with 4 channels, index by the formula; then moved and put back by it."""
+    features = np.random.default_rng(0).normal(size=(1, 6, 6, 12)).astype(np.float32)
+    index = {
+        "channel_depth": lambda channel, depth: channel * 3 + depth,
+        "depth_channel": lambda channel, depth: depth * 4 + channel,
+    }[order]
+    volume = np.empty((1, 3, 6, 6, 4), np.float32)
+    for depth in range(3):
+        for channel in range(4):
+            volume[0, depth, :, :, channel] = features[..., index(channel, depth)]
+    source, driving = poses(1, 3), poses(1, 4)
+    moved = geometry.warp(jnp.asarray(volume), source, driving)
+    expected = np.empty_like(features)
+    for depth in range(3):
+        for channel in range(4):
+            expected[..., index(channel, depth)] = moved[0, depth, :, :, channel]
+    bank = {"block": jnp.asarray(features)}
+    found = warp_bank(bank, bank, source, driving, padding="zeros", order=order)["block"]
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("positions", ["sinusoidal", "none"])
+def test_expression_tokens(linear, positions):
+    """method.md 4.4: a layer or none, 16 numbers as 2 tokens of 8, and sines and cosines of their place or none."""
+    network = Network(
+        lambda rngs: ExpressionTokens(16, (2, 8), linear=linear, positions=positions, rngs=rngs)
+    )
+    params = random_like(network.abstract)
+    assert set(params) == ({"linear", "null_tokens"} if linear else {"null_tokens"})
+    latent = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    keep = jnp.array([1.0, 0.0])
+    found = network.bind(params)(jnp.asarray(latent), keep, 2)
+    expected = latent[0]
+    if linear:
+        expected = expected @ params["linear"]["kernel"] + params["linear"]["bias"]
+    expected = np.stack([np.reshape(expected, (2, 8)), params["null_tokens"]])
+    if positions == "sinusoidal":
+        angles = np.arange(2)[:, None] / 10000 ** (np.arange(4) / 4)
+        expected = expected + np.stack([np.sin(angles), np.cos(angles)], -1).reshape(2, 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop", ["image", "always", "never"])
+def test_what_attn2_reads_where_the_reference_is_dropped(world, drop):
+    """Zeros in the place of an image's embedding, or of the constant text, or of neither."""
+    keep = jnp.array([1.0, 0.0, 1.0, 0.0])
+    embedding = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, 1, 12)), jnp.float32)
+    for attn2 in ("clip_image", "null_text"):
+        settings = SMALL | {"attn2": attn2, "cross_attention_features": 12, "null_text_tokens": 3}
+        network = Network(lambda rngs: Denoiser(**settings, drop_attn2=drop, rngs=rngs))  # noqa: B023
+        params = random_like(network.abstract)
+        module = network.bind(params)
+        everything = world.conditions.replace(context=embedding)
+        whole = embedding
+        if attn2 == "null_text":
+            whole = np.repeat(np.asarray(params["null_text"])[None], BATCH, 0)
+        zeroed = drop == "always" or (drop == "image" and attn2 == "clip_image")
+        dropped = np.where(keep[:, None, None] == 1, whole, 0.0) if zeroed else whole
+        np.testing.assert_array_equal(module._context(everything, BATCH), whole)
+        given = everything.replace(keep_reference=keep)
+        np.testing.assert_array_equal(module._context(given, BATCH), dropped)
+        # Without a reference, as in a branch of the guidance that leaves it out.
+        nothing = module._context(Conditions(), BATCH)
+        if attn2 == "null_text":
+            np.testing.assert_array_equal(nothing, 0 * whole if zeroed else whole)
+        else:
+            np.testing.assert_array_equal(nothing, np.zeros((BATCH, 1, 12)))
 
 
 def test_places_to_read_are_found_once_a_resolution(world, monkeypatch):

@@ -61,16 +61,17 @@ class World:
         params = parameters_from_torch(network.abstract, self.reference.state_dict())
         return quickly(lambda *a: network.bind(a[0])(*a[1:]), params, self.sources, self.context)
 
-    def our_prediction(self):
+    def our_prediction(self, state=None, **choices):
         network = Network(
             lambda rngs: Denoiser(
                 **OURS,
                 expression_latent=self.expressions.shape[1],
                 expression_tokens=TOKENS,
+                **choices,
                 rngs=rngs,
             )
         )
-        params = parameters_from_torch(network.abstract, self.denoiser.state_dict())
+        params = parameters_from_torch(network.abstract, state or self.denoiser.state_dict())
         keep_reference, keep_pose, keep_expression = self.keep
         conditions = Conditions(
             reference=self.our_bank,
@@ -93,7 +94,7 @@ class World:
         return {path: pair[int(normed)] for path, pair in seen.items()}
 
     @torch.no_grad()
-    def stated_prediction(self, bank, order=stated.ORDER):
+    def stated_prediction(self, bank, choices=stated.DEFAULT):
         samples = []
         for number, (reference, pose, expression) in enumerate(self.keep.T):
             source = number // TARGETS
@@ -108,7 +109,7 @@ class World:
                 )
             )
         given = torch.tensor(self.latents), torch.tensor(self.timesteps)
-        return stated.predict(self.denoiser, *given, samples, order).numpy()
+        return stated.predict(self.denoiser, *given, samples, choices).numpy()
 
 
 def loud(unet, seed):
@@ -165,7 +166,37 @@ def test_denoiser_is_what_the_method_says(world, prediction):
 def test_no_two_branches_may_change_places(world, prediction, place):
     order = list(stated.ORDER)
     order[place : place + 2] = order[place + 1], order[place]
-    assert worst(prediction, world.stated_prediction(world.stated_bank(), order)) > 1e-2
+    other = stated.Choices(order=tuple(order))
+    assert worst(prediction, world.stated_prediction(world.stated_bank(), other)) > 1e-2
+
+
+def test_denoiser_is_what_the_method_leaves_open(world):
+    """Every choice taken the other way, by one program; each alone back at the default would be seen."""
+    *others, expression, feed_forward = stated.ORDER
+    otherwise = {
+        "order": (*others, feed_forward, expression),
+        "by_depth": True,
+        "linear": False,
+        "positions": False,
+        "corners": True,
+        "drops_context": False,
+    }
+    state = world.denoiser.state_dict()
+    ours = world.our_prediction(
+        {name: value for name, value in state.items() if "expression_tokens.linear" not in name},
+        expression_place="after_feed_forward",
+        volume_order="depth_channel",
+        expression_linear=False,
+        expression_positions="none",
+        raymap_points="corners",
+        drop_attn2="never",
+    )
+    bank = world.stated_bank()
+    assert worst(ours, world.stated_prediction(bank, stated.Choices(**otherwise))) <= TOLERANCE
+    for name in otherwise:
+        kept = {key: value for key, value in otherwise.items() if key != name}
+        error = worst(ours, world.stated_prediction(bank, stated.Choices(**kept)))
+        assert error > 1e-3, (name, error)
 
 
 def test_other_banks_would_be_seen(world, prediction):

@@ -34,6 +34,52 @@ def separate(module, hidden, tokens):
     return hidden + added, added
 
 
+PLACES = {
+    "before_feed_forward": ("text", "expression", "feed_forward"),
+    "after_feed_forward": ("text", "feed_forward", "expression"),
+    "before_text": ("expression", "text", "feed_forward"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_place_of_the_expression_attention(place):
+    """The block's own layers, each added to what is there, in that order; and in no other."""
+    options = TransformerOptions(
+        heads=2, cross_attention_features=6, expression_features=8, expression_place=place
+    )
+    network = Network(lambda rngs: TransformerBlock(FEATURES, options, rngs=rngs))
+    rng = np.random.default_rng(0)
+    hidden, text, tokens = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 3, 3, FEATURES), (2, 5, 6), (2, 4, 8))
+    )
+
+    @jax.jit
+    def run(params):
+        block = network.bind(params)
+        layers = {
+            "text": lambda x: block.attn2(block.norm2(x), text),
+            "expression": lambda x: block.attn_expression(block.norm_expression(x), tokens),
+            "feed_forward": lambda x: block.ff(block.norm3(x)),
+        }
+        flat = hidden.reshape(2, 9, FEATURES)
+        flat = flat + block.attn1(block.norm1(flat))
+        by_hand = {}
+        for name, order in PLACES.items():
+            by_hand[name] = flat
+            for layer in order:
+                by_hand[name] = by_hand[name] + layers[layer](by_hand[name])
+        ours = block(hidden, BlockInputs(context=text, expression=tokens))[0]
+        return ours.reshape(flat.shape), by_hand
+
+    ours, by_hand = run(random_like(network.abstract))
+    for name, wanted in by_hand.items():
+        if name == place:
+            np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+        else:
+            assert np.abs(ours - wanted).max(axis=(1, 2)).min() > 1e-2, name
+
+
 @pytest.mark.parametrize("injector", ["in_block", "xnemo"])
 def test_injector_adds_what_it_reads_off_the_tokens(injector):
     options = TransformerOptions(

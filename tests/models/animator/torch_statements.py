@@ -19,6 +19,29 @@ from tests.published import published_unet
 ORDER = ("self_attention", "warped_reference", "attn2", "expression", "feed_forward")
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the method leaves open; as the defaults of the config.
+
+    Attributes:
+        order: of the branches in a block.
+        by_depth: the features of a depth follow each other; else the depths of a channel do.
+        linear, positions: of the expression tokens.
+        corners: the outermost points of a ray map lie at -1 and 1.
+        drops_context: with the reference.
+    """
+
+    order: tuple[str, ...] = ORDER
+    by_depth: bool = False
+    linear: bool = True
+    positions: bool = True
+    corners: bool = False
+    drops_context: bool = True
+
+
+DEFAULT = Choices()
+
+
 @dataclasses.dataclass
 class Sample:
     """What one sample is conditioned on; None where it is dropped.
@@ -26,7 +49,7 @@ class Sample:
     Attributes:
         reference: path of a block -> (h*w, c), the bank of its source.
         shown: path -> (h*w,), which of these tokens are not hidden.
-        context: (n, features) of the picture; with the reference it goes.
+        context: (n, features) of the picture; with the reference it goes, or not.
         poses: of source and target, (3, 4) each.
         expression: (latent,).
     """
@@ -58,9 +81,14 @@ class ExpressionTokens(torch.nn.Module):
         self.linear = torch.nn.Linear(count * width, count * width)
         self.null_tokens = torch.nn.Parameter(torch.zeros(count, width))
 
-    def forward(self, latent):
+    def forward(self, latent, choices):
         count, width = self.null_tokens.shape
-        tokens = self.null_tokens if latent is None else self.linear(latent).reshape(count, width)
+        if latent is None:
+            tokens = self.null_tokens
+        else:
+            tokens = (self.linear(latent) if choices.linear else latent).reshape(count, width)
+        if not choices.positions:
+            return tokens
         even = torch.arange(0, width, 2)
         angles = torch.arange(count)[:, None] / 10000 ** (even / width)
         positions = torch.stack([torch.sin(angles), torch.cos(angles)], -1).flatten(1)
@@ -102,16 +130,16 @@ def bank(unet, latents, context, timestep: int = 0) -> dict[str, tuple[torch.Ten
     return seen
 
 
-def predict(unet, latents, timesteps, samples: list[Sample], order=ORDER) -> torch.Tensor:
+def predict(unet, latents, timesteps, samples: list[Sample], choices=DEFAULT) -> torch.Tensor:
     """(B, h, w, 4) -> the prediction, likewise."""
     side = latents.shape[1]
-    rays = torch.stack([ray_maps(sample.poses, side) for sample in samples])
-    tokens = [unet.expression_tokens(sample.expression) for sample in samples]
+    rays = torch.stack([ray_maps(sample.poses, side, choices.corners) for sample in samples])
+    tokens = [unet.expression_tokens(sample.expression, choices) for sample in samples]
 
     def run(hidden, path, block, **unused):
         """A block in the place of diffusers' own."""
         each = zip(hidden, samples, tokens, strict=True)
-        return torch.stack([transformer_block(block, path, *one, order) for one in each])
+        return torch.stack([transformer_block(block, path, *one, choices) for one in each])
 
     for path, block in transformer_blocks(unet):
         block.forward = functools.partial(run, path=path, block=block)
@@ -120,7 +148,7 @@ def predict(unet, latents, timesteps, samples: list[Sample], order=ORDER) -> tor
     return unet(inputs, timesteps, nowhere_read).sample.permute(0, 2, 3, 1)
 
 
-def transformer_block(block, path: str, hidden, sample: Sample, tokens, order=ORDER):
+def transformer_block(block, path: str, hidden, sample: Sample, tokens, choices=DEFAULT):
     """(h*w, c) of one sample -> the same; every branch adds to what the one before it left (method.md 4.3)."""
 
     def self_attention(hidden):
@@ -133,11 +161,11 @@ def transformer_block(block, path: str, hidden, sample: Sample, tokens, order=OR
     def warped_reference(hidden):
         if sample.reference is None or sample.poses is None:
             return torch.zeros_like(hidden)
-        moved = warped(sample.reference[path], *sample.poses)
+        moved = warped(sample.reference[path], *sample.poses, choices.by_depth)
         return block.warp_projection(moved[None])[0].flatten(1).T
 
     def attn2(hidden):
-        there = sample.reference is not None
+        there = sample.reference is not None or not choices.drops_context
         context = sample.context if there else torch.zeros_like(sample.context)
         return attend(block.attn2, block.norm2(hidden), context)
 
@@ -149,7 +177,7 @@ def transformer_block(block, path: str, hidden, sample: Sample, tokens, order=OR
 
     branches = (self_attention, warped_reference, attn2, expression, feed_forward)
     by_name = {branch.__name__: branch for branch in branches}
-    for name in order:
+    for name in choices.order:
         hidden = hidden + by_name[name](hidden)
     return hidden
 
@@ -164,25 +192,31 @@ def attend(layer, queries, tokens):
     return layer.to_out[0]((weights @ value).transpose(0, 1).flatten(1))
 
 
-def warped(tokens, source, driving):
-    """(h*w, c) -> (c, h, w), moved from one pose to the other as a volume of depth h/2: channel = ch*(h/2) + d."""
+def warped(tokens, source, driving, by_depth=False):
+    """(h*w, c) -> (c, h, w), moved from one pose to the other as a volume of depth h/2.
+
+    Feature ch*(h/2) + d is channel ch at depth d, or ``by_depth`` d*(2c/h) + ch.
+    """
     features, side = tokens.shape[1], math.isqrt(len(tokens))
     depth = side // 2
-    volume = tokens.T.reshape(1, features // depth, depth, side, side)
+    if by_depth:
+        volume = tokens.T.reshape(1, depth, features // depth, side, side).transpose(1, 2)
+    else:
+        volume = tokens.T.reshape(1, features // depth, depth, side, side)
     back = torch.linalg.inv(_lifted(driving) @ torch.linalg.inv(_lifted(source)))
     axes = (torch.linspace(-1, 1, count) for count in (depth, side, side))
     z, y, x = torch.meshgrid(*axes, indexing="ij")
     points = torch.stack([x, y, z, torch.ones_like(x)], -1) @ back.T
     read = torch.nn.functional.grid_sample(volume, points[None, ..., :3], align_corners=True)
-    return read.reshape(features, side, side)
+    return (read.transpose(1, 2) if by_depth else read).reshape(features, side, side)
 
 
-def ray_maps(poses, side: int):
+def ray_maps(poses, side: int, corners: bool = False):
     """(6, h, w): how either pose moves the points (u, v, 0) of pixel centres; zeros without poses (method.md 4.2)."""
     if poses is None:
         return torch.zeros(6, side, side)
-    centres = (2 * torch.arange(side) + 1) / side - 1
-    v, u = torch.meshgrid(centres, centres, indexing="ij")
+    places = torch.linspace(-1, 1, side) if corners else (2 * torch.arange(side) + 1) / side - 1
+    v, u = torch.meshgrid(places, places, indexing="ij")
     points = torch.stack([u, v, torch.zeros_like(u), torch.ones_like(u)], -1)
     return torch.cat([(points @ pose.T - points[..., :3]).permute(2, 0, 1) for pose in poses])
 
