@@ -227,15 +227,26 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "raymap_reference": False,  # give the reference UNet the source's ray map too
                 "raymap": "displacement",
                 "raymap_w": 1,
+                "raymap_points": "centres",
             },
             "denoiser": {
+                # image (zeros where the reference is dropped; a constant text stays) | always | never
+                "drop_attn2": "image",
                 "raymap": "displacement",  # displacement | plucker6 | none
                 "raymap_w": 1,  # 0: the formula as printed, without translation
+                "raymap_points": "centres",  # centres (of pixels) | corners (as the volumes' cells)
                 "warp_kernel": 3,  # convolution on the warped reference: 3, 1, or 0 for none
-                "warp_padding": "zeros",
+                "warp_padding": "zeros",  # zeros | border
+                # Of the reference's c features, at depth d of h/2: channel_depth (ch*(h/2) + d, LivePortrait's) |
+                # depth_channel (d*(2c/h) + ch).
+                "volume_order": "channel_depth",
                 "expression_injector": "in_block",  # in_block | xnemo | none
                 "expression_heads": None,
+                # Of in_block: before_feed_forward | after_feed_forward | before_text (attn2).
+                "expression_place": "before_feed_forward",
                 "expression_tokens": (4, 16) if tiny else (32, 16),
+                "expression_linear": True,  # a trained layer before the latent is cut into tokens
+                "expression_positions": "sinusoidal",  # sinusoidal | none
                 "expression_null": "learned",  # learned | zero
             },
             "temporal": {

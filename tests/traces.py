@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import loading
+from data_pipelines.examples import Examples
 from dexportrait_jax import config as configs
 from dexportrait_jax.animator_inference import AnimatorModel
 from dexportrait_jax.animator_windows import DenoiserPrograms
@@ -271,7 +272,7 @@ def examples(directory, mode="pairs"):
         every = [f"data.augment.{name}.probability=1.0" for name in _DRAWN]
         given = [*small, *frames, *every, f"data.path={directory}", *overrides]
         config = configs.load_config(f"configs/{stage}.py:full", given)
-        made = loading.Examples(config.data, seed=1)
+        made = Examples(config.data, seed=1)
         return [made(number, np.random.default_rng(number)) for number in range(3)]
 
     return seen
