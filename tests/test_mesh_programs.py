@@ -70,13 +70,8 @@ def test_frames_over_context_cost_the_planned_all_to_alls(tmp_path, monkeypatch)
     assert found.flops < 0.4 * alone.flops
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param("animator_image", marks=pytest.mark.exhaustive),
-        pytest.param("motion", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", ["animator_image", "motion"])
 def test_targets_over_context(stage, tmp_path, monkeypatch):
     """The targets of one source are shared: what is done once for the source is all that is done more than once."""
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 2**40)  # as above
