@@ -143,9 +143,8 @@ def windowed(
             held_weights[first : first + keep] = weight_sums[:keep]
             yield from given(first + keep, sums[keep:done] / weight_sums[keep:done])
             first, sums, weight_sums = end, sums[done:], weight_sums[done:]
-        if (
-            held
-        ):  # what is left are the places from the clip's number of frames on: the first once more
+        if held:
+            # What is left are the places from the clip's number of frames on: the first ones once more.
             yield from given(0, (held_sums + sums) / (held_weights + weight_sums))
 
     return guided
