@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from data_pipelines import loading
 from dexportrait_jax import config as configs
-from dexportrait_jax.state import Network
+from dexportrait_jax.programs import build
+from dexportrait_jax.state import QUICK, Network
 from dexportrait_jax.tasks import build_networks, motion
 from dexportrait_jax.tasks.motion_networks import LabelHeads
 from dexportrait_jax.weights.exporting import export_groups
@@ -139,6 +140,25 @@ def interrupt_in_step(monkeypatch, number: int) -> None:
         return batch
 
     every_batch(monkeypatch, seen)
+
+
+def quick_steps(monkeypatch) -> None:
+    """The loop's steps are compiled without optimisation: where they are few, that costs a quarter."""
+
+    def quick(task, config, mesh):
+        abstract, shardings, step = build(task, config, mesh)
+        programs = {}
+
+        def run(state, batch, constants, events):
+            if events not in programs:
+                lowered = step.lower(state, batch, constants, events)
+                programs[events] = lowered.compile(compiler_options=QUICK)
+            return programs[events](state, batch, constants)
+
+        run.eval_shape = step.eval_shape
+        return abstract, shardings, run
+
+    monkeypatch.setattr("dexportrait_jax.train.build", quick)
 
 
 class _Weight(nnx.Module):

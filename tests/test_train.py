@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from datetime import datetime
 
@@ -17,7 +18,7 @@ from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import train
-from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro
+from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro, quick_steps
 
 
 def learned(run):
@@ -90,6 +91,54 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     assert 0 < third["time/good_seconds"] < final["time/good_seconds"]
     assert seconds[0] < began[1] - began[0] < seconds[1]
     assert [row["step"] for row in rows[0]] == list(range(1, config.num_steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "meshes"),
+    [
+        pytest.param(
+            *("autoencoder", {}, [(1, 4, 1, 1), (1, 1, 1, 1)]),
+            marks=pytest.mark.slow,
+            id="autoencoder",
+        ),
+        pytest.param(
+            *("animator_image", {"model__unet__layers_per_block": 1}, [(1, 4, 1, 1)]),
+            marks=pytest.mark.exhaustive,
+            id="animator_image",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_other_devices(stage, changes, meshes, places, tmp_path, monkeypatch):
+    """Begun on data 2, fsdp 2, context 2: what four devices of fsdp make of the rest, or one, is what these make."""
+    monkeypatch.setattr(sharding, "SMALLEST_SHARDED", 2**9)  # so narrow that little would be spread
+    quick_steps(monkeypatch)
+    make = sharding.make_mesh
+    changes = changes | {"data__batch_size": 4, "data__targets": 2, "num_steps": 5}
+    changes |= {"checkpoint__every_steps": 2, "checkpoint__keep": 3}
+
+    def trained(run, sizes):
+        mesh = {f"mesh__{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)}
+        devices = jax.devices()[: math.prod(sizes)]
+        monkeypatch.setattr(sharding, "make_mesh", lambda config, rows: make(config, devices))
+        state = train(micro(stage, *places, **changes, **mesh), tmp_path / run)
+        cut = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
+        assert bool(cut) == (len(devices) > 1)
+        return learned(tmp_path / run)
+
+    whole = trained("whole", (2, 2, 2, 1))
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5]
+    for sizes in meshes:
+        run = tmp_path / f"on {math.prod(sizes)}"
+        shutil.copytree(tmp_path / "whole", run)
+        for later in (4, 5):  # as if it had been killed in its fourth step
+            shutil.rmtree(run / "checkpoints" / str(later))
+        rows = trained(run.name, sizes)
+        starts = json.loads((run / "environment.json").read_text())
+        assert [start["step"] for start in starts] == [0, 2]
+        for row, other in zip(rows, whole, strict=True):
+            assert row.keys() == other.keys()
+            for name, value in other.items():
+                assert row[name] == pytest.approx(value, rel=1e-4), (row["step"], name)
 
 
 @pytest.mark.slow
