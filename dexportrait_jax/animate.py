@@ -163,7 +163,10 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
         poses = driving.typed_poses(typed, source_pose, timeline.frames, relative)
     elif "pose" in tracks:
         track = pose_transfer.smooth_poses(
-            tracks["pose"].poses, job.smooth, fps=drivers["pose"].fps
+            tracks["pose"].poses,
+            job.smooth,
+            fps=drivers["pose"].fps,
+            strength=job.smooth_strength or 1.0,
         )
         track = pose_transfer.transfer_pose(source_pose, track, relative)
         poses = track[timeline.indices["pose"]]
@@ -212,11 +215,13 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         relative_pose=list(pose_transfer.relative_components(job.relative_pose)),
         relative_expression=job.relative_expression,
         smooth=job.smooth,
+        smooth_strength=job.smooth_strength or 1.0,
         bridged_frames={
             name: int((~driver.seen[plan.timeline.indices[name]]).sum())
             for name, driver in plan.drivers.items()
         },
         pasted_back=job.paste_back,
+        paste=job.paste_settings if job.paste_back else None,
     )
     metadata = provenance.container_metadata(record)
     source = model_inputs(model, plan.source, np.array([0]))["image"][0]
@@ -239,7 +244,9 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         beside = writer(job.side_by_side) if job.side_by_side else None
         for images in model.animate(source, plan.drive, job.sampling, report):
             for image in images:
-                pasted = _paste(image, plan, faces) if job.paste_back else image
+                pasted = image
+                if job.paste_back:
+                    pasted = _paste(image, plan, faces, **job.paste_settings)
                 result.write(pasted, times[number])
                 if beside:
                     shown = image
@@ -256,15 +263,21 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
 
 
 def _paste(
-    image: UInt8[np.ndarray, "h w 3"], plan: Plan, faces: Faces
+    image: UInt8[np.ndarray, "h w 3"], plan: Plan, faces: Faces, mask: str = "face", **parts: float
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The result in the full source picture, masked by the face before and after (method.md 7.3)."""
-    outlines = [plan.source.landmarks[0]]
-    after = faces.landmarks(image)
-    if after is not None:
-        outlines.append(after)
-    mask = paste_back.face_mask(outlines, PANEL)
-    return paste_back.paste(plan.full_picture, image, plan.source.crop_box, mask)
+    """The result in the full source picture (method.md 7.3), masked by the face before and after, or the whole crop.
+
+    ``parts``: dilation, feather and border of the mask, as parts of the crop's side.
+    """
+    if mask == "crop":
+        opacity = paste_back.crop_mask(PANEL, **parts)
+    else:
+        outlines = [plan.source.landmarks[0]]
+        after = faces.landmarks(image)
+        if after is not None:
+            outlines.append(after)
+        opacity = paste_back.face_mask(outlines, PANEL, **parts)
+    return paste_back.paste(plan.full_picture, image, plan.source.crop_box, opacity)
 
 
 def _side_by_side(

@@ -14,8 +14,10 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import is_image
 from dexportrait_jax.inference import Sampling
 
-_KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "max_frames")}
+_PASTE_PARTS = ("paste_dilation", "paste_feather", "paste_border")
+_KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "overlap", "max_frames")}
 _KINDS |= {name: (int, float) for name in ("guidance", "expression_guidance", "eta")}
+_KINDS |= {name: (int, float) for name in ("smooth_strength", *_PASTE_PARTS)}
 _KINDS |= {name: bool for name in ("relative_expression", "paste_back", "overwrite")}  # others: str
 
 
@@ -31,8 +33,13 @@ class Job(Sampling):
     relative_pose: str = ""
     relative_expression: bool = False
     smooth: str = "none"
+    smooth_strength: float | None = None
     length: str = "shortest"
     paste_back: bool = False
+    paste_mask: str | None = None
+    paste_dilation: float | None = None
+    paste_feather: float | None = None
+    paste_border: float | None = None
     side_by_side: str | None = None
     max_frames: int | None = None
     overwrite: bool = False
@@ -40,6 +47,13 @@ class Job(Sampling):
     @property
     def sampling(self) -> Sampling:
         return Sampling(**{knob.name: getattr(self, knob.name) for knob in fields(Sampling)})
+
+    @property
+    def paste_settings(self) -> dict[str, Any]:
+        """The mask of the paste-back, "mask", and what of the arguments of its function is not the default."""
+        parts = {name.removeprefix("paste_"): getattr(self, name) for name in _PASTE_PARTS}
+        given = {name: value for name, value in parts.items() if value is not None}
+        return {"mask": self.paste_mask or "face", **given}
 
     @property
     def inputs(self) -> set[str]:
@@ -115,15 +129,7 @@ def check(job: Job) -> None:
             "--paste_back puts the face back where it was, so the pose must be the source's own: "
             "give --expression alone, without --driving and --pose"
         )
-    for name, least in (("steps", 1), ("max_frames", 1), ("hybrid_steps", 0), ("seed", 0)):
-        value = getattr(job, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value}: at least {least}")
-    for name, least in (("guidance", -math.inf), ("eta", 0), ("expression_guidance", 0)):
-        value = getattr(job, name)
-        if value is not None and not (least <= value and abs(value) < math.inf):  # NaN is neither
-            limit = "a number from 0" if least == 0 else "a finite number"
-            raise UserError(f"--{name}={value:g}: {limit}")
+    _check_numbers(job)
     for path in (job.source, drivers.pose, drivers.expression):
         if path is not None and not driving.is_typed_pose(path) and not Path(path).is_file():
             raise UserError(f"{path}: no such file")
@@ -137,6 +143,27 @@ def check(job: Job) -> None:
         Path(path).resolve() in inputs for path in outputs
     ):
         raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
+
+
+def _check_numbers(job: Job) -> None:
+    """UserError for the first number that is out of its range."""
+    at_least = {"steps": 1, "max_frames": 1, "hybrid_steps": 0, "overlap": 0, "seed": 0}
+    for name, least in at_least.items():
+        value = getattr(job, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value}: at least {least}")
+    for name, least in (("guidance", -math.inf), ("eta", 0), ("expression_guidance", 0)):
+        value = getattr(job, name)
+        if value is not None and not (least <= value and abs(value) < math.inf):  # NaN is neither
+            limit = "a number from 0" if least == 0 else "a finite number"
+            raise UserError(f"--{name}={value:g}: {limit}")
+    strength = job.smooth_strength
+    if strength is not None and not 0 < strength < math.inf:
+        raise UserError(f"--smooth_strength={strength:g}: a number above 0, where 1 is the usual")
+    for name in _PASTE_PARTS:
+        value = getattr(job, name)
+        if value is not None and not 0 <= value < 0.5:
+            raise UserError(f"--{name}={value:g}: a part of the crop's side, from 0 to below 0.5")
 
 
 def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
@@ -160,6 +187,22 @@ def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
             f"--smooth={job.smooth}: no video drives the pose, so there is nothing to smooth; leave it out, or give "
             "a video as --pose or --driving"
         )
+    if job.smooth_strength is not None and job.smooth == "none":
+        raise UserError(
+            f"--smooth_strength={job.smooth_strength:g}: nothing is smoothed; leave it out, or say how with --smooth"
+        )
+    for name in ("paste_mask", *_PASTE_PARTS):
+        value = getattr(job, name)
+        if value is not None and not job.paste_back:
+            raise UserError(
+                f"--{name}={value}: nothing is pasted back; leave it out, or add --paste_back"
+            )
+    for name in ("paste_dilation", "paste_feather"):
+        value = getattr(job, name)
+        if value is not None and job.paste_mask == "crop":
+            raise UserError(
+                f"--{name}={value}: --paste_mask=crop has no face's outline; leave one of them out"
+            )
     if job.relative_expression and not expression_moves:
         raise UserError(
             "--relative_expression: no video drives the expression, which would stay the source's; leave it out, or "

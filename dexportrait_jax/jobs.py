@@ -275,6 +275,14 @@ def _animate(parser):
     )
     _flag(
         parser,
+        "smooth_strength",
+        "how much: times gaussian's sigma of 1.5 frames or kalman's variance of the observation, 3e-7, or dividing "
+        "one_euro's cut-off of 1.5 Hz; above 1 is smoother (default: 1)",
+        type=float,
+        default=None,
+    )
+    _flag(
+        parser,
         "length",
         "when pose and expression drivers differ in length: end with the shortest, or hold "
         "the last frame (default: %(default)s)",
@@ -282,6 +290,22 @@ def _animate(parser):
         default="shortest",
     )
     _flag(parser, "paste_back", "paste the face into the full source picture", action="store_true")
+    _flag(
+        parser,
+        "paste_mask",
+        "what of the result --paste_back shows: the face, or the whole crop (default: face)",
+        choices=choices.ANIMATE["paste_mask"],
+        default=None,
+    )
+    for name, help in (
+        ("paste_dilation", "how far the mask reaches beyond the face (default: 0.05)"),
+        ("paste_feather", "sigma of the blur of the mask's edge (default: 0.03)"),
+        (
+            "paste_border",
+            "how far from the crop's edge the mask is full (default: 0.04 for the face, 0.1 for the crop)",
+        ),
+    ):
+        _flag(parser, name, f"{help}; part of the crop's side", type=float, default=None)
     _flag(
         parser,
         "side_by_side",
@@ -310,6 +334,15 @@ def _animate(parser):
         ("null_reference", "the reference's tokens in the unconditional branch"),
         ("null_pose", "the pose in the unconditional branch"),
         ("start", "what sampling starts from: noise, or the blurred source with noise"),
+        (
+            "window_offset",
+            "where the windows of a long video lie: random is elsewhere in every step",
+        ),
+        (
+            "window_ends",
+            "whether a long video's end goes on with its beginning (closed), as for a loop",
+        ),
+        ("window_weights", "weights of a window's frames where windows are averaged"),
     ):
         _flag(
             parser,
@@ -318,6 +351,13 @@ def _animate(parser):
             choices=choices.ANIMATE[name],
             default=None,
         )
+    _flag(
+        parser,
+        "overlap",
+        "frames that two windows of a long video share (default: the config's)",
+        type=int,
+        default=None,
+    )
     _flag(
         parser,
         "expression_guidance",

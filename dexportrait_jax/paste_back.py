@@ -1,7 +1,8 @@
 """The generated crop back in the full-size picture, without a seam (method.md 7.3).
 
 The mask is the convex hull of the face in the source and in the result, dilated and feathered, so
-hair, neck and background stay the source's own pixels, bit for bit.
+hair, neck and background stay the source's own pixels, bit for bit. Or it is the whole crop, which falls off
+towards its edges.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jaxtyping import Float, UInt8
 DILATION = 0.05  # of the crop's side (method.md 7.3)
 FEATHER = 0.03  # sigma of the Gaussian, of the crop's side
 BORDER = 0.04  # over this part of the crop's side the mask falls to zero at the crop's edge
+CROP_BORDER = 0.1  # the same of a mask that is the whole crop: HunyuanPortrait's
 
 
 def face_mask(
@@ -21,25 +23,33 @@ def face_mask(
     *,
     dilation: float = DILATION,
     feather: float = FEATHER,
+    border: float = BORDER,
 ) -> Float[np.ndarray, "side side"]:
     """Opacity in [0, 1] of the result over the source, on a crop of ``side`` pixels.
 
     ``landmarks``: face points in crop coordinates [-1, 1] (x right, y down), one array for each
     face that must be covered (source, result). Zero on the crop's border, one well inside the hull.
+    ``dilation``, ``feather`` (sigma) and ``border`` are parts of the side, in [0, 0.5); 0 leaves that step out.
     """
     # x = 2 (column + 0.5) / side - 1, the crop convention
     points = np.concatenate([(np.asarray(face)[:, :2] + 1) * side / 2 - 0.5 for face in landmarks])
     mask = np.zeros((side, side), np.float32)
     hull = cv2.convexHull(np.round(points).astype(np.int32))
     cv2.fillConvexPoly(mask, hull, 1.0)
-    radius = max(1, round(dilation * side))
+    radius = round(dilation * side)
     mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2))
-    mask = cv2.GaussianBlur(mask, (0, 0), max(0.5, feather * side))
-    return np.clip(mask * _border_ramp(side), 0, 1)
+    if feather > 0:
+        mask = cv2.GaussianBlur(mask, (0, 0), max(0.5, feather * side))
+    return np.clip(mask * crop_mask(side, border=border), 0, 1)
 
 
-def _border_ramp(side: int) -> Float[np.ndarray, "side side"]:
-    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) / max(1.0, BORDER * side)
+def crop_mask(side: int, *, border: float = CROP_BORDER) -> Float[np.ndarray, "side side"]:
+    """Opacity of a whole crop of ``side`` pixels: the distance to its outermost pixels over ``border`` of the side,
+    at most 1 (method.md 7.3, HunyuanPortrait's); one everywhere where ``border`` is 0.
+    """
+    if border == 0:
+        return np.ones((side, side), np.float32)
+    distance = np.minimum(np.arange(side), np.arange(side)[::-1]) / max(1.0, border * side)
     ramp = np.clip(distance, 0, 1).astype(np.float32)
     return np.minimum(ramp[:, None], ramp[None])
 

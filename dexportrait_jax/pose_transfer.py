@@ -15,6 +15,12 @@ from jaxtyping import Float
 
 from dexportrait_jax.errors import UserError
 
+# Smoothing at strength 1. Variances of Kalman's are those of LivePortrait (src/utils/filter.py), whose filter is
+# pykalman's: the first state is the first pose, with variance 1.
+SIGMA = 1.5  # frames
+CUTOFF = 1.5  # Hz
+PROCESS_VARIANCE, OBSERVATION_VARIANCE, FIRST_VARIANCE = 1e-5, 3e-7, 1.0
+
 COMPONENTS = ("rotation", "translation", "scale")
 
 
@@ -89,25 +95,26 @@ def smooth_poses(
     kind: str,
     *,
     fps: float = 25.0,
-    strength: float | None = None,
+    strength: float = 1.0,
 ) -> Float[np.ndarray, "frames 3 4"]:
     """Poses with less jitter, smoothed on (rotation, t, log s).
 
-    ``kind``: "none"; "gaussian" (``strength`` = sigma in frames, default 1.5; looks ahead, no lag);
-    "one_euro" (``strength`` = lowest cut-off in Hz, default 1.5; causal, follows fast turns).
+    ``kind``: "none"; "gaussian" (sigma of 1.5 frames times ``strength``; looks ahead, no lag); "one_euro" (lowest
+    cut-off of 1.5 Hz divided by ``strength``; causal, follows fast turns); "kalman" (a random walk with
+    LivePortrait's variances, that of the observation, 3e-7, times ``strength``; looks ahead, no lag). Above 1 is
+    smoother, below 1 less, and ``strength`` is above 0.
     """
     if kind == "none" or len(poses) < 2:
         return np.asarray(poses, np.float32)
     rotation, translation, scale = split_pose(poses)
+    log_scale = np.log(scale)
     if kind == "gaussian":
-        return _gaussian(
-            rotation, translation, np.log(scale), 1.5 if strength is None else strength
-        )
+        return _gaussian(rotation, translation, log_scale, SIGMA * strength)
     if kind == "one_euro":
-        return _one_euro(
-            rotation, translation, np.log(scale), fps, 1.5 if strength is None else strength
-        )
-    raise UserError(f"--smooth={kind}: there are none, gaussian and one_euro")
+        return _one_euro(rotation, translation, log_scale, fps, CUTOFF / max(strength, 1e-6))
+    if kind == "kalman":
+        return _kalman(rotation, translation, log_scale, OBSERVATION_VARIANCE * strength)
+    raise UserError(f"--smooth={kind}: there are none, gaussian, one_euro and kalman")
 
 
 def _gaussian(rotation, translation, log_scale, sigma):
@@ -123,6 +130,40 @@ def _nearest_rotation(matrix: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "
     sign = np.linalg.det(left @ right)
     left[..., 2] *= sign[..., None]
     return left @ right
+
+
+def _kalman(rotation, translation, log_scale, observation):
+    """Every number of (rotation matrix, t, log s) by itself, then the nearest rotation."""
+    values = np.concatenate([rotation.reshape(-1, 9), translation, log_scale[:, None]], axis=1)
+    smooth = kalman_smoother(values, PROCESS_VARIANCE, observation)
+    rotation = _nearest_rotation(smooth[:, :9].reshape(-1, 3, 3))
+    return join_pose(rotation, smooth[:, 9:12], np.exp(smooth[:, 12]))
+
+
+def kalman_smoother(
+    observed: Float[np.ndarray, "frames numbers"],
+    process: float,
+    observation: float,
+    first: float = FIRST_VARIANCE,
+) -> Float[np.ndarray, "frames numbers"]:
+    """Means of a random walk given all its noisy observations, past and coming: Rauch, Tung and Striebel 1965.
+
+    ``process`` is the variance of a step of the walk, ``observation`` that of what is observed about it. The first
+    state is expected to be the first observation, with variance ``first``. All numbers have the same variances.
+    """
+    mean, variance = observed[0], first / (first + observation) * observation
+    means, variances = [mean], [variance]
+    for value in observed[1:]:  # forth: what is known from the past
+        predicted = variance + process
+        gain = predicted / (predicted + observation)
+        mean, variance = mean + gain * (value - mean), (1 - gain) * predicted
+        means.append(mean)
+        variances.append(variance)
+    for index in range(len(means) - 2, -1, -1):  # and back: what came after
+        # The walk is expected to stay where it is, so a filtered mean predicts the next.
+        gain = variances[index] / (variances[index] + process)
+        means[index] = means[index] + gain * (means[index + 1] - means[index])
+    return np.stack(means)
 
 
 def _one_euro(rotation, translation, log_scale, fps, cutoff, beta=0.5, derivative_cutoff=1.0):

@@ -21,6 +21,8 @@ from tests.data_pipelines.prepare import scripted
 PEOPLE = {"a": 0, "b": 1, "c": 2}
 FRAMES = 6
 TYPED = '{"yaw": 10}'
+SMOOTHED = {"source": "a.png", "driving": "b.mp4", "smooth": "kalman"}
+PASTED = {"source": "a.png", "expression": "b.mp4", "paste_back": True}
 
 
 class StubModel:
@@ -188,6 +190,45 @@ def test_paste_back_keeps_the_rest_of_the_picture(model, files, tmp_path):
     assert pasted[32, 32].max() == 0 and (pasted[:3] == plan.full_picture[:3]).all()
 
 
+def test_mask_of_the_paste_back_is_that_of_the_flags(model, files, tmp_path, monkeypatch):
+    """The whole crop looks for no face; a wider border shows less of the result."""
+
+    def pasted(**flags):
+        job = animate_jobs.Job(source="a", out="o", paste_back=True, **flags)
+        return animate._paste(picture, plan, faces, **job.paste_settings)
+
+    source = fixtures.make_clip(0, 1)
+    plan = animate.Plan("expression_only", 25.0, source, np.full((64, 64, 3), 10, np.uint8), None)
+    picture, faces = np.full((64, 64, 3), 210, np.uint8), DrawnFaces(model)
+    shown = [
+        pasted(**flags).mean()
+        for flags in ({"paste_dilation": 0.0}, {}, {"paste_dilation": 0.2}, {"paste_border": 0.4})
+    ]
+    assert shown[0] < shown[1] < shown[2] and shown[3] < shown[1]
+    assert pasted(paste_feather=0.2).std() < pasted().std()
+    monkeypatch.setattr(DrawnFaces, "landmarks", None)
+    whole = [pasted(paste_mask="crop", paste_border=part)[..., 0] for part in (0.0, 0.1, 0.4)]
+    x0, y0, x1, y1 = np.round(source.crop_box).astype(int)
+    assert (whole[0][max(0, y0) : y1, max(0, x0) : x1] == 210).all()
+    assert whole[0].mean() > whole[1].mean() > whole[2].mean()
+    np.testing.assert_array_equal(pasted(paste_mask="crop")[..., 0], whole[1])
+    run(files, tmp_path, source="a.png", expression="c.mp4", paste_back=True, paste_mask="crop")
+    assert provenance.read(tmp_path / "result.mp4")["paste"] == {"mask": "crop"}
+
+
+def test_strength_of_smoothing_is_that_of_the_flag(model, files, tmp_path):
+    flags = {"source": "a.png", "driving": "b.mp4", "smooth": "gaussian", "overwrite": True}
+    run(files, tmp_path, **flags)
+    found = provenance.read(run(files, tmp_path, smooth_strength=3.0, **flags))
+    assert (found["smooth"], found["smooth_strength"]) == ("gaussian", 3.0)
+    clip = fixtures.make_clip(PEOPLE["b"], FRAMES)
+    poses = animate.encode_clip(model, clip)[0]
+    for drive, strength in zip(model.drives, (1.0, 3.0), strict=True):
+        wanted = pose_transfer.smooth_poses(poses, "gaussian", fps=25, strength=strength)
+        np.testing.assert_allclose(drive.poses, wanted, atol=1e-6)
+    assert np.abs(model.drives[0].poses - model.drives[1].poses).max() > 5e-5
+
+
 def test_a_face_that_appears_late_is_pasted_into_its_own_frame(model, tmp_path, monkeypatch):
     """A video that is its own driver: the crop is that of its first usable frame, and so is the rest."""
     monkeypatch.setattr(animate, "Faces", ScriptedFaces)
@@ -284,7 +325,7 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
     a, b = str(files / "a.png"), str(files / "b.mp4")
     good = {"source": a, "driving": b, "max_frames": 2}
     jobs = [
-        {**good, "out": str(tmp_path / "1.mp4"), "smooth": "kalman"},
+        {**good, "out": str(tmp_path / "1.mp4"), "smooth": "median"},
         {**good, "out": str(tmp_path / "2.mp4")},
         {**good, "out": str(tmp_path / "3.mp4"), "driving": str(files / "gone.mp4")},
         {**good, "out": str(tmp_path / "4.mp4"), "steps": 3},  # that only the model refuses
@@ -299,7 +340,7 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
     for line, words in zip(
         said,
         (
-            "entry 1: smooth cannot be 'kalman'; there are none, gaussian, one_euro",
+            "entry 1: smooth cannot be 'median'; there are none, gaussian, one_euro, kalman",
             "entry 3: " + str(files / "gone.mp4"),
             "entry 4: --steps is for the animator",
             "entry 5: " + str(tmp_path / "2.mp4"),
@@ -384,6 +425,18 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "driving": "b.mp4", "guidance": float("inf")}, "--guidance=inf"),
         ({"source": "a.png", "driving": "b.mp4", "eta": float("nan")}, "--eta=nan"),
         ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
+        ({"source": "a.png", "driving": "b.mp4", "overlap": -1}, "--overlap=-1: at least 0"),
+        ({"source": "a.png", "driving": "b.mp4", "smooth_strength": 2.0}, "nothing is smoothed"),
+        ({**SMOOTHED, "smooth_strength": 0.0}, "--smooth_strength=0: a number above 0"),
+        ({**SMOOTHED, "smooth_strength": float("nan")}, "--smooth_strength=nan: a number above 0"),
+        ({**SMOOTHED, "smooth_strength": float("inf")}, "--smooth_strength=inf: a number above 0"),
+        ({"source": "a.png", "expression": "b.mp4", "paste_mask": "face"}, "add --paste_back"),
+        ({"source": "a.png", "expression": "b.mp4", "paste_border": 0.1}, "add --paste_back"),
+        ({**PASTED, "paste_border": 0.5}, "--paste_border=0.5: a part"),
+        ({**PASTED, "paste_feather": -0.01}, "--paste_feather=-0.01: a part"),
+        ({**PASTED, "paste_dilation": float("nan")}, "--paste_dilation=nan: a part"),
+        ({**PASTED, "paste_mask": "crop", "paste_dilation": 0.1}, "no face's outline"),
+        ({**PASTED, "paste_mask": "crop", "paste_feather": 0.1}, "no face's outline"),
         ({"source": "a.png", "driving": "b.mp4", "seed": -1}, "--seed"),
         ({"source": "a.png", "driving": "b.mp4", "side_by_side": "x.avi"}, r"\.mp4"),
     ],
@@ -402,6 +455,9 @@ def test_refused_before_the_model_is_loaded(flags, message, files, tmp_path):
         {"pose": "b.mp4", "expression": "c.png", "smooth": "gaussian", "relative_pose": "all"},
         {"pose": "b.mp4", "expression": "c.mp4", "length": "hold"},
         {"pose": TYPED, "expression": "c.mp4", "relative_expression": True},
+        {"driving": "b.mp4", "smooth": "kalman", "smooth_strength": 0.5, "overlap": 0},
+        {"expression": "b.mp4", "paste_back": True, "paste_mask": "crop", "paste_border": 0.0},
+        {"expression": "b.mp4", "paste_back": True, "paste_dilation": 0.49, "paste_feather": 0.0},
     ],
 )
 def test_flags_that_do_something_are_taken(flags, files, tmp_path):

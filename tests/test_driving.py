@@ -126,10 +126,11 @@ def noisy_turn(frames=60, seed=0):
     return true, np.stack(noise)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "one_euro"])
-def test_smoothing_brings_noise_down_and_keeps_rotations(kind):
+@pytest.mark.parametrize(("kind", "strength"), [("gaussian", 1), ("one_euro", 1), ("kalman", 100)])
+def test_smoothing_brings_noise_down_and_keeps_rotations(kind, strength):
+    """LivePortrait's variances are of keypoints that move more than they shake: here the observations are worse."""
     true, noisy = noisy_turn()
-    smooth = pose_transfer.smooth_poses(noisy, kind)
+    smooth = pose_transfer.smooth_poses(noisy, kind, strength=strength)
     rotation, _, _ = pose_transfer.split_pose(smooth)
     np.testing.assert_allclose(
         rotation @ rotation.transpose(0, 2, 1),
@@ -138,16 +139,77 @@ def test_smoothing_brings_noise_down_and_keeps_rotations(kind):
     )
     jitter = lambda poses: np.abs(np.diff(poses, 2, axis=0)).mean()  # noqa: E731
     assert jitter(smooth) < 0.5 * jitter(noisy)
-    if kind == "gaussian":
+    if kind != "one_euro":  # which lags behind
         assert np.abs(smooth - true).mean() < 0.7 * np.abs(noisy - true).mean()
 
 
-@pytest.mark.parametrize("kind", ["none", "gaussian", "one_euro"])
+@pytest.mark.parametrize("kind", ["gaussian", "one_euro", "kalman"])
+def test_more_strength_is_smoother(kind):
+    _, noisy = noisy_turn()
+    jitter = [
+        np.abs(np.diff(pose_transfer.smooth_poses(noisy, kind, strength=strength), 2, 0)).mean()
+        for strength in (1e-9, 0.5, 1.0, 2.0, 1e9)
+    ]
+    assert jitter == sorted(jitter, reverse=True) and len(set(jitter)) == 5
+    assert jitter[0] > 0.99 * np.abs(np.diff(noisy, 2, 0)).mean()
+    default = pose_transfer.smooth_poses(noisy, kind)
+    np.testing.assert_array_equal(default, pose_transfer.smooth_poses(noisy, kind, strength=1.0))
+
+
+def test_strength_by_hand():
+    """A step of 0.1 in t_x: what the first frame takes of it, and the second of one that follows with lag."""
+    step = np.stack([pose(), pose(x=0.1), pose(x=0.1)])
+    weights = np.exp(-0.5 * (np.arange(3) / 3.0) ** 2)  # sigma of 1.5 frames, twice
+    gaussian = pose_transfer.smooth_poses(step, "gaussian", strength=2.0)
+    assert gaussian[0, 0, 3] == pytest.approx(0.1 * weights[1:].sum() / weights.sum(), rel=1e-5)
+
+    def share(hertz):
+        return 1 / (1 + 25 / (2 * np.pi * hertz))
+
+    speed = share(1.0) * 0.1 * 25
+    one_euro = pose_transfer.smooth_poses(step, "one_euro", fps=25.0, strength=2.0)
+    assert one_euro[1, 0, 3] == pytest.approx(0.1 * share(0.75 + 0.5 * speed), rel=1e-5)
+
+
+def test_kalman_smoother_by_hand():
+    """Variances of 1. Forth: gains 1/2, 3/5, 8/13, means 0, 9/5, 9/13; back: gains 3/8, 1/3."""
+    smooth = pose_transfer.kalman_smoother(np.array([[0.0], [3.0], [0.0]]), 1.0, 1.0)
+    np.testing.assert_allclose(smooth[:, 0], [6 / 13, 18 / 13, 9 / 13], rtol=1e-12)
+
+
+def most_likely(observed, process, observation):
+    """Of the walk: where (z - x)^2 / R + (x_i - x_{i-1})^2 / Q + (x_0 - z_0)^2 is least; equations, not a filter."""
+    frames = len(observed)
+    steps = np.diff(np.eye(frames), axis=0)
+    matrix = np.eye(frames) / observation + steps.T @ steps / process
+    matrix[0, 0] += 1
+    right = observed / observation
+    right[0] += observed[0]
+    return np.linalg.solve(matrix, right)
+
+
+@pytest.mark.parametrize("strength", [1.0, 40.0])
+def test_kalman_is_what_is_most_likely(strength):
+    """Process 1e-5, observation 3e-7 (method.md 7.3), on every component; rotations stay rotations."""
+    _, noisy = noisy_turn(40)
+    smooth = pose_transfer.smooth_poses(noisy, "kalman", strength=strength)
+    rotation, translation, scale = pose_transfer.split_pose(noisy)
+    found, t, s = pose_transfer.split_pose(smooth)
+    variances = (1e-5, 3e-7 * strength)
+    np.testing.assert_allclose(t[:, :2], most_likely(translation, *variances)[:, :2], atol=1e-6)
+    np.testing.assert_allclose(np.log(s), most_likely(np.log(scale), *variances), atol=1e-6)
+    mean = most_likely(rotation.reshape(-1, 9), *variances).reshape(-1, 3, 3)
+    left, _, right = np.linalg.svd(mean)
+    np.testing.assert_allclose(found, left @ right, atol=1e-6)
+    assert np.abs(smooth - noisy).max() > 1e-3  # it does something
+
+
+@pytest.mark.parametrize("kind", ["none", "gaussian", "one_euro", "kalman"])
 def test_smoothing_leaves_a_still_head_alone(kind):
     still = np.repeat(pose(10, 20, 30, 0.1, 0.2, 1.2)[None], 9, axis=0)
     np.testing.assert_allclose(pose_transfer.smooth_poses(still, kind), still, atol=1e-6)
     with pytest.raises(UserError, match="gaussian"):
-        pose_transfer.smooth_poses(still, "kalman")
+        pose_transfer.smooth_poses(still, "median")
 
 
 def test_rotation_vector_round_trip():

@@ -31,6 +31,65 @@ def test_mask_edge_lies_dilated_by_five_percent():
     assert abs(int(np.sum(mask[100, 100:] > 0.5)) - 50) <= 2
 
 
+def square(half=0.5):
+    return np.array([[-half, -half], [half, -half], [half, half], [-half, half]])
+
+
+def test_nothing_but_the_outline():
+    """Without dilation, feather and border: on 64 pixels -0.5 .. 0.5 is 15.5 .. 47.5, rounded to even 16 .. 48."""
+    mask = paste_back.face_mask([square()], 64, dilation=0, feather=0, border=0)
+    expected = np.zeros((64, 64))
+    expected[16:49, 16:49] = 1
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_dilation_reaches_farther():
+    """By so many pixels on each side, of a square of 33."""
+    areas = []
+    for dilation, pixels in ((0, 0), (0.05, 3), (0.1, 6), (0.2, 13)):
+        mask = paste_back.face_mask([square()], 64, dilation=dilation, feather=0, border=0)
+        assert mask[32].sum() == mask[:, 32].sum() == 33 + 2 * pixels
+        areas.append(mask.sum())
+    assert areas == sorted(set(areas))
+    wide = paste_back.face_mask([square(1.0)], 64, dilation=0.4, feather=0, border=0)
+    assert (wide == 1).all()  # as nothing is left out at the border
+
+
+def test_feather_is_the_sigma_of_an_edge():
+    """Of a straight edge the blur is the normal distribution: 84 % opaque at one sigma inside, 16 % outside."""
+    mask = paste_back.face_mask([square()], 400, dilation=0, feather=0.05, border=0)
+    row = mask[200]  # the square's last column is 300, so the edge is at 300.5
+    assert np.interp(300.5, np.arange(400), row) == pytest.approx(0.5, abs=0.005)
+    assert np.interp(280.5, np.arange(400), row) == pytest.approx(0.8413, abs=0.005)
+    assert np.interp(320.5, np.arange(400), row) == pytest.approx(0.1587, abs=0.005)
+
+
+def test_mask_of_the_whole_crop_by_hand():
+    mask = paste_back.crop_mask(100)  # a tenth at each border
+    assert mask[50, [0, 1, 5, 9, 10, 50, 89, 90, 94, 99]] == pytest.approx(
+        [0, 0.1, 0.5, 0.9, 1, 1, 1, 0.9, 0.5, 0]
+    )
+    assert mask[3, 7] == mask[7, 3] == pytest.approx(0.3)  # the nearest edge counts
+    assert paste_back.crop_mask(100, border=0.25)[50, 5] == pytest.approx(0.2)
+    assert (paste_back.crop_mask(10, border=0) == 1).all()
+    np.testing.assert_array_equal(mask, mask[::-1, ::-1])
+
+
+def test_whole_crop_pasted_by_hand():
+    """A crop of 100 pixels where it came from: 200 over 40 is 40 + 160 times the opacity."""
+    random = np.random.default_rng(0)
+    frame = random.integers(0, 256, (140, 160, 3), dtype=np.uint8)
+    frame[20:120, 30:130] = 40
+    result = np.full((100, 100, 3), 200, np.uint8)
+    box = np.array([30.0, 20.0, 130.0, 120.0])
+    pasted = paste_back.paste(frame, result, box, paste_back.crop_mask(100))
+    columns = 30 + np.array([0, 1, 5, 9, 10, 94])
+    assert pasted[70, columns, 0].tolist() == [40, 56, 120, 184, 200, 120]
+    outside = np.ones((140, 160), bool)
+    outside[20:120, 30:130] = False
+    assert (pasted[outside] == frame[outside]).all()
+
+
 def test_paste_keeps_the_rest_bit_for_bit():
     random = np.random.default_rng(0)
     frame = random.integers(0, 256, (120, 160, 3), dtype=np.uint8)
