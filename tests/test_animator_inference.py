@@ -15,6 +15,7 @@ from dexportrait_jax.diffusion.sampler import frame_noise
 from dexportrait_jax.diffusion.windows import window_frames
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Drive, Sampling
+from dexportrait_jax.models.animator.branches import NullReading
 from dexportrait_jax.tasks.animator_config import check_config
 from tests.tasks.test_animator import Stub
 
@@ -224,8 +225,7 @@ def test_features_of_windows_that_move_are_kept_for_their_step(moving):
         return {"block": np.zeros(4, np.float32)}
 
     programs = DenoiserPrograms(lambda *given: {}, residuals, lambda *given: given[1])
-    settings = Stubbed().settings(Sampling())
-    windows = ClipWindows({}, programs, drive_of(60), {}, None, settings, moving=moving)
+    windows = ClipWindows({}, programs, drive_of(60), {}, None, NullReading(), moving=moving)
     for seed in range(4):
         table = window_frames(60, random=np.random.default_rng(seed) if moving else None)
         for frames in table:

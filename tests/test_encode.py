@@ -144,7 +144,11 @@ def off(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "stage", [pytest.param("animator_image", marks=pytest.mark.exhaustive), "animator_video"]
+    "stage",
+    [
+        pytest.param("animator_image", marks=pytest.mark.exhaustive),
+        pytest.param("animator_video", marks=pytest.mark.slow),
+    ],
 )
 def test_steps_from_latents_are_the_steps_that_encode(places, stage):
     """With samples of the posterior: but for another order of float32 sums, and for the rounding of 16 bits."""

@@ -1,6 +1,5 @@
 """The plan: figures put together by hand, what is not compiled twice, and one real program for chips not here."""
 
-import concurrent.futures
 import json
 import os
 import re
@@ -403,31 +402,31 @@ FROZEN_GIB = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("memory")
 @pytest.mark.timeout(1200)
-def test_programs_for_chips_that_are_not_here(tmp_path):
-    """Compiled, not run: every stage's step on four chips, its memory as it was, and what stands in its plan."""
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("autoencoder", marks=pytest.mark.slow),
+        pytest.param("motion", marks=pytest.mark.exhaustive),
+        pytest.param("animator_image", marks=pytest.mark.exhaustive),
+        pytest.param("animator_video", marks=pytest.mark.slow),
+    ],
+)
+def test_program_for_chips_that_are_not_here(stage, tmp_path):
+    """Compiled, not run: a stage's step on four chips, its memory as it was, and what stands in its plan."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
-
-    def of(stage):
-        (tmp_path / stage).mkdir()
-        batch = "--config.data.batch_size=4"
-        mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=4")
-        return planned(tmp_path / stage, f"--config=configs/{stage}.py:tiny", batch, *mesh)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        plans = dict(zip(FROZEN_GIB, pool.map(of, FROZEN_GIB), strict=True))
-    for found in plans.values():
-        assert set(KEYS) <= set(found) and found["compiled_not_run"]
-        assert found["devices"] == found["mesh"]["fsdp"] == 4
-        assert found["collectives"]["all-reduce"]["count"] >= 1
-        assert found["recompute_overhead"] == 1.0
-        assert 0.9 <= found["executed_overhead"] < 1.3
-        assert found["programs"][0]["kernels_not_counted"] == []
-        assert found["programs"][0]["loops_counted_once"] == []
-    memory = {stage: found["hbm_gib_per_device"] for stage, found in plans.items()}
-    assert memory == pytest.approx(FROZEN_GIB, rel=0.05)
+    sizes = ("data.batch_size=4", "mesh.data=1", "mesh.fsdp=4")
+    flags = (f"--config.{size}" for size in sizes)
+    found = planned(tmp_path, f"--config=configs/{stage}.py:tiny", *flags)
+    assert set(KEYS) <= set(found) and found["compiled_not_run"]
+    assert found["devices"] == found["mesh"]["fsdp"] == 4
+    assert found["collectives"]["all-reduce"]["count"] >= 1
+    assert found["recompute_overhead"] == 1.0
+    assert 0.9 <= found["executed_overhead"] < 1.3
+    assert found["programs"][0]["kernels_not_counted"] == []
+    assert found["programs"][0]["loops_counted_once"] == []
+    assert found["hbm_gib_per_device"] == pytest.approx(FROZEN_GIB[stage], rel=0.05)
 
 
 @pytest.mark.slow

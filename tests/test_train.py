@@ -50,7 +50,7 @@ def programs_from_the_cache():
     ("stage", "changes"),
     [
         ("autoencoder", {}),
-        ("autoencoder", {"optim__autoencoder__name": "muon"}),
+        pytest.param("autoencoder", {"optim__autoencoder__name": "muon"}, marks=pytest.mark.slow),
         pytest.param("motion", {}, marks=pytest.mark.slow),
         pytest.param("animator_image", {}, marks=pytest.mark.exhaustive),
         pytest.param("animator_video", {}, marks=pytest.mark.slow),

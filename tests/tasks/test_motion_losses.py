@@ -246,7 +246,7 @@ def test_plain_features_as_the_supplement_prints_them():
     _, metrics, _ = generator_loss(stub_task("loss.perceptual_form=features"), "joint")
     assert metrics["lpips"] == pytest.approx(5)
     assert metrics["clpips"] == pytest.approx(5 * 0.5**0.5)
-    with pytest.raises(UserError, match="lpips or features, not 'vgg'"):
+    with pytest.raises(UserError, match="one of lpips, features, not 'vgg'"):
         MotionTask(configs.load_config("configs/motion.py:tiny", ["loss.perceptual_form=vgg"]))
 
 
