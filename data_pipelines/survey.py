@@ -15,7 +15,7 @@ from data_pipelines import background, dataset, records, transforms
 from data_pipelines.examples import Examples
 from dexportrait_jax.errors import UserError
 
-_ATTEMPTS = 100  # damaged records in a row before a split counts as damaged; as in `loading`
+_ATTEMPTS = 100  # damaged records in a row before a split counts as damaged; as in `examples`
 _MEASURED = 256  # frames that are measured of a dataset that does not say how much backgrounds move
 _FEW = 0.1  # calm windows that are worth a warning
 
