@@ -4,11 +4,11 @@ import logging
 import os
 from pathlib import Path
 
+from tests.compiling import QUICK_FLAGS
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test is compiling: XLA's back end works less on programs that run once, or a few times.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {QUICK_FLAGS}"
 ).strip()
 os.environ.setdefault("GLOG_minloglevel", "2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 import pytest
 
@@ -23,7 +22,7 @@ from dexportrait_jax.tasks import build_networks, make_task
 from dexportrait_jax.weights.exporting import export_groups
 from tests import fixtures
 from tests.disks import fill, full_disk, read_only, small_disk
-from tests.stages import micro
+from tests.stages import handful_of_numbers, micro, random_weights
 from tests.weights.test_lpips_names import one_file, random_params
 
 # What a job tells on the way: "prepare: ...", or a stage or a video with how far it is.
@@ -51,8 +50,7 @@ def weights(places, tmp_path_factory):
     """An export of a motion trainer that has learnt nothing."""
     config = micro("motion", *places)
     groups = {
-        name: jax.tree.map(np.asarray, network.init(jax.random.key(0)))
-        for name, network in build_networks(config).items()
+        name: random_weights(network, seed=0) for name, network in build_networks(config).items()
     }
     model = {
         "stage": "motion",
@@ -239,11 +237,12 @@ def test_clips_that_are_all_too_short(fails, tmp_path):
 def test_one_person_and_a_clip_too_short(tmp_path, monkeypatch, capfd):
     """A personalised model is trained, a line says what it cannot be measured by, and another what is left out.
 
-    The loop is that of every stage; the autoencoder compiles quickest.
+    The loop is that of every stage.
     """
+    handful_of_numbers(monkeypatch)
     clips = [fixtures.make_clip(0, frames, 64) for frames in (4, 1, 4)]
     data = builder.write_dataset({"train": lambda: clips}, tmp_path / "data")
-    config = micro("autoencoder", data, tmp_path, num_steps=1, evaluate__at_end="true")
+    config = micro("motion", data, tmp_path, num_steps=1, evaluate__at_end="true")
     monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
     run = tmp_path / "run"
     assert cli.run(["train", "--config=the one above", f"--workdir={run}"]) == 0
@@ -335,7 +334,8 @@ def test_full_disk_while_training_keeps_the_checkpoint_before(places, tmp_path, 
     """The second save does not fit; the first stays readable and the run goes on from it elsewhere."""
     from dexportrait_jax import train as loop
 
-    config = micro("autoencoder", *places, checkpoint__every_steps=2, num_steps=4)
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, checkpoint__every_steps=2, num_steps=4)
     monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
     with small_disk(tmp_path / "disk", "size=40m") as disk:
         job = ("train", "--config=the one above", f"--workdir={disk / 'run'}")
@@ -425,7 +425,8 @@ def test_results_are_not_overwritten(fails, weights, places, tmp_path):
 @pytest.mark.parametrize("place", [read_only, full_disk])
 def test_export_where_nothing_can_be_written(places, tmp_path, monkeypatch, fails, place):
     """The run stays as it is; where the export was to be, nothing is."""
-    config = micro("autoencoder", *places, num_steps=1)
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, num_steps=1)
     monkeypatch.setattr(configs, "load_config", lambda address, overrides: config)
     run = tmp_path / "run"
     assert cli.run(["train", "--config=the one above", f"--workdir={run}"]) == 0

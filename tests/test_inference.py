@@ -28,6 +28,7 @@ from dexportrait_jax.models.animator.conditioning import Conditions
 from dexportrait_jax.tasks import animator, autoencoder, motion
 from dexportrait_jax.tasks.pictures import to_float, to_uint8
 from dexportrait_jax.weights.exporting import export_groups
+from tests.compiling import QUICK_FLAGS
 
 SMALL = [
     "model.unet.block_channels=(16, 32)",
@@ -117,7 +118,15 @@ def models(tmp_path_factory):
     return get
 
 
-@pytest.fixture(params=STAGES)
+# Those of pictures are windows of one frame, and one of them is enough for a test that runs often.
+MARKS = {
+    "animator_image": pytest.mark.exhaustive,
+    "clip_image": pytest.mark.slow,
+    "null_text": pytest.mark.exhaustive,
+}
+
+
+@pytest.fixture(params=[pytest.param(stage, marks=MARKS.get(stage, ())) for stage in STAGES])
 def model(request, models):
     return models(request.param)
 
@@ -208,7 +217,7 @@ class Counted:
 def test_passes_of_the_denoiser(video_model, monkeypatch):
     """The paper's 35 steps: 74 passes a window, one of the reference UNet and of its projections.
 
-    11 frames are 5 windows of 4 that overlap by 2; the warped features of each are made once.
+    6 frames are 2 windows of 4 that overlap by 2; the warped features of each are made once.
     """
     model = video_model
     counted = [Counted(program) for program in model._denoiser("learned")]
@@ -216,7 +225,7 @@ def test_passes_of_the_denoiser(video_model, monkeypatch):
     monkeypatch.setattr(model, "_source", source)
     monkeypatch.setitem(model._denoisers, False, DenoiserPrograms(*counted))
     paper = Sampling(steps=35, guidance=2.5, hybrid_steps=5)
-    for frames, count in ((2, 1), (11, 5)):
+    for frames, count in ((2, 1), (6, 2)):
         for one in (source, *counted):
             one.runs = 0
         pictures(model, frames, paper)
@@ -306,7 +315,7 @@ OF_THE_EMBEDDING = [
 @pytest.mark.parametrize(
     ("stage", "reading"),
     [("animator_video", reading) for reading in READINGS]
-    + [("clip_image", reading) for reading in OF_THE_EMBEDDING],
+    + [pytest.param("clip_image", reading, marks=pytest.mark.slow) for reading in OF_THE_EMBEDDING],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_every_reading_is_what_its_branches_say(models, stage, reading):
@@ -405,6 +414,7 @@ def test_animator_equals_the_plain_sampler(video_model):
     np.testing.assert_allclose(latent, mean * decoder.scale, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_of_a_clip_does_not_grow_with_it(video_model, monkeypatch):
     """The host's, of whatever numpy and Python hold, and the devices': no more of a clip than of a window is there."""
     model, most, window = video_model, [], []
@@ -526,7 +536,7 @@ def test_two_processes_make_the_same_video(tmp_path, shared_data):
         flags = [f"--weights={weights}", f"--source={still}", f"--driving={clip}"]
         flags += [f"--out={tmp_path / name}", "--seed=3", "--max_frames=3", "--steps=2"]
         command = [sys.executable, "-m", "dexportrait_jax", "animate", *flags]
-        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": QUICK_FLAGS})
 
     running = [started("a.mp4"), started("b.mp4")]
     assert [process.wait() for process in running] == [0, 0]

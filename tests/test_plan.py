@@ -410,7 +410,7 @@ FROZEN_GIB = {
         pytest.param("autoencoder", marks=pytest.mark.slow),
         pytest.param("motion", marks=pytest.mark.exhaustive),
         pytest.param("animator_image", marks=pytest.mark.exhaustive),
-        pytest.param("animator_video", marks=pytest.mark.slow),
+        pytest.param("animator_video", marks=pytest.mark.exhaustive),
     ],
 )
 def test_program_for_chips_that_are_not_here(stage, tmp_path):

@@ -38,7 +38,7 @@ class Case(NamedTuple):
       spread: of the config, on the mesh alone.
       whole: weights are gathered once a step, as those of small networks are; else they are cut while in use, as
         those of the UNets at `full`.
-      mark: when it is tested; each takes minutes, but for the autoencoder's.
+      mark: when it is tested; each takes minutes, but for one of the autoencoder's.
     """
 
     stage: str
@@ -57,7 +57,7 @@ TARGETS = {"data__targets": 2}
 EXHAUSTIVE = "exhaustive"
 CASES = [
     Case("autoencoder", (2, 2, 2, 1), {"fsdp", "context"}, TARGETS, mark=""),
-    Case("autoencoder", (1, 8, 1, 1), {"fsdp"}, TARGETS, whole=False, mark=""),
+    Case("autoencoder", (1, 8, 1, 1), {"fsdp"}, TARGETS, whole=False),
     Case("motion", (1, 2, 2, 2), {"fsdp", "context"}),
     Case("motion", (1, 2, 2, 1), {"fsdp", "context"}, whole=False, mark=EXHAUSTIVE),
     Case(
@@ -75,6 +75,7 @@ CASES = [
         {"fsdp", "context", "tensor"},
         TWO | {"accumulate": 2},
         whole=False,
+        mark=EXHAUSTIVE,
     ),
     Case("animator_video", (2, 2, 2, 1), {"fsdp", "context"}, TWO, BLOCKS, whole=False),
     Case("animator_video", (2, 2, 1, 2), {"fsdp", "tensor"}, TWO, mark=EXHAUSTIVE),

@@ -13,6 +13,7 @@ import pytest
 
 from dexportrait_jax.metrics import read_rows
 from tests.benchmarks import soak
+from tests.compiling import QUICK_FLAGS
 from tests.stages import micro
 
 STEPS = 2
@@ -56,11 +57,10 @@ def test_two_processes_equal_one(stage, places, tmp_path):
         "one": ("dexportrait_jax",),
         "two": ("launch.local_processes", "--processes=2", "--devices=2", "--"),
     }
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     flags = {"one": "--xla_force_host_platform_device_count=4 ", "two": ""}
     for name, launcher in launchers.items():
         job = ["train", f"--config={config}", f"--workdir={tmp_path / name}"]
-        environment["XLA_FLAGS"] = flags[name] + "--xla_backend_optimization_level=1"
+        environment = os.environ | {"XLA_FLAGS": flags[name] + QUICK_FLAGS}
         command = [sys.executable, "-m", *launcher, *job]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -125,6 +125,7 @@ def test_sample_of_the_motion_trainer():
     assert as_there == pytest.approx(228.6, rel=1e-3) and as_there == pytest.approx(230, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_step_is_three_times_its_forward_passes():
     """With 1 source and 2 targets: the discriminator sees 2 pictures, then 2 + 2, and 2 again for the penalty.
 

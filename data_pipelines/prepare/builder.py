@@ -65,6 +65,13 @@ def example(clip: records.Clip) -> dict[str, Any]:
     return nested
 
 
+class _Info(tfds.core.DatasetInfo):
+    """TFDS looks for a new dataset in Google's bucket, where ours is not, and leaves an empty folder in /tmp."""
+
+    def initialize_from_bucket(self) -> None:
+        pass
+
+
 class PortraitClips(tfds.core.GeneratorBasedBuilder):
     """Cropped clips of talking faces. Constructed with the generators of its splits."""
 
@@ -78,7 +85,7 @@ class PortraitClips(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             features=features(),
             description="One face in one fixed square crop per clip, with pseudo labels.",

@@ -1,6 +1,7 @@
 """Records: there and back, and the same bytes for TFDS."""
 
 import dataclasses
+import tempfile
 
 import numpy as np
 import pytest
@@ -157,7 +158,9 @@ def test_errors_of_opening_a_dataset(tmp_path):
         dataset.ClipDataset(directory, "validation")
 
 
-def test_write_dataset_never_leaves_half_of_it(tmp_path):
+def test_write_dataset_never_leaves_half_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # nor anything among temporary files
+
     def failing():
         yield fixtures.make_clip(0, 4, 32)
         raise OSError(28, "No space left on device")

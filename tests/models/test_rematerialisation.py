@@ -116,7 +116,7 @@ def test_gradients_are_the_same(made):
 @pytest.mark.parametrize(
     ("stage", "scopes"),
     [
-        ("motion", ("appearance", "generator", "discriminator")),
+        slow("motion", ("appearance", "generator", "discriminator")),
         slow("animator_image", ("reference", "denoiser")),
         slow("animator_video", ("denoiser", "temporal")),
     ],

@@ -206,6 +206,7 @@ def test_pose_encoder_sees_what_the_weights_were_trained_on(tmp_path):
         assert relative_error(np.asarray(raw[name]), expected) <= 1e-4
 
 
+@pytest.mark.slow
 def test_motion_trainer_starts_from_it_and_from_a_motion_export(tmp_path):
     config = configs.load_config("configs/motion.py:tiny")
     sizes = {key: config.model.pose[key] for key in ("depths", "dims")}

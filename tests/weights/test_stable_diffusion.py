@@ -370,11 +370,13 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
     return config
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize(
     ("injector", "expression"),
-    [("in_block", {"attn_expression": 11}), ("xnemo", {"expression_modules": 16})],
+    [
+        pytest.param("in_block", {"attn_expression": 11}, marks=pytest.mark.slow),
+        pytest.param("xnemo", {"expression_modules": 16}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_both_unets_start_as_the_published_one(tmp_path, unet, capsys, injector, expression):
     """The denoiser with every branch and temporal modules, its reference dropped, says what diffusers says."""

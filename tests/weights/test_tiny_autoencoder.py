@@ -146,6 +146,7 @@ def test_a_half_alone_is_one_line(tmp_path, published, capsys):
     assert said.count("\n") == 1 and "holds no decoder" in said
 
 
+@pytest.mark.slow
 def test_real_weights_keep_real_faces(tmp_path, shared_data):
     """36 dB and more on crops of the faces of real clips, as `prepare` makes them, at 256 px."""
     for half in ("encoder", "decoder"):

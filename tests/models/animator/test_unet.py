@@ -75,6 +75,7 @@ def test_full_size():
     assert parameter_count(full.abstract) == 859_520_964
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same():
     sizes = {"block_channels": (8, 8), "layers_per_block": 1, "groups": 4}
     options = TransformerOptions(heads=2, cross_attention_features=None)
