@@ -36,7 +36,7 @@ from dexportrait_jax.programs import build
 from dexportrait_jax.state import parameter_count
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.pictures import shown_data
-from dexportrait_jax.train import check, check_shares
+from dexportrait_jax.train_checks import check, check_shares
 from dexportrait_jax.workload import abstract_batch, step_work
 
 

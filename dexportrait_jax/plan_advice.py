@@ -10,7 +10,7 @@ import ml_collections
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.rematerialisation import Remat
-from dexportrait_jax.train import check_shares
+from dexportrait_jax.train_checks import check_shares
 
 
 def advice(config: ml_collections.ConfigDict, sizes: dict[str, int], slices: int = 1) -> list[str]:

@@ -31,9 +31,9 @@ from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
 from dexportrait_jax.tasks.pictures import write_samples
+from dexportrait_jax.train_checks import check, check_shares
 from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
 
-COMPUTE_TYPES = ("float32", "bfloat16", "float16")
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
 
 
@@ -96,7 +96,10 @@ def train(
         done, state = checkpoints.restore(abstract) or (0, None)
         if state is not None:
             checkpoints.set_aside_after(done)
-            if done >= config.num_steps:
+            # What ended between a checkpoint and its evaluation is evaluated now.
+            missing = not distributed.everywhere(_picture(workdir, done).exists())
+            owed = _is_evaluated(config, done) and missing
+            if done >= config.num_steps and not owed:
                 say(f"{workdir}: already trained to step {done} of {config.num_steps}")
                 checkpoints.close()
                 return state
@@ -116,6 +119,16 @@ def train(
             checkpoints.close()
             say(f"{config.stage}: stopped before step {done + 1}; start the same command to go on")
             raise SystemExit(RESUME_ME)
+
+        preview = jax.jit(task.preview)
+        if state is not None and owed and found.evaluable:
+            with jax.set_mesh(mesh), wall.spent("evaluate"):
+                write_samples(preview, state, config, _picture(workdir, done))
+        if done >= config.num_steps:
+            say(f"{workdir}: already trained to step {done} of {config.num_steps}")
+            checkpoints.close()
+            return state
+
         sources = sharding.rows_of_process(mesh, config.data.batch_size)
         loader = loading.make_loader(
             config.data,
@@ -151,7 +164,6 @@ def train(
             times = wall.row(steps, pictures)
             return times | efficiency.row(times, steps) | known
 
-        preview, samples = jax.jit(task.preview), workdir / "samples"
         agreement = distributed.Agreement(done)
         compiled: set[frozenset[str]] = set()
         last_save = time.monotonic()
@@ -178,10 +190,7 @@ def train(
                 watch.moved()
 
                 last = step == config.num_steps
-                evaluating = found.evaluable and (
-                    (last and config.evaluate.at_end)
-                    or _falls_on(step, config.evaluate.every_steps)
-                )
+                evaluating = found.evaluable and _is_evaluated(config, step)
                 # A signal waits for the end of an evaluation, and whoever sent it may not: what is evaluated is saved.
                 save = last or evaluating or _falls_on(step, config.checkpoint.every_steps)
                 stopping = False
@@ -212,44 +221,13 @@ def train(
                     raise SystemExit(RESUME_ME)
                 if evaluating:
                     with wall.spent("evaluate"):
-                        write_samples(preview, state, config, samples / f"step_{step:07d}.png")
+                        write_samples(preview, state, config, _picture(workdir, step))
         loader.close()
         writer.close()
         with wall.spent("save"):
             checkpoints.close()
         say(f"{workdir}: trained to step {config.num_steps} in {wall.summary()}")
         return state
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for values that no stage can work with."""
-    numbers = {
-        "num_steps": (config.num_steps, 1),
-        "accumulate": (config.accumulate, 1),
-        "log_every": (config.log_every, 1),
-        "seed": (config.seed, 0),
-        "data.batch_size": (config.data.batch_size, 1),
-    }
-    for key, (value, least) in numbers.items():
-        if value < least:
-            raise UserError(f"config.{key}={value} is out of range; it is {least} or more")
-    for axis in sharding.AXES:
-        if config.mesh[axis] < 1 and config.mesh[axis] != -1:
-            raise UserError(
-                f"config.mesh.{axis}={config.mesh[axis]} is out of range; it is 1 or more, or -1 for "
-                "all devices that are left"
-            )
-    if config.data.latents and not config.stage.startswith("animator"):
-        raise UserError(
-            f"stage {config.stage!r} learns from pictures: config.data.latents is for the animator's stages; "
-            "leave it out"
-        )
-    for key in ("dtype", "frozen_dtype"):
-        if config[key] not in COMPUTE_TYPES:
-            raise UserError(
-                f"config.{key} is one of {', '.join(COMPUTE_TYPES)}, not {config[key]!r}"
-            )
-    metric_sinks.check(config.report)
 
 
 def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.sharding.Mesh:
@@ -266,38 +244,19 @@ def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.
     return mesh
 
 
-def check_shares(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-) -> None:
-    """Raises UserError where batch or clips cannot be cut into equal parts."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % (replicas * config.accumulate):
-        raise UserError(
-            f"config.data.batch_size={config.data.batch_size} cannot be shared by mesh data x fsdp = "
-            f"{replicas} devices in {config.accumulate} part(s); choose a multiple of "
-            f"{replicas * config.accumulate}, or spread over context or tensor, as FILE.py:VARIANT@TOPOLOGY does"
-        )
-    if mesh.shape["context"] == 1:
-        return
-    targets = loading.targets_of_a_source(config.data)
-    if targets % mesh.shape["context"]:
-        key = "frames" if config.data.mode == "video" else "targets"
-        raise UserError(
-            f"config.data.{key}={targets} cannot be shared by mesh context = {mesh.shape['context']}; choose a multiple"
-        )
-    # Of several sources, a device would hold targets that do not lie side by side in the batch of all targets, and
-    # the compiler would gather them everywhere.
-    if config.data.batch_size > replicas * config.accumulate:
-        raise UserError(
-            f"mesh context = {mesh.shape['context']} shares the targets of one source at a time, but each part of "
-            f"mesh data x fsdp = {replicas} has {config.data.batch_size // (replicas * config.accumulate)}; choose "
-            f"config.accumulate={config.data.batch_size // replicas}, or more of data and fsdp"
-        )
-
-
 def _watch(config: ml_collections.ConfigDict, wall: WallTime, workdir: Path) -> Watch:
     file = stacks_file(workdir, jax.process_index(), jax.process_count())
     return Watch(wall, 60 * config.report.stuck_minutes, file)
+
+
+def _is_evaluated(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether the config asks for it; there may be nothing to evaluate with."""
+    at_end = config.evaluate.at_end and step == config.num_steps
+    return at_end or _falls_on(step, config.evaluate.every_steps)
+
+
+def _picture(workdir: Path, step: int) -> Path:
+    return workdir / "samples" / f"step_{step:07d}.png"
 
 
 def _falls_on(step: int, every: int) -> bool:

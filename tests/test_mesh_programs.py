@@ -16,7 +16,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.programs import build
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import check_shares
+from dexportrait_jax.train_checks import check_shares
 from dexportrait_jax.workload import abstract_batch
 from tests import fixtures
 from tests.compiling import QUICK_FLAGS
@@ -100,6 +100,8 @@ def test_two_processes_share_the_targets_of_a_source(tmp_path):
     job = ["train", "--config=configs/autoencoder.py:tiny", "--config.evaluate.at_end=False"]
     sizes = {
         "data.path": data,
+        "data.image_size": 32,
+        "model.autoencoder.block_channels": "(8,16,16)",
         "data.batch_size": 2,
         "data.targets": 4,
         "accumulate": 2,

@@ -14,7 +14,7 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.sharding import AXES
-from dexportrait_jax.train import check, check_shares
+from dexportrait_jax.train_checks import check, check_shares
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("motion", "autoencoder", "animator_image", "animator_video")

@@ -20,7 +20,7 @@ from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for, target_platform
 from dexportrait_jax.programs import abstract_state
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import check_shares
+from dexportrait_jax.train_checks import check_shares
 
 KEYS = [
     "topology",

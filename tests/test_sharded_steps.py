@@ -14,7 +14,7 @@ from dexportrait_jax import sharding
 from dexportrait_jax.programs import build, first_state
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import make_task
-from dexportrait_jax.train import check_shares
+from dexportrait_jax.train_checks import check_shares
 from tests.stages import leaves, micro
 
 

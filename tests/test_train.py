@@ -16,7 +16,7 @@ from dexportrait_jax import checkpoint, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import abstract_state, build, first_state
-from dexportrait_jax.tasks import make_task
+from dexportrait_jax.tasks import make_task, pictures
 from dexportrait_jax.train import train
 from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro, quick_steps
 
@@ -294,6 +294,36 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
     assert order == [(what, step) for step in (2, 4) for what in ("save", "evaluate")] + [
         ("save", 5)
     ]
+
+
+@pytest.mark.parametrize("ended_in", [2, 4])
+def test_an_evaluation_that_was_cut_short_is_made_first(
+    places, tmp_path, monkeypatch, one_device, ended_in
+):
+    """Of a run in the middle and of one that has made its last step: no step is made again, and none more."""
+    handful_of_numbers(monkeypatch)
+    changes = {"num_steps": 4, "evaluate__every_steps": 2, "evaluate__split": "train"}
+    config = micro("motion", *places, **changes)
+    whole = leaves(train(config, tmp_path / "whole"))
+    write = pictures.write_samples
+
+    def cut_short(preview, state, config, path):
+        if path.stem.endswith(str(ended_in)):
+            raise KeyboardInterrupt
+        write(preview, state, config, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dexportrait_jax.train.write_samples", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "parts")
+    parts = leaves(train(config, tmp_path / "parts"))
+    assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
+    assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
+    made = [
+        {path.name: path.read_bytes() for path in (tmp_path / run / "samples").iterdir()}
+        for run in ("whole", "parts")
+    ]
+    assert made[0] == made[1] and len(made[0]) == 2
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

@@ -28,7 +28,7 @@ def step_seconds(stage: str, name: str) -> dict[str, float]:
     from dexportrait_jax import sharding
     from dexportrait_jax.programs import build, first_state
     from dexportrait_jax.tasks import make_task
-    from dexportrait_jax.train import check_shares
+    from dexportrait_jax.train_checks import check_shares
     from tests.benchmarks.motion_step import random_batch
     from tests.stages import micro
 

@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks soak --out=/tmp/soak [--kills=20] [--steps=150] [--seed=0]
 
-Each life of the run ends by SIGKILL at a random moment: while it starts, between steps, or once the files of a save
-appear. It takes both processes and their launcher, or one process alone. Afterwards the newest checkpoint is sometimes
-damaged or deleted. Then the same command is started again, until the run is at its end. Compared are the whole State
-(weights, averages, optimizer) and the record of every step, bit for bit. Programs are compiled once and kept, so that
-a start takes seconds. Everything is written below --out, the output of each life too.
+Each life of the run ends by SIGKILL at a random moment: while it starts, between steps, once the files of a save
+appear, or in an evaluation. It takes both processes and their launcher, or one process alone. Afterwards the newest
+checkpoint is sometimes damaged or deleted. Then the same command is started again, until the run is at its end.
+Compared are the whole State (weights, averages, optimizer), the record of every step and the pictures of all
+evaluations, bit for bit. Programs are compiled once and kept, so that a start takes seconds. Everything is written
+below --out, the output of each life too.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from tests import fixtures
 PROCESSES = 2
 TORN = "torn_here"  # a file in a checkpoint that was damaged, for this benchmark to know it by
 # How long each lasts, as a share of the time that a start takes on a machine like this one.
-MOMENTS = {"start": 1.0, "steps": 0.25, "save": 0.03}
+MOMENTS = {"start": 1.0, "steps": 0.25, "save": 0.03, "evaluation": 0.02}
 VICTIMS = ("all", "process 0", "process 1")
 DAMAGES = ("none", "torn", "deleted")
 SETTINGS = (
@@ -53,6 +54,7 @@ SETTINGS = (
     "checkpoint.every_steps=3",
     "evaluate.at_end=False",
 )
+EVALUATED = ("evaluate.every_steps=15", "evaluate.split=train")
 
 
 class Kill(NamedTuple):
@@ -77,6 +79,7 @@ class Life:
     code: int = 0  # of the launcher
     seconds_to_end: float = 0.0  # from the signal until nothing of it was left
     in_save: bool = False  # a save was under way when the signal came
+    in_evaluation: bool = False  # or an evaluation
     damaged: bool = False  # the newest checkpoint was, afterwards
     went_on_from: int = 0
     done_again: int = 0  # recorded steps of the lives before that no checkpoint held
@@ -93,9 +96,10 @@ def main(arguments: list[str]) -> None:
         parser.error(f"{given.out} holds such a run already; give another --out")
     data = fixtures.make_dataset(given.out / "data", clips=5, frames=12, size=64)
     reference = given.out / "reference"
-    left_alone(command(reference, data, given.steps), given.out)
+    left_alone(command(reference, data, given.steps, *EVALUATED), given.out)
     kills = draw(given.kills, np.random.default_rng(given.seed))
-    lives = killed(command(given.out / "killed", data, given.steps), given.out, kills)
+    job = command(given.out / "killed", data, given.steps, *EVALUATED)
+    lives = killed(job, given.out, kills)
     differences = compare(reference, given.out / "killed")
     print(json.dumps(summary(lives) | {"steps": given.steps, "different": differences}), flush=True)
     if differences or len(lives) <= given.kills:
@@ -111,10 +115,10 @@ def command(workdir: Path, data: Path, steps: int, *more: str) -> list[str]:
 
 
 def draw(number: int, rng: np.random.Generator) -> list[Kill]:
-    """Kills at random moments; half of them wait for a save."""
+    """Kills at random moments; of five, two wait for a save and one for an evaluation."""
     return [
         Kill(
-            str(rng.choice(list(MOMENTS), p=(0.15, 0.35, 0.5))),
+            str(rng.choice(list(MOMENTS), p=(0.15, 0.25, 0.4, 0.2))),
             str(rng.choice(VICTIMS, p=(0.5, 0.25, 0.25))),
             str(rng.choice(DAMAGES, p=(0.7, 0.15, 0.15))),
             float(rng.random()),
@@ -145,11 +149,12 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
         began, started = time.time(), time.monotonic()
         process = _start(job, log, out)
         if kill:
-            _wait_for(kill, process, checkpoints, log, began)
+            _wait_for(kill, process, workdir, log, began)
             if kill.moment != "start":
                 start_seconds = time.monotonic() - started
             _wait(process, kill.part * MOMENTS[kill.moment] * start_seconds)
             life.in_save = bool(_unfinished(checkpoints, began))
+            life.in_evaluation = _evaluates(workdir, log)
             by_itself, sent = process.poll(), time.monotonic()
             _send(kill, process)
         life.code = process.wait()
@@ -175,7 +180,7 @@ def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Names of what is not bit-equal in two finished runs: leaves of the State, and the steps' records."""
+    """Names of what is not bit-equal in two finished runs: leaves of the State, the steps' records, the pictures."""
     states = [final_state(workdir) for workdir in (one, other)]
     names = states[0].keys() | states[1].keys()
     different = [
@@ -190,7 +195,15 @@ def compare(one: Path, other: Path) -> list[str]:
         ]
         for workdir in (one, other)
     ]
-    return different + (["metrics.jsonl"] if records[0] != records[1] else [])
+    made = [
+        {path.name: path.read_bytes() for path in workdir.glob("samples/*")}
+        for workdir in (one, other)
+    ]
+    return (
+        different
+        + (["metrics.jsonl"] if records[0] != records[1] else [])
+        + (["samples"] if made[0] != made[1] else [])
+    )
 
 
 def summary(lives: Sequence[Life]) -> dict[str, object]:
@@ -199,6 +212,7 @@ def summary(lives: Sequence[Life]) -> dict[str, object]:
     return {
         "kills": len(ended),
         "during a save": sum(life.in_save for life in ended),
+        "during an evaluation": sum(life.in_evaluation for life in ended),
         "before the first step": sum(life.kill.moment == "start" for life in ended),
         "of one process alone": sum(life.kill.victim != "all" for life in ended),
         "newest checkpoint damaged or deleted": sum(life.damaged for life in ended),
@@ -223,13 +237,15 @@ def _start(job: Sequence[str], log: Path, out: Path) -> subprocess.Popen:
         )
 
 
-def _wait_for(kill, process, checkpoints, log, began) -> None:
+def _wait_for(kill, process, workdir, log, began) -> None:
     """Returns when the moment has come, or the job has ended."""
+    checkpoints = workdir / checkpoint.FOLDER
     while process.poll() is None:
         if len(_whole(checkpoints)) >= kill.whole and (
             kill.moment == "start"
             or (kill.moment == "steps" and "ready to train" in log.read_text())
             or (kill.moment == "save" and _unfinished(checkpoints, began))
+            or (kill.moment == "evaluation" and _evaluates(workdir, log))
         ):
             return
         time.sleep(0.02)
@@ -285,6 +301,21 @@ def _unfinished(checkpoints: Path, began: float) -> list[Path]:
         except FileNotFoundError:  # it has just been renamed
             continue
     return found
+
+
+def _evaluates(workdir: Path, log: Path) -> bool:
+    """The last recorded step has an evaluation whose picture is not there yet."""
+    said = log.read_text()
+    # Before, the record may hold steps of the life before which no checkpoint holds.
+    if "ready to train" not in said and "going on from step" not in said:
+        return False
+    every = json.loads((workdir / "config.json").read_text())["evaluate"]["every_steps"]
+    record = workdir / "metrics.jsonl"
+    rows = read_rows(record) if every and record.exists() else []
+    if not rows:
+        return False
+    step = rows[-1]["step"]
+    return step % every == 0 and not (workdir / "samples" / f"step_{step:07d}.png").exists()
 
 
 def _whole(checkpoints: Path) -> list[int]:

@@ -1,5 +1,7 @@
 """The autoencoder against diffusers, and its size."""
 
+import functools
+
 import diffusers
 import jax
 import numpy as np
@@ -45,16 +47,23 @@ def assert_equals_diffusers(sizes, rows, size):
         return mean, logvar, vae.decode(mean)
 
     mean, logvar, decoded = jax.jit(run)(params, images)
-    # In double: PyTorch's GroupNorm in single precision is itself off by 4 % on the decoder's 512 x 512 pixels.
-    published.double()
+    # PyTorch's GroupNorm in single precision is itself off by 4 % on the decoder's 512 x 512 pixels.
+    for module in published.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = functools.partial(group_norm_in_double, module)
     with torch.no_grad():
-        expected = published.encode(torch.tensor(images).double().permute(0, 3, 1, 2)).latent_dist
+        expected = published.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist
         expected_images = published.decode(expected.mean).sample
     side = size // 2 ** (levels - 1)
     assert mean.shape == (rows, side, side, 4)
     assert relative_error(mean, expected.mean.permute(0, 2, 3, 1)) <= 1e-4
     assert relative_error(logvar, expected.logvar.permute(0, 2, 3, 1)) <= 1e-4
     assert relative_error(decoded, expected_images.permute(0, 2, 3, 1)) <= 1e-4
+
+
+def group_norm_in_double(norm, x):
+    groups = (norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    return torch.nn.functional.group_norm(x.double(), *groups).float()
 
 
 def test_sample_has_the_mean_and_variance():

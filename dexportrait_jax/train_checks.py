@@ -1,0 +1,72 @@
+"""What no stage can be trained with, found before anything is read or compiled: of a config alone, and on a mesh."""
+
+from __future__ import annotations
+
+import jax
+import ml_collections
+
+from data_pipelines import loading
+from dexportrait_jax import metric_sinks, sharding
+from dexportrait_jax.errors import UserError
+
+COMPUTE_TYPES = ("float32", "bfloat16", "float16")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for values that no stage can work with."""
+    numbers = {
+        "num_steps": (config.num_steps, 1),
+        "accumulate": (config.accumulate, 1),
+        "log_every": (config.log_every, 1),
+        "seed": (config.seed, 0),
+        "data.batch_size": (config.data.batch_size, 1),
+    }
+    for key, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"config.{key}={value} is out of range; it is {least} or more")
+    for axis in sharding.AXES:
+        if config.mesh[axis] < 1 and config.mesh[axis] != -1:
+            raise UserError(
+                f"config.mesh.{axis}={config.mesh[axis]} is out of range; it is 1 or more, or -1 for "
+                "all devices that are left"
+            )
+    if config.data.latents and not config.stage.startswith("animator"):
+        raise UserError(
+            f"stage {config.stage!r} learns from pictures: config.data.latents is for the animator's stages; "
+            "leave it out"
+        )
+    for key in ("dtype", "frozen_dtype"):
+        if config[key] not in COMPUTE_TYPES:
+            raise UserError(
+                f"config.{key} is one of {', '.join(COMPUTE_TYPES)}, not {config[key]!r}"
+            )
+    metric_sinks.check(config.report)
+
+
+def check_shares(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> None:
+    """Raises UserError where batch or clips cannot be cut into equal parts."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % (replicas * config.accumulate):
+        raise UserError(
+            f"config.data.batch_size={config.data.batch_size} cannot be shared by mesh data x fsdp = "
+            f"{replicas} devices in {config.accumulate} part(s); choose a multiple of "
+            f"{replicas * config.accumulate}, or spread over context or tensor, as FILE.py:VARIANT@TOPOLOGY does"
+        )
+    if mesh.shape["context"] == 1:
+        return
+    targets = loading.targets_of_a_source(config.data)
+    if targets % mesh.shape["context"]:
+        key = "frames" if config.data.mode == "video" else "targets"
+        raise UserError(
+            f"config.data.{key}={targets} cannot be shared by mesh context = {mesh.shape['context']}; choose a multiple"
+        )
+    # Of several sources, a device would hold targets that do not lie side by side in the batch of all targets, and
+    # the compiler would gather them everywhere.
+    if config.data.batch_size > replicas * config.accumulate:
+        raise UserError(
+            f"mesh context = {mesh.shape['context']} shares the targets of one source at a time, but each part of "
+            f"mesh data x fsdp = {replicas} has {config.data.batch_size // (replicas * config.accumulate)}; choose "
+            f"config.accumulate={config.data.batch_size // replicas}, or more of data and fsdp"
+        )
