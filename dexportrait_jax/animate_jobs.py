@@ -50,7 +50,7 @@ class Job(Sampling):
 
     @property
     def paste_settings(self) -> dict[str, Any]:
-        """The mask of the paste-back, "mask", and what of the arguments of its function is not the default."""
+        """The mask of the paste-back, "mask", and those arguments of its function that were given."""
         parts = {name.removeprefix("paste_"): getattr(self, name) for name in _PASTE_PARTS}
         given = {name: value for name, value in parts.items() if value is not None}
         return {"mask": self.paste_mask or "face", **given}

@@ -37,17 +37,24 @@ _RAYMAPS = ("displacement", "plucker6", "none")
 _POINTS = ("centres", "corners")
 _NORMS = ("group", "instance", "layer")
 _TYPES = ("float32", "bfloat16", "float16")
-# Keys of every stage that has the encoders: of these, of their pictures, and of how it computes.
-_ENCODERS: Choices = {
+# Keys of every stage: of how it computes, and of its pictures.
+_COMMON: Choices = {
     "dtype": _TYPES,
     "frozen_dtype": _TYPES,
+    "data.augment.similarity.border": ("reflect", "replicate", "black"),
+}
+# Those of every stage that has the encoders.
+_ENCODERS: Choices = {
+    **_COMMON,
     "model.pose.rotation_head": ("euler_bins", "6d"),
     "model.pose.initialisation": ("published", "fan_in"),
     "model.expression.kind": ("fan", "fan_sa"),
     "model.expression.norm": _NORMS,
     "data.augment.pose_mask.fill": ("mean", "black"),
-    "data.augment.similarity.border": ("reflect", "replicate", "black"),
 }
+_PERCEPTUAL = ("vgg16", "alexnet")
+# Keys of the autoencoder's config.
+AUTOENCODER: Choices = {**_COMMON, "loss.perceptual": _PERCEPTUAL}
 # Keys of the motion trainer's config.
 MOTION: Choices = {
     **_ENCODERS,
@@ -56,7 +63,7 @@ MOTION: Choices = {
     "model.generator.flatten_stride": ("last", "first"),
     "model.generator.injection": ("modulated", "adain"),
     "model.warp_padding": ("zeros", "border"),
-    "loss.perceptual": ("vgg16", "alexnet"),
+    "loss.perceptual": _PERCEPTUAL,
     "loss.perceptual_form": ("lpips", "features"),
     "loss.clpips_reduction": ("all_positions", "mask_area"),
 }

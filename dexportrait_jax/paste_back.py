@@ -28,7 +28,8 @@ def face_mask(
     """Opacity in [0, 1] of the result over the source, on a crop of ``side`` pixels.
 
     ``landmarks``: face points in crop coordinates [-1, 1] (x right, y down), one array for each
-    face that must be covered (source, result). Zero on the crop's border, one well inside the hull.
+    face that must be covered (source, result). One well inside the hull; zero on the crop's border unless ``border``
+    is 0.
     ``dilation``, ``feather`` (sigma) and ``border`` are parts of the side, in [0, 0.5); 0 leaves that step out.
     """
     # x = 2 (column + 0.5) / side - 1, the crop convention

@@ -22,7 +22,14 @@ import ml_collections
 
 from data_pipelines import loading
 from data_pipelines.survey import survey
-from dexportrait_jax import checkpoint, distributed, metric_sinks, run_directory, sharding
+from dexportrait_jax import (
+    checkpoint,
+    distributed,
+    evaluations,
+    metric_sinks,
+    run_directory,
+    sharding,
+)
 from dexportrait_jax import config as configs
 from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
 from dexportrait_jax.errors import UserError
@@ -30,7 +37,6 @@ from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
-from dexportrait_jax.tasks.pictures import write_samples
 from dexportrait_jax.train_checks import check, check_shares
 from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
 
@@ -94,41 +100,44 @@ def train(
         # Restore what there is.
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
         done, state = checkpoints.restore(abstract) or (0, None)
+        owed = False
         if state is not None:
             checkpoints.set_aside_after(done)
-            # What ended between a checkpoint and its evaluation is evaluated now.
-            missing = not distributed.everywhere(_picture(workdir, done).exists())
-            owed = _is_evaluated(config, done) and missing
-            if done >= config.num_steps and not owed:
-                say(f"{workdir}: already trained to step {done} of {config.num_steps}")
-                checkpoints.close()
-                return state
+            owed = evaluations.owed(config, workdir, done)
+        preview = jax.jit(task.preview)
+        evaluates = config.evaluate.at_end or config.evaluate.every_steps
+        if done >= config.num_steps:
+            if owed:
+                try:
+                    found = survey(config.data, config.evaluate.split)
+                except UserError as error:  # what is trained is trained, with its data or without
+                    say(f"warning: step {done} is not evaluated: {error}", file=sys.stderr)
+                else:
+                    if found.evaluable:
+                        with jax.set_mesh(mesh):
+                            evaluations.write_owed(preview, state, config, workdir, done)
+            say(f"{workdir}: already trained to step {done} of {config.num_steps}")
+            checkpoints.close()
+            return state
+        if state is not None:
             say(f"{workdir}: going on from step {done}")
 
         # Data: batch number `done` is the next one, whatever happened before. What is missing is found here, before
         # anything is compiled, and not when the first evaluation comes.
-        evaluates = config.evaluate.at_end or config.evaluate.every_steps
         found = survey(config.data, config.evaluate.split if evaluates else "")
         task.check_data(found)
         for warning in found.warnings:
             say(warning, file=sys.stderr)
         for note in found.notes:
             say(note)
+        if owed and found.evaluable:
+            with jax.set_mesh(mesh), wall.spent("evaluate"):
+                evaluations.write_owed(preview, state, config, workdir, done)
         # All that was done lies on the disk, and what comes now takes longest.
         if not distributed.everywhere(not stop_asked()):
             checkpoints.close()
             say(f"{config.stage}: stopped before step {done + 1}; start the same command to go on")
             raise SystemExit(RESUME_ME)
-
-        preview = jax.jit(task.preview)
-        if state is not None and owed and found.evaluable:
-            with jax.set_mesh(mesh), wall.spent("evaluate"):
-                write_samples(preview, state, config, _picture(workdir, done))
-        if done >= config.num_steps:
-            say(f"{workdir}: already trained to step {done} of {config.num_steps}")
-            checkpoints.close()
-            return state
-
         sources = sharding.rows_of_process(mesh, config.data.batch_size)
         loader = loading.make_loader(
             config.data,
@@ -190,7 +199,7 @@ def train(
                 watch.moved()
 
                 last = step == config.num_steps
-                evaluating = found.evaluable and _is_evaluated(config, step)
+                evaluating = found.evaluable and evaluations.is_asked(config, step)
                 # A signal waits for the end of an evaluation, and whoever sent it may not: what is evaluated is saved.
                 save = last or evaluating or _falls_on(step, config.checkpoint.every_steps)
                 stopping = False
@@ -221,7 +230,7 @@ def train(
                     raise SystemExit(RESUME_ME)
                 if evaluating:
                     with wall.spent("evaluate"):
-                        write_samples(preview, state, config, _picture(workdir, step))
+                        evaluations.write(preview, state, config, workdir, step)
         loader.close()
         writer.close()
         with wall.spent("save"):
@@ -247,16 +256,6 @@ def _mesh(config: ml_collections.ConfigDict, say: Callable[[str], None]) -> jax.
 def _watch(config: ml_collections.ConfigDict, wall: WallTime, workdir: Path) -> Watch:
     file = stacks_file(workdir, jax.process_index(), jax.process_count())
     return Watch(wall, 60 * config.report.stuck_minutes, file)
-
-
-def _is_evaluated(config: ml_collections.ConfigDict, step: int) -> bool:
-    """Whether the config asks for it; there may be nothing to evaluate with."""
-    at_end = config.evaluate.at_end and step == config.num_steps
-    return at_end or _falls_on(step, config.evaluate.every_steps)
-
-
-def _picture(workdir: Path, step: int) -> Path:
-    return workdir / "samples" / f"step_{step:07d}.png"
 
 
 def _falls_on(step: int, every: int) -> bool:

@@ -9,8 +9,6 @@ from data_pipelines import loading
 from dexportrait_jax import metric_sinks, sharding
 from dexportrait_jax.errors import UserError
 
-COMPUTE_TYPES = ("float32", "bfloat16", "float16")
-
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values that no stage can work with."""
@@ -35,11 +33,6 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"stage {config.stage!r} learns from pictures: config.data.latents is for the animator's stages; "
             "leave it out"
         )
-    for key in ("dtype", "frozen_dtype"):
-        if config[key] not in COMPUTE_TYPES:
-            raise UserError(
-                f"config.{key} is one of {', '.join(COMPUTE_TYPES)}, not {config[key]!r}"
-            )
     metric_sinks.check(config.report)
 
 

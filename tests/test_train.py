@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from datetime import datetime
 
 import jax
@@ -12,11 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import loading
-from dexportrait_jax import checkpoint, sharding
+from dexportrait_jax import checkpoint, evaluations, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import abstract_state, build, first_state
-from dexportrait_jax.tasks import make_task, pictures
+from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import train
 from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro, quick_steps
 
@@ -287,7 +288,7 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
         lambda self, step, state: order.append(("save", step)) or save(self, step, state),
     )
     monkeypatch.setattr(
-        "dexportrait_jax.train.write_samples",
+        "dexportrait_jax.evaluations.write_samples",
         lambda preview, state, config, path: order.append(("evaluate", int(path.stem[-7:]))),
     )
     train(config, tmp_path)
@@ -298,25 +299,19 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
 
 @pytest.mark.parametrize("ended_in", [2, 4])
 def test_an_evaluation_that_was_cut_short_is_made_first(
-    places, tmp_path, monkeypatch, one_device, ended_in
+    places, tmp_path, monkeypatch, capsys, one_device, ended_in
 ):
     """Of a run in the middle and of one that has made its last step: no step is made again, and none more."""
     handful_of_numbers(monkeypatch)
-    changes = {"num_steps": 4, "evaluate__every_steps": 2, "evaluate__split": "train"}
-    config = micro("motion", *places, **changes)
+    config = micro("motion", *places, **EVALUATED)
     whole = leaves(train(config, tmp_path / "whole"))
-    write = pictures.write_samples
-
-    def cut_short(preview, state, config, path):
-        if path.stem.endswith(str(ended_in)):
-            raise KeyboardInterrupt
-        write(preview, state, config, path)
-
     with monkeypatch.context() as patch:
-        patch.setattr("dexportrait_jax.train.write_samples", cut_short)
+        cut_short(patch, ended_in)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "parts")
+    capsys.readouterr()
     parts = leaves(train(config, tmp_path / "parts"))
+    assert f"evaluating step {ended_in}, which was cut short" in capsys.readouterr().out
     assert [name for name in whole if not np.array_equal(whole[name], parts[name])] == []
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
     made = [
@@ -324,6 +319,57 @@ def test_an_evaluation_that_was_cut_short_is_made_first(
         for run in ("whole", "parts")
     ]
     assert made[0] == made[1] and len(made[0]) == 2
+
+
+def test_an_evaluation_that_never_ends_stops_no_run(
+    places, tmp_path, monkeypatch, capsys, one_device
+):
+    """It is left out after three attempts; a run at its end needs neither it nor its data to say that it is."""
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, **EVALUATED)
+    with monkeypatch.context() as patch:
+        cut_short(patch, 2)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path)
+        assert checkpoint.newest_step(tmp_path) == 2
+        train(config, tmp_path)
+    assert "step 2 was cut short 4 times and is left out" in capsys.readouterr().err
+    samples = tmp_path / "samples"
+    assert [path.name for path in samples.glob("*.png")] == ["step_0000004.png"]
+    # A picture of a step that is made again belongs to a checkpoint that is lost.
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    with monkeypatch.context() as patch:
+        cut_short(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path)
+        assert not list(samples.glob("*.png"))
+
+    def gone(*_):
+        raise UserError("there is no dataset")
+
+    monkeypatch.setattr("dexportrait_jax.train.survey", gone)
+    train(config, tmp_path)
+    told = capsys.readouterr()
+    assert "warning: step 4 is not evaluated: there is no dataset" in told.err
+    assert "already trained to step 4 of 4" in told.out
+
+
+EVALUATED = {"num_steps": 4, "evaluate__every_steps": 2, "evaluate__split": "train"}
+
+
+def cut_short(monkeypatch, step):
+    """The evaluation of a step ends in what a user does to a job that hangs."""
+    write = evaluations.write_samples
+
+    def write_samples(preview, state, config, path):
+        if path.stem.endswith(str(step)):
+            while not (path.parents[1] / "checkpoints" / str(step)).is_dir():
+                time.sleep(0.01)  # it is written in the background
+            raise KeyboardInterrupt
+        write(preview, state, config, path)
+
+    monkeypatch.setattr(evaluations, "write_samples", write_samples)
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(

@@ -48,6 +48,11 @@ def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, monkeypa
         ({"mesh__fsdp": 0}, "config.mesh.fsdp=0 is out of range"),
         ({"data__batch_size": 0}, "config.data.batch_size=0 is out of range"),
         ({"dtype": "float31"}, "not 'float31'"),
+        (
+            {"loss__perceptual": "vgg19"},
+            "config.loss.perceptual is one of vgg16, alexnet, not 'vgg19'",
+        ),
+        ({"data__augment__similarity__border": "reflct"}, "did you mean 'reflect'"),
     ],
 )
 def test_a_start_that_fails_leaves_nothing(changes, words, places, tmp_path):

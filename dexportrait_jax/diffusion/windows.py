@@ -41,9 +41,9 @@ def window_frames(
         frames: frames of the clip.
         length, overlap: of the windows.
         ends: see above.
-        random: moves the grid, by a number it draws; how many windows there are does not depend on it. A ring is
-            turned by 0 to ``length - 1`` frames, as X-NeMo does. With open ends one window more is needed: first and
-            last stay, the others are spread evenly and moved by less than the way from one to the next.
+        random: moves the grid, by a number it draws. A ring is turned by 0 to ``length - 1`` frames, as X-NeMo does.
+            With open ends one window more is needed, unless two come to lie on each other: first and last stay, the
+            others are spread evenly and moved by less than the way from one to the next.
 
     Raises:
         ValueError: no frames, or an overlap that is not smaller than the window.
@@ -61,7 +61,7 @@ def window_frames(
     elif random:
         count = math.ceil(last / stride)
         moved = int(random.integers(last))  # by moved / count frames
-        starts = [0, *((last * (k + 1) - moved) // count for k in range(count)), last]
+        starts = sorted({0, *((last * (k + 1) - moved) // count for k in range(count)), last})
     else:
         starts = [*range(0, last, stride), last]
     return (np.array(starts)[:, None] + np.arange(length)) % frames

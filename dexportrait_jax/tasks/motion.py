@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jaxtyping import Array, Float
 
 from data_pipelines.survey import Survey
 from dexportrait_jax import geometry

@@ -379,8 +379,13 @@ def test_both_unets_read_the_embedding_of_the_source(monkeypatch):
     np.testing.assert_allclose(asked.conditions.context, expected, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["clip_image", "null_text"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("clip_image", marks=pytest.mark.exhaustive),
+        pytest.param("null_text", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_trains_the_text_attention_of_both_unets(monkeypatch, mode):
     """With an embedding of the source, which stays, or with a constant that is learned from zero."""
     overrides = [
