@@ -18,6 +18,11 @@ import pytest  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, and the other worker does the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def programs_compiled_once(tmp_path_factory):
     """Tests that build the same program again, as a resumed run does, need not compile it again.

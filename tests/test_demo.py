@@ -38,7 +38,8 @@ def start(workdir: Path, log: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.first
+@pytest.mark.timeout(3600)  # of a busy core; it takes 14 minutes of two idle ones
 def test_demo_killed_in_every_stage_finishes_and_reaches_its_figures(tmp_path):
     """SIGKILL in prepare, each training stage and animate, then to the end, and once more: all is done."""
     from dexportrait_jax import config as configs

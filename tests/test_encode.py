@@ -147,7 +147,7 @@ def off(ours, theirs):
     "stage",
     [
         pytest.param("animator_image", marks=pytest.mark.exhaustive),
-        pytest.param("animator_video", marks=pytest.mark.slow),
+        pytest.param("animator_video", marks=pytest.mark.exhaustive),
     ],
 )
 def test_steps_from_latents_are_the_steps_that_encode(places, stage):
