@@ -241,7 +241,11 @@ class _Noted(AnimatorModel):
 
 def sampling(stage, overrides, windows=False):
     """All that a denoiser is asked in the ten steps of a clip of seven frames, and the latents that come of it."""
-    short = ("sampling.steps=10", "data.frames=4")
+    short = (
+        "sampling.steps=10",
+        "data.frames=4",
+        "sampling.overlap=1",
+    )  # with room to move windows
     model = _Noted((*short, *overrides), windows)
     drive = Drive(POSE, np.zeros(4, np.float32), np.stack([1.1 * POSE] * 7), np.ones((7, 4)))
     picture = np.zeros((64, 64, 3), np.uint8)
