@@ -27,18 +27,7 @@ def is_asked(config: ml_collections.ConfigDict, step: int) -> bool:
     return at_end or (every > 0 and step % every == 0)
 
 
-def write(
-    preview: Callable,
-    state: dict[str, Any],
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    step: int,
-) -> None:
-    """Makes the picture of a step; all processes must take part, and the main one writes."""
-    write_samples(preview, state, config, _picture(workdir, step))
-
-
-def owed(config: ml_collections.ConfigDict, workdir: Path, step: int) -> bool:
+def is_owed(config: ml_collections.ConfigDict, workdir: Path, step: int) -> bool:
     """Whether a run restored at `step` ended before that step's picture was made; all processes must ask.
 
     Pictures of later steps, whose checkpoints are lost, are taken away: those steps are made again.
@@ -60,21 +49,27 @@ def owed(config: ml_collections.ConfigDict, workdir: Path, step: int) -> bool:
     return not made and attempts < ATTEMPTS
 
 
-def write_owed(
+def write(
     preview: Callable,
     state: dict[str, Any],
     config: ml_collections.ConfigDict,
     workdir: Path,
     step: int,
+    *,
+    owed: bool = False,
 ) -> None:
-    """`write`, with a file beside the picture that counts the attempts, for as long as it lasts."""
+    """Makes the picture of a step; all processes must take part, and the main one writes.
+
+    For as long as one that is owed is being made, a file beside it counts the attempts.
+    """
+    counts = owed and distributed.is_main()
     mark = _mark(workdir, step)
-    if distributed.is_main():
+    if counts:
         print(f"{workdir}: evaluating step {step}, which was cut short")
         mark.parent.mkdir(exist_ok=True)
         mark.write_text(str(_attempts(workdir, step) + 1))
-    write(preview, state, config, workdir, step)
-    if distributed.is_main():
+    write_samples(preview, state, config, _picture(workdir, step))
+    if counts:
         mark.unlink()
 
 

@@ -103,7 +103,7 @@ def train(
         owed = False
         if state is not None:
             checkpoints.set_aside_after(done)
-            owed = evaluations.owed(config, workdir, done)
+            owed = evaluations.is_owed(config, workdir, done)
         preview = jax.jit(task.preview)
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         if done >= config.num_steps:
@@ -115,7 +115,7 @@ def train(
                 else:
                     if found.evaluable:
                         with jax.set_mesh(mesh):
-                            evaluations.write_owed(preview, state, config, workdir, done)
+                            evaluations.write(preview, state, config, workdir, done, owed=True)
             say(f"{workdir}: already trained to step {done} of {config.num_steps}")
             checkpoints.close()
             return state
@@ -132,7 +132,7 @@ def train(
             say(note)
         if owed and found.evaluable:
             with jax.set_mesh(mesh), wall.spent("evaluate"):
-                evaluations.write_owed(preview, state, config, workdir, done)
+                evaluations.write(preview, state, config, workdir, done, owed=True)
         # All that was done lies on the disk, and what comes now takes longest.
         if not distributed.everywhere(not stop_asked()):
             checkpoints.close()
