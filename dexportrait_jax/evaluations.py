@@ -27,15 +27,16 @@ def is_asked(config: ml_collections.ConfigDict, step: int) -> bool:
     return at_end or (every > 0 and step % every == 0)
 
 
-def is_owed(config: ml_collections.ConfigDict, workdir: Path, step: int) -> bool:
-    """Whether a run restored at `step` ended before that step's picture was made; all processes must ask.
-
-    Pictures of later steps, whose checkpoints are lost, are taken away: those steps are made again.
-    """
+def take_away_after(workdir: Path, step: int) -> None:
+    """Pictures of later steps, whose checkpoints are lost: those steps are made again, and so are their pictures."""
     if distributed.is_main():
         for path in (workdir / FOLDER).glob("step_*.png"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
+
+
+def is_owed(config: ml_collections.ConfigDict, workdir: Path, step: int) -> bool:
+    """Whether a run restored at `step` ended before that step's picture was made; all processes must ask."""
     if not is_asked(config, step):
         return False
     made, attempts = distributed.from_main(

@@ -103,6 +103,7 @@ def train(
         owed = False
         if state is not None:
             checkpoints.set_aside_after(done)
+            evaluations.take_away_after(workdir, done)
             owed = evaluations.is_owed(config, workdir, done)
         preview = jax.jit(task.preview)
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
