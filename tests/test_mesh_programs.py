@@ -93,7 +93,7 @@ def test_targets_of_several_sources_are_not_spread(tmp_path):
         check_shares(config, mesh_of(data=2, context=3))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_share_the_targets_of_a_source(tmp_path):
     """Both read it, and each has two of its four targets; what is recorded is what one process records."""
     data = fixtures.make_dataset(tmp_path / "data", clips=5, frames=12, size=64)

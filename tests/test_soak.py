@@ -110,7 +110,7 @@ def test_one_process_stopped_and_ended(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir() and stopped < 100000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_two_processes_on_a_disk_that_fills_up(tmp_path):
     """They end with a line that says so, and with room again go on from what had been saved."""

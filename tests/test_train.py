@@ -21,6 +21,8 @@ from dexportrait_jax.tasks import make_task
 from dexportrait_jax.train import train
 from tests.stages import handful_of_numbers, interrupt_in_step, leaves, micro, quick_steps
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
 
 def learned(run):
     """The rows of a run without what the clock says."""
@@ -51,10 +53,10 @@ def programs_from_the_cache():
     ("stage", "changes"),
     [
         ("autoencoder", {}),
-        pytest.param("autoencoder", {"optim__autoencoder__name": "muon"}, marks=pytest.mark.slow),
+        pytest.param("autoencoder", {"optim__autoencoder__name": "muon"}, marks=EXHAUSTIVE),
         pytest.param("motion", {}, marks=pytest.mark.slow),
-        pytest.param("animator_image", {}, marks=pytest.mark.exhaustive),
-        pytest.param("animator_video", {}, marks=pytest.mark.exhaustive),
+        pytest.param("animator_image", {}, marks=EXHAUSTIVE),
+        pytest.param("animator_video", {}, marks=EXHAUSTIVE),
     ],
 )
 def test_interrupted_equals_uninterrupted_bit_for_bit(
@@ -106,7 +108,7 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
         ),
         pytest.param(
             *("animator_image", {"model__unet__layers_per_block": 1}, [(1, 4, 1, 1)]),
-            marks=pytest.mark.exhaustive,
+            marks=EXHAUSTIVE,
             id="animator_image",
         ),
     ],

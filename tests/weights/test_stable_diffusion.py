@@ -374,7 +374,7 @@ def sd15_sized(unet, folder, latent_channels=4, **changes):
 @pytest.mark.parametrize(
     ("injector", "expression"),
     [
-        pytest.param("in_block", {"attn_expression": 11}, marks=pytest.mark.slow),
+        pytest.param("in_block", {"attn_expression": 11}, marks=pytest.mark.exhaustive),
         pytest.param("xnemo", {"expression_modules": 16}, marks=pytest.mark.exhaustive),
     ],
 )

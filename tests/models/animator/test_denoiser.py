@@ -103,7 +103,7 @@ OTHERWISE = {
     [
         ({"expression_injector": "in_block"}, 1),  # its transformer block is the middle's
         pytest.param(OTHERWISE, 1, marks=pytest.mark.slow),
-        pytest.param({"expression_injector": "xnemo"}, 2, marks=pytest.mark.slow),
+        pytest.param({"expression_injector": "xnemo"}, 2, marks=pytest.mark.exhaustive),
     ],
     ids=["in_block", "otherwise", "xnemo"],
 )
