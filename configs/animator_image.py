@@ -30,7 +30,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         return _minutes(get_config("tiny"))
     tiny = variant == "tiny"
     config = common.animator("animator_image", variant)
-    config.num_steps = 560 if tiny else 120_000
+    config.num_steps = 900 if tiny else 120_000
     config.init = ConfigDict(
         {
             "motion": "",  # export of the motion trainer: pose and expression

@@ -22,7 +22,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """The autoencoder at one of VARIANTS."""
     tiny = variant == "tiny"
     config = common.base("autoencoder", variant)
-    config.num_steps = 360 if tiny else 200_000
+    config.num_steps = 600 if tiny else 200_000
     if tiny:
         config.ema_decay = 0.98
     config.model = ConfigDict({"autoencoder": common.autoencoder(variant)})

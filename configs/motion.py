@@ -39,7 +39,7 @@ def get_config(variant: str = "full") -> ConfigDict:
         return _real(get_config("synthetic"))
     tiny = variant == "tiny"
     config = common.base("motion", variant)
-    config.num_steps = 400 if tiny else 200_000
+    config.num_steps = 620 if tiny else 200_000
     # Of appearance encoder, generator and discriminator, what the backward pass keeps: none (of it is recomputed) |
     # products | blocks (see models/rematerialisation.py).
     config.remat = "none"
