@@ -52,7 +52,8 @@ def programs_from_the_cache():
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("autoencoder", {}),
+        ("handful of numbers", {}),
+        pytest.param("autoencoder", {}, marks=pytest.mark.slow),
         pytest.param("autoencoder", {"optim__autoencoder__name": "muon"}, marks=EXHAUSTIVE),
         pytest.param("motion", {}, marks=pytest.mark.slow),
         pytest.param("animator_image", {}, marks=EXHAUSTIVE),
@@ -62,6 +63,9 @@ def programs_from_the_cache():
 def test_interrupted_equals_uninterrupted_bit_for_bit(
     stage, changes, places, tmp_path, monkeypatch, one_device
 ):
+    if stage == "handful of numbers":
+        handful_of_numbers(monkeypatch)
+        stage = "motion"
     config = micro(stage, *places, **changes)
     whole = leaves(train(config, tmp_path / "whole"))
 
