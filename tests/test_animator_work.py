@@ -105,6 +105,7 @@ def test_injector_of_xnemo():
     assert found == pytest.approx(126, rel=3e-2)
 
 
+@SLOW
 def test_targets_share_what_is_made_of_their_source():
     """The reference UNet, and the keys and values of its features, once for one target and for four."""
     sizes = ["model.unet.block_channels=(16, 32)", "model.pose.depths=(1, 1, 1, 1)"]
@@ -136,6 +137,7 @@ def test_sampling_is_spared():
     assert work["naive"] > work["full"] > work["null"]
 
 
+@SLOW
 def test_temporal_modules():
     found = networks(stage="animator_video")
     frames = 24

@@ -303,7 +303,7 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
     ]
 
 
-@pytest.mark.parametrize("ended_in", [2, 4])
+@pytest.mark.parametrize("ended_in", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_evaluation_that_was_cut_short_is_made_first(
     places, tmp_path, monkeypatch, capsys, one_device, ended_in
 ):

@@ -173,7 +173,10 @@ def test_choices_of_the_denoiser():
     assert default - macs("expression_linear=False") == 2 * 64 * 64
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "animator_image", "animator_video"])
+@pytest.mark.parametrize(
+    "stage",
+    ["autoencoder", pytest.param("animator_image", marks=pytest.mark.slow), "animator_video"],
+)
 def test_every_group_that_computes_is_told_apart(stage):
     config = configs.load_config(f"configs/{stage}.py:tiny")
     work = forward_work(config)

@@ -72,7 +72,9 @@ def take(values, count, **options):
     return [{name: np.array(value) for name, value in batch.items()} for batch in batches]
 
 
-@pytest.mark.parametrize(("mode", "workers"), [("pairs", 0), ("video", 2)])
+@pytest.mark.parametrize(
+    ("mode", "workers"), [("pairs", 0), pytest.param("video", 2, marks=pytest.mark.slow)]
+)
 def test_a_batch_holds_the_latents_of_its_pictures(directory, made, mode, workers):
     """Half of the samples are mirrored; hosts and workers change nothing."""
     values = config(directory, mode=mode, frames=3)

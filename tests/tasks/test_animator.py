@@ -70,7 +70,7 @@ def test_frozen_encoders_see_the_pictures_they_learned_from(tmp_path, stage):
     ]
 
 
-@pytest.mark.parametrize("key", ["image", "unet"])
+@pytest.mark.parametrize("key", [pytest.param("image", marks=pytest.mark.slow), "unet"])
 def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     """Noise schedule, heads, ray maps: no shape tells of them, and every one is another network."""
     config = micro("animator_video", tmp_path / "data", tmp_path / "exports")

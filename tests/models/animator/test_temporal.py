@@ -133,6 +133,7 @@ def test_norm_of_every_frame_equals_animatediffs_own_code():
     assert relative_error(clip.bind(params).apply(path, hidden, FRAMES), expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_zero_at_initialisation():
     modules = small_temporal()
     params = modules.init(jax.random.key(0))
