@@ -109,6 +109,13 @@ def render(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.1,
     )
+    flag(
+        parser,
+        "face_scale",
+        "side of the crop in faces, chin to brow, as of prepare (default: %(default)s)",
+        type=float,
+        default=2.15,
+    )
     flag(parser, "workers", "processes (default: one a core)", type=int, default=None)
     flag(parser, "overwrite", "replace a dataset that is there", action="store_true")
 

@@ -55,6 +55,11 @@ class Settings:
     mirror_error: float = 0.038
     mirror_every: int = 24
 
+    def scaled(self, face_scale: float) -> Settings:
+        """The same with another `face_scale`, which a crop that need not reach beyond the picture may have too."""
+        minimum = min(face_scale, self.minimum_scale)
+        return dataclasses.replace(self, face_scale=face_scale, minimum_scale=minimum)
+
 
 def crop_box(boxes: np.ndarray, picture: tuple[int, int], settings: Settings) -> np.ndarray:
     """The square crop of a clip.

@@ -77,11 +77,7 @@ def run_prepare(
     people = _people(holdout_people, holdout, {naming.identity for naming in namings})
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
     if face_scale is not None:
-        settings = dataclasses.replace(
-            settings,
-            face_scale=face_scale,
-            minimum_scale=min(face_scale, settings.minimum_scale),
-        )
+        settings = settings.scaled(face_scale)
     made_with = {
         "videos": {
             naming.name: processing.fingerprint(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from typing import TextIO
 import cv2
 
 from data_pipelines import background, records
+from data_pipelines.prepare import crop
 from data_pipelines.synthetic import source
 from dexportrait_jax.errors import UserError
 
@@ -34,6 +34,7 @@ def run_render(
     fps: float = 25.0,
     seed: int = 0,
     holdout_fraction: float = 0.1,
+    face_scale: float = crop.Settings.face_scale,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -49,17 +50,20 @@ def run_render(
         fps: frames per second of the motion.
         seed: other seeds, other people.
         holdout_fraction: part of the people kept for validation, by a hash of their names.
+        face_scale: side of the crop in faces, chin to brow, as of `prepare`.
         workers: processes; None for one a core.
         overwrite: replace a dataset that is there.
 
     Raises:
         UserError: a value that cannot be, or the result cannot be written.
     """
-    plan = source.Plan(identities, clips, frames, cameras, size, fps, seed, holdout_fraction)
+    plan = source.Plan(
+        identities, clips, frames, cameras, size, fps, seed, holdout_fraction, face_scale
+    )
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1")
     out = Path(out).absolute()
-    made_with = json.dumps(dataclasses.asdict(plan), indent=1)
+    made_with = json.dumps(plan.made_with, indent=1)
     if not overwrite and _finished(out, made_with):
         return
     from data_pipelines.prepare import builder  # needs TFDS, which reading does not

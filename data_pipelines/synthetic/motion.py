@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_pipelines.prepare import crop
 from data_pipelines.synthetic import poses
 from data_pipelines.synthetic.expression import sample_expression
 
@@ -22,11 +23,18 @@ class Motion:
     Args:
         seed: whole numbers that decide everything.
         cameras: how many cameras watch.
+        face_scale: side of the crop in faces, as of `prepare`: of the faces' middle size.
     """
 
-    def __init__(self, seed: tuple[int, ...], cameras: int = 1):
+    def __init__(
+        self,
+        seed: tuple[int, ...],
+        cameras: int = 1,
+        face_scale: float = crop.Settings.face_scale,
+    ):
         self.seed = tuple(seed)
         self.cameras = cameras
+        self.face_scale = face_scale
 
     def expression(self, time: float) -> np.ndarray:
         """(K,) expression at `time` seconds."""
@@ -37,7 +45,8 @@ class Motion:
         """(3, 4) P = [sR | t] in the room, which is what camera 0 sees."""
         first, second, part = self._keys(time, _POSE_EVERY, 2, self._pose_values)
         pitch, yaw, roll, size, x, y = first + part * (second - first)
-        return poses.pose_matrix(pitch, yaw, roll, np.exp(size), (x, y))
+        scale = np.exp(size) * poses.scale_in_crop(self.face_scale)
+        return poses.pose_matrix(pitch, yaw, roll, scale, (x, y))
 
     def camera(self, number: int) -> np.ndarray:
         """(3, 3) rotation from the room to a camera; camera 0 stands straight in front."""

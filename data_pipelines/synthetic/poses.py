@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-# Degrees, factors and crop coordinates; every pose drawn here keeps within them.
+from data_pipelines.prepare import crop
+
+# Degrees, factors and crop coordinates; every pose drawn here keeps within them. Scales are of the standard crop.
 PITCH, YAW, ROLL = 35.0, 60.0, 35.0
 SCALE = (0.72, 1.25)
 SHIFT = 0.22
@@ -32,6 +34,11 @@ def pose_matrix(
     return np.concatenate(
         [scale * rotation(pitch, yaw, roll), [[shift[0]], [shift[1]], [0.0]]], axis=1
     )
+
+
+def scale_in_crop(face_scale: float) -> float:
+    """The scale s of a face that is 1 / ``face_scale`` of its crop high; 1 in the standard crop."""
+    return crop.Settings.face_scale / face_scale
 
 
 def sample_pose(rng: np.random.Generator) -> np.ndarray:

@@ -23,6 +23,7 @@ from data_pipelines.synthetic.render import LARGEST, SMALLEST, canonical_landmar
 from dexportrait_jax.errors import UserError
 
 PREFIX = "synthetic:"
+TIGHTEST, WIDEST = 1.5, 6.0  # crops in faces; in a tighter one chins would be cut
 _MOST = 1_000_000  # identities a seed
 
 
@@ -39,6 +40,7 @@ class Plan:
         fps: frames per second of the motion; low for frames that differ much.
         seed: other seeds, other people.
         holdout: which part of the people validation keeps, chosen by a hash of their names.
+        face_scale: side of the crop in faces, chin to brow, as of `prepare`; heads stay within the crop.
     """
 
     identities: int = 100
@@ -49,6 +51,7 @@ class Plan:
     fps: float = 2.0
     seed: int = 0
     holdout: float = 0.1
+    face_scale: float = crop.Settings.face_scale
 
     def __post_init__(self):
         for name in ("identities", "clips", "frames", "cameras"):
@@ -71,6 +74,18 @@ class Plan:
             raise UserError(
                 f"rendered heads: holdout is {self.holdout}; it must be 0 or more, below 1"
             )
+        if not TIGHTEST <= self.face_scale <= WIDEST:
+            raise UserError(
+                f"rendered heads: face_scale is {self.face_scale}; it must lie between {TIGHTEST} and {WIDEST} faces"
+            )
+
+    @property
+    def made_with(self) -> dict[str, float]:
+        """Its keys as datasets note them; `face_scale` only where it is another, as older ones have none."""
+        values = dataclasses.asdict(self)
+        if self.face_scale == crop.Settings.face_scale:
+            del values["face_scale"]
+        return values
 
     @property
     def seeds(self) -> list[int]:
@@ -133,7 +148,7 @@ class Frames(Sequence):
 
 def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
     """One camera's clip of a session of the person `seed`; `settings["synthetic"]` holds the truth."""
-    motion = Motion((seed, session), plan.cameras)
+    motion = Motion((seed, session), plan.cameras, plan.face_scale)
     # Sessions start anywhere, so that their first frames are no key moments of the motion.
     start = float(np.random.default_rng((seed, session, 9)).uniform(0, 1))
     times = start + np.arange(plan.frames) / plan.fps
@@ -146,6 +161,7 @@ def make_clip(plan: Plan, seed: int, session: int, camera: int) -> records.Clip:
         session=session,
         camera=camera,
         rotation=motion.camera(camera),
+        face_scale=plan.face_scale,
     )
 
 
@@ -159,11 +175,13 @@ def drawn_clip(
     session: int = 0,
     camera: int = 0,
     rotation: np.ndarray | None = None,
+    face_scale: float = crop.Settings.face_scale,
 ) -> records.Clip:
     """A clip of the person `seed` with (T, K) expressions and (T, 3, 4) poses in the picture.
 
     Args:
         rotation: (3, 3) from the room to the camera; None: it stands straight in front.
+        face_scale: crop of real pictures whose faces are as large as these, which the settings say.
     """
     person = identities.make_identity(seed)
     rotation = np.eye(3) if rotation is None else rotation
@@ -208,8 +226,9 @@ def drawn_clip(
         timestamps=(np.arange(count) / fps).astype(np.float32),
         crop_box=np.array([0, 0, size, size], np.float32),
         original_size=np.array([size, size], np.float32),
-        # At s = 1 a face fills these standard crops as it does in prepared video.
-        settings=dataclasses.asdict(crop.Settings(size=size)) | {"synthetic": truth},
+        # A face fills these crops as it does in prepared video.
+        settings=dataclasses.asdict(crop.Settings(size=size).scaled(face_scale))
+        | {"synthetic": truth},
     )
 
 
@@ -300,7 +319,8 @@ class RenderedClips:
 
     def fingerprint(self) -> dict[str, str]:
         """The plan by which everything is drawn."""
-        return {"rendered": repr(self.plan)}
+        keys = ", ".join(f"{name}={value!r}" for name, value in self.plan.made_with.items())
+        return {"rendered": f"Plan({keys})"}
 
     def views(self) -> dict[int, list[int]]:
         """clip number -> the other cameras' clips of the same session."""

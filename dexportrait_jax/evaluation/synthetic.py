@@ -16,9 +16,10 @@ from jaxtyping import Float
 
 from data_pipelines import transforms
 from data_pipelines.dataset import ClipDataset
+from data_pipelines.prepare import crop
 from data_pipelines.records import Clip
 from data_pipelines.synthetic.expression import neutral
-from data_pipelines.synthetic.poses import pose_matrix
+from data_pipelines.synthetic.poses import pose_matrix, scale_in_crop
 from data_pipelines.synthetic.source import drawn_clip
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics, probes
@@ -109,15 +110,16 @@ def frontal_spread(runner: Runner, clips: ClipDataset) -> float:
     found = []
     for number in list(first.values())[:FRONTAL_PEOPLE]:
         clip = clips[number]
-        still = frontal_clip(truth_of(clip).seed, clip.size)
+        still = frontal_clip(truth_of(clip).seed, clip.size, clip.settings["face_scale"])
         found.append(encode_clip(runner.model, still)[0])
     rotations, _, _ = probes.split_pose(np.concatenate(found))
     return float(probes.angle_between(rotations, probes.mean_rotation(rotations)).mean())
 
 
-def frontal_clip(seed: int, size: int) -> Clip:
-    """One frame of a person with P = [I | 0] and no expression."""
-    return drawn_clip(seed, neutral()[None], pose_matrix()[None], size=size)
+def frontal_clip(seed: int, size: int, face_scale: float = crop.Settings.face_scale) -> Clip:
+    """One frame of a person with P = [sI | 0] and no expression; s = 1 in the standard crop."""
+    front = pose_matrix(scale=scale_in_crop(face_scale))
+    return drawn_clip(seed, neutral()[None], front[None], size=size, face_scale=face_scale)
 
 
 def encode(runner: Runner, clips: ClipDataset, frames: int) -> Encoded:

@@ -242,3 +242,24 @@ def test_plans_are_checked_and_described():
         np.frombuffer(source.RenderedClips(PATH, "train")[0].frames[0], np.uint8), cv2.IMREAD_COLOR
     )
     assert picture.shape == (32, 32, 3)
+
+
+def test_a_tight_crop_shows_the_same_moments_larger_and_keeps_the_faces_whole():
+    usual = source.RenderedClips(PATH + ",size=64", "train")
+    tight = source.RenderedClips(PATH + ",size=64,face_scale=1.6", "train")
+    assert usual.fingerprint() != tight.fingerprint()
+    for number in range(len(tight)):
+        before, after = usual[number], tight[number]
+        np.testing.assert_allclose(
+            after.head_pose[..., :3], before.head_pose[..., :3] * 2.15 / 1.6, rtol=1e-6
+        )
+        np.testing.assert_array_equal(after.head_pose[..., 3], before.head_pose[..., 3])
+        assert after.settings["face_scale"] == after.settings["minimum_scale"] == 1.6
+        # Faces, without hair and shoulders, keep within the picture (-1 to 1).
+        assert np.abs(after.face_boxes).max() < 1.1
+    with pytest.raises(UserError, match="face_scale is 1.1; it must lie between 1.5 and 6.0 faces"):
+        source.parse("synthetic:face_scale=1.1")
+
+
+def test_a_dataset_from_before_the_key_is_the_usual_crop(directory):
+    assert "face_scale" not in (directory / "render.json").read_text()
