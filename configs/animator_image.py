@@ -10,6 +10,7 @@ minutes: 128 px, latents of TAEF2, on encoders of `configs/motion.py:real`; 20 t
     parts of clips it beats repeating the source, with soft faces (README). Its latents are made first by
     dexportrait encode --weights=exports/taef2 --data=data/faces --out=data/faces-latents --size=128
     and are given as --config.data.latents=data/faces-latents beside --config.init.autoencoder=exports/taef2.
+synthetic: 64 px, for rendered heads on encoders of `configs/motion.py:synthetic`, 2 cores; for ablations.
 small: 256 px on one GPU. full: the paper's 512 px, batch 48 = 12 sources x 4 targets, lr 1e-5, 120k steps;
     on TPUs `full@v5e:8x8` spreads it over such a slice (see meshes.py). In both half of the targets are another
     camera's where there are several (data.cross_view; else it is 0).
@@ -21,13 +22,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-VARIANTS = (*common.VARIANTS, "minutes")
+VARIANTS = (*common.VARIANTS, "minutes", "synthetic")
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """The image stage at one of VARIANTS."""
     if variant == "minutes":
         return _minutes(get_config("tiny"))
+    if variant == "synthetic":
+        return _synthetic(get_config("tiny"))
     tiny = variant == "tiny"
     config = common.animator("animator_image", variant)
     config.num_steps = 900 if tiny else 120_000
@@ -56,6 +59,14 @@ def get_config(variant: str = "full") -> ConfigDict:
     )
     # Where minutes count, many small steps beat few large ones.
     common.set_data(config, batch_size=2 if tiny else 12, targets=4)
+    return config
+
+
+def _synthetic(config: ConfigDict) -> ConfigDict:
+    config.variant = "synthetic"
+    common.animator_on_encoders_of_minutes(config)
+    config.num_steps = 1000
+    config.optim.denoise.learning_rate = 2e-3
     return config
 
 

@@ -53,6 +53,7 @@ FREE_KEYS = (
 # Keys that came later than the first runs: what a run did before there was the key. Without an entry here, those who
 # update the code cannot go on with the runs they have.
 BEFORE_THE_KEY = {
+    "component_weight": 0.0,
     "data.cross_view": 0.0,
     "loss.equivariance": 0.0,
     "loss.perceptual_form": "lpips",

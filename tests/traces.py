@@ -180,6 +180,7 @@ def animator_loss(stage, overrides):
             ("pose_image", (2, 2, 3), jnp.uint8),
             ("expression_image", (2, 2, 3), jnp.uint8),
             ("latents", (2, 8, 8, 4), jnp.float32),
+            ("component_mask", (16, 16), jnp.uint8),
         )
     }
     with pytest.MonkeyPatch.context() as patch:

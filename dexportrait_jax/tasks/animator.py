@@ -191,7 +191,12 @@ class AnimatorTask:
         weights = None
         if config.min_snr_gamma > 0:
             weights = self.schedule.min_snr_weights(timesteps, config.min_snr_gamma)
-        return losses.denoising_error(prediction, wanted, weights), Outputs({}, {})
+        places = None
+        if config.component_weight > 0:
+            mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
+            mask = jax.image.resize(mask, latents.shape[:3], "linear")  # the mean of what a latent shows
+            places = 1.0 + config.component_weight * mask
+        return losses.denoising_error(prediction, wanted, weights, places), Outputs({}, {})
 
     @jax.named_scope("denoiser")
     def _denoise(self, params, noisy, timesteps, conditions: Conditions, targets: int):

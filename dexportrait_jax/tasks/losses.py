@@ -164,9 +164,13 @@ def denoising_error(
     prediction: Float[Array, "b h w c"],
     target: Float[Array, "b h w c"],
     weights: Float[Array, " b"] | None = None,
+    places: Float[Array, "b h w"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error, each sample times its weight (min-SNR, say); method.md 4.7."""
-    each = jnp.mean(jnp.square(prediction.astype(jnp.float32) - target), (1, 2, 3))
+    """Mean squared error, each sample times its weight (min-SNR, say), and each place of it; method.md 4.7."""
+    squares = jnp.square(prediction.astype(jnp.float32) - target)
+    if places is not None:
+        squares = squares * places[..., None]
+    each = jnp.mean(squares, (1, 2, 3))
     return jnp.mean(each if weights is None else each * weights)
 
 

@@ -266,6 +266,10 @@ class Asked:
             for which, shape in (("source", (SOURCES,)), ("target", (SOURCES, TARGETS)))
             for name in ("image", "pose_image", "expression_image")
         }
+        # A corner of each target shows features of the face.
+        self.mask = np.zeros((SOURCES, TARGETS, 4 * SIDE, 4 * SIDE), np.uint8)
+        self.mask[:, :, : 2 * SIDE, : 2 * SIDE] = 255
+        pictures["target_component_mask"] = self.mask
         posterior = (2, SIDE, SIDE, CHANNELS)
         latents = {
             "source_latents": rng.normal(size=(SOURCES, *posterior)).astype(np.float32),
@@ -346,6 +350,16 @@ def test_min_snr_weighs_the_loss(monkeypatch, prediction):
         weights = np.minimum(asked.snr, 5) / (asked.snr + 1)
     assert asked.loss == pytest.approx(np.mean(weights * errors), rel=1e-3)
     assert abs(asked.loss / errors.mean() - 1) > 0.05
+
+
+def test_the_face_weighs_more_where_it_is_told_to(monkeypatch):
+    """The corner that the mask has, a quarter of the latents, four times; a border between is a part of both."""
+    asked = Asked(monkeypatch, "component_weight=3.0")
+    squares = np.square(asked.noise).mean(-1)
+    places = np.ones((SIDE, SIDE))
+    places[: SIDE // 2, : SIDE // 2] = 4
+    assert asked.loss == pytest.approx((places * squares).mean(), rel=0.01)
+    assert asked.loss > 1.6 * squares.mean()
 
 
 def test_noise_offset_is_in_what_is_denoised(monkeypatch):

@@ -177,6 +177,16 @@ def test_denoising_error_weights_samples():
     assert losses.denoising_error(prediction, target, jnp.array([1.0, 0.5])) == 1.5
 
 
+def test_denoising_error_weighs_places():
+    """Errors of 1 and 2 in each half; the first half three times, and of the second sample the second twice."""
+    target = jnp.zeros((2, 2, 2, 3))
+    prediction = target.at[:, 0].set(1.0).at[:, 1].set(2.0)
+    places = jnp.ones((2, 2, 2)).at[:, 0].set(3.0).at[1, 1].set(2.0)
+    assert losses.denoising_error(prediction, target, places=places) == (3.5 + 5.5) / 2
+    both = losses.denoising_error(prediction, target, jnp.array([2.0, 0.0]), places)
+    assert both == 3.5
+
+
 def test_gradient_norms_of_each_term_at_the_picture():
     """3 * mean(x^2) over 2 numbers (1, 2): gradient 3 x, norm 3 sqrt(5); 2 * sum(x): norm 2 sqrt(2)."""
 
