@@ -194,9 +194,8 @@ class AnimatorTask:
         places = None
         if config.component_weight > 0:
             mask = flatten_targets(batch["target_component_mask"]).astype(jnp.float32) / 255.0
-            mask = jax.image.resize(
-                mask, latents.shape[:3], "linear"
-            )  # the mean of what a latent shows
+            # Of a latent, the mean of what it shows.
+            mask = jax.image.resize(mask, latents.shape[:3], "linear")
             places = 1.0 + config.component_weight * mask
         return losses.denoising_error(prediction, wanted, weights, places), Outputs({}, {})
 
