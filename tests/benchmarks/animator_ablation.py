@@ -1,18 +1,21 @@
 """What ray map, warped reference and augmentation are for: the animator without each on rendered heads (Table 2).
 
-    dexportrait render --out=data/heads --identities=1500 --frames=8 --cameras=2 --size=128 --fps=1.2 \\
-        --holdout_fraction=0.05
-    dexportrait encode --weights=exports/taef2 --data=data/heads --out=data/heads-latents --size=128
-    python -m tests.benchmarks animator_ablation --data=data/heads --latents=data/heads-latents \\
-        --autoencoder=exports/taef2 --motion=exports/heads --motion_without=runs/ablation/neither-0/export \\
-        --out=runs/animator_ablation [--seeds=3] [--steps=1000] [--people=24] [--variants=...]
+    dexportrait render --out=data/tight --identities=600 --frames=8 --cameras=2 --size=128 --fps=1.2 \\
+        --holdout_fraction=0.05 --face_scale=1.6
+    dexportrait train --config=configs/autoencoder.py:tiny --workdir=runs/autoencoder --config.data.path=data/tight \\
+        --config.num_steps=1500
+    dexportrait export --workdir=runs/autoencoder --out=exports/autoencoder
+    dexportrait encode --weights=exports/autoencoder --data=data/tight --out=data/tight-latents --size=64
+    python -m tests.benchmarks animator_ablation --data=data/tight --latents=data/tight-latents \\
+        --autoencoder=exports/autoencoder --out=runs/animator_ablation [--seeds=3] [--steps=1000] [--people=16]
+        [--encoder_steps=1400] [--variants=...]
 
 Every run has the same steps, data and people, and goes through the command line: train the image stage, export, and
 evaluate: --protocol=cross and disentangled, where MediaPipe reads poses and expressions off the results, for the
 columns of Table 2, and synthetic for the truth. CSIM is the cosine of source and result by the recogniser of
-`../shared/data/models` (`_identity.py`). `without augmentation` has encoders that were trained without it;
-`--motion_without`, and `--motion`, may name several exports, one a seed, with commas between them. What is done is
-not done again. Prints a table for the README: mean over the seeds, and the deviation of a single one.
+`../shared/data/models` (`_identity.py`). Pose and expression encoders are trained first, on the labels alone, once with
+and once without augmentation, for all seeds. What is done is not done again, and two of these with other variants may
+run at once. Prints a table for the README: mean over the seeds, and the deviation of a single one.
 """
 
 import argparse
@@ -51,32 +54,24 @@ def main(arguments: list[str]) -> None:
     _variants.options(parser, VARIANTS, ",".join(VARIANTS))
     parser.add_argument("--latents", required=True, help="of the data, by `dexportrait encode`")
     parser.add_argument("--autoencoder", required=True, help="that made them")
-    parser.add_argument("--motion", required=True, help="exports of configs/motion.py:synthetic")
-    parser.add_argument("--motion_without", required=True, help="trained without augmentation")
     parser.add_argument("--recogniser", default="../shared/data/models")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--people", type=int, default=24, help="held out, that are measured")
+    parser.add_argument("--people", type=int, default=16, help="held out, that are measured")
+    parser.add_argument("--encoder_steps", type=int, default=1400)
     given = parser.parse_args(arguments)
-    encoders = {}
-    for flag in ("motion", "motion_without"):
-        named = encoders[flag] = getattr(given, flag).split(",")
-        if len(named) not in (1, given.seeds):
-            parser.error(
-                f"--{flag} names {len(named)} exports: give one, or one a seed ({given.seeds})"
-            )
 
     def measured(name: str, seed: int, place: Path) -> dict:
-        exports = encoders["motion_without" if name == "without augmentation" else "motion"]
+        augmented = "neither" if name == "without augmentation" else "full"
         overrides = (
             *VARIANTS[name],
             f"data.path={given.data}",
             f"data.latents={given.latents}",
             f"init.autoencoder={given.autoencoder}",
-            f"init.motion={exports[seed % len(exports)]}",
+            f"init.motion={_encoders(given, augmented)}",
             f"seed={seed}",
             f"num_steps={given.steps}",
         )
-        export = _variants.train("configs/animator_image.py:minutes", place, overrides)
+        export = _variants.train("configs/animator_image.py:synthetic", place, overrides)
         people = f"--max_people={given.people}"
         # All protocols draw their items alike: the person, the next one's pose, the expression of the one after.
         found = _variants.evaluate(export, given.data, "disentangled", people)
@@ -89,3 +84,16 @@ def main(arguments: list[str]) -> None:
         )
 
     _variants.compare(parser, given, VARIANTS, COLUMNS, measured)
+
+
+def _encoders(given: argparse.Namespace, augmented: str) -> Path:
+    """Export of pose and expression encoders that have seen labels, and no picture of a decoder."""
+    overrides = (
+        *ablation.VARIANTS[augmented],
+        f"data.path={given.data}",
+        f"num_steps={given.encoder_steps}",
+        f"pretraining.steps={given.encoder_steps}",
+        "evaluate.at_end=False",
+    )
+    place = Path(given.out) / f"encoders_{augmented}"
+    return _variants.train("configs/motion.py:synthetic", place, overrides)
