@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--stages", default="", help="those alone (default: all of a part)")
     parser.add_argument("--effort", default="quick", choices=("quick", "exact"))
     parser.add_argument("--images", default="4,16", help="of `unet`, on a chip")
+    parser.add_argument("--remat", default="none,products,blocks", help="of `unet`")
     parser.add_argument("--topologies", default="", help="of `plans` and `scaling`, those alone")
     parser.add_argument("--save_variant", default="tiny", help="of the configs that `save` saves")
     options = parser.parse_args(arguments)
@@ -171,7 +172,6 @@ def _plan(stage: str, where: str, options, overrides: list[str] = ()) -> dict:
 
 def unet(options) -> None:
     """Our UNet's step at the setting at which MaxDiffusion's was compiled."""
-    from dexportrait_jax.models.rematerialisation import Remat
     from tests.benchmarks._pods_compiled import plan_unet
 
     rows = [
@@ -180,7 +180,7 @@ def unet(options) -> None:
         ["MaxDiffusion", "1", "", "data 16", "13.67", "", "487 (exact)"],
     ]
     for images in map(int, options.images.split(",")):
-        for remat in Remat.__args__:
+        for remat in options.remat.split(","):
             file = options.out / f"unet-{images}-{remat}-{options.effort}.json"
             found = _kept(file, options, plan_unet, images, remat, options.effort)
             needed = found["hbm_gib_per_device"]
