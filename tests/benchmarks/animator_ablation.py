@@ -2,12 +2,12 @@
 
     dexportrait render --out=data/tight --identities=600 --frames=8 --cameras=2 --size=128 --fps=1.2 \\
         --holdout_fraction=0.05 --face_scale=1.6
-    dexportrait train --config=configs/autoencoder.py:tiny --workdir=runs/autoencoder --config.data.path=data/tight \\
-        --config.num_steps=1500
+    dexportrait train --config=configs/autoencoder.py:synthetic --workdir=runs/autoencoder \\
+        --config.data.path=data/tight
     dexportrait export --workdir=runs/autoencoder --out=exports/autoencoder
     dexportrait encode --weights=exports/autoencoder --data=data/tight --out=data/tight-latents --size=64
     python -m tests.benchmarks animator_ablation --data=data/tight --latents=data/tight-latents \\
-        --autoencoder=exports/autoencoder --out=runs/animator_ablation [--seeds=3] [--steps=1000] [--people=16]
+        --autoencoder=exports/autoencoder --out=runs/animator_ablation [--seeds=3] [--steps=1100] [--people=16]
         [--encoder_steps=1400] [--variants=...]
 
 Every run has the same steps, data and people, and goes through the command line: train the image stage, export, and
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--latents", required=True, help="of the data, by `dexportrait encode`")
     parser.add_argument("--autoencoder", required=True, help="that made them")
     parser.add_argument("--recogniser", default="../shared/data/models")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--people", type=int, default=16, help="held out, that are measured")
     parser.add_argument("--encoder_steps", type=int, default=1400)
     given = parser.parse_args(arguments)
