@@ -14,8 +14,8 @@ Every run has the same steps, data and people, and goes through the command line
 evaluate: --protocol=cross and disentangled, where MediaPipe reads poses and expressions off the results, for the
 columns of Table 2, and synthetic for the truth. CSIM is the cosine of source and result by the recogniser of
 `../shared/data/models` (`_identity.py`). Pose and expression encoders are trained first, on the labels alone, once with
-and once without augmentation, for all seeds. What is done is not done again, and two of these with other variants may
-run at once. Prints a table for the README: mean over the seeds, and the deviation of a single one.
+and once without augmentation, for all seeds. What is done is not done again; once there are encoders, two of these with
+other variants may run at once. Prints a table for the README: mean over the seeds, and the deviation of a single one.
 """
 
 import argparse
