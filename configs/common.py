@@ -48,7 +48,14 @@ def base(stage: str, variant: str) -> ConfigDict:
     # On TPUs set by what follows the variant, as in `full@v5e:16x16`: see meshes.py.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.checkpoint = ConfigDict(
-        {"minutes": 1.0 if variant == "tiny" else 15.0, "every_steps": 0, "keep": 2}
+        {
+            "minutes": 1.0 if variant == "tiny" else 15.0,
+            "every_steps": 0,
+            "keep": 2,
+            # Longer than this no save takes: one process that could not write has the others wait so long for it.
+            # Below the time that a host is given to end, and above what the slowest disk needs.
+            "timeout_seconds": 600,
+        }
     )
     config.evaluate = ConfigDict(
         {"every_steps": 0 if variant == "tiny" else 5000, "at_end": True, "split": "validation"}
@@ -121,7 +128,8 @@ def encoders(variant: str) -> dict:
                 "pictures": 1,
                 "latent": 64,
                 "leak": 0.2,
-                "dropout": 0.0,  # the figures of everything on two cores were measured without
+                "dropout": 0.0,  # the figures of everything on two cores were measured without,
+                "pooling": "average",  # and with this
                 "norm": "group",
             },
         }
@@ -147,6 +155,7 @@ def encoders(variant: str) -> dict:
             # Of the hourglass's shortcuts, where the encoder is trained; 0: none. Published for a network that learns
             # landmarks with BatchNorm. Nobody has measured it here, under GroupNorm and a picture loss.
             "dropout": 0.5,
+            "pooling": "max",  # of the hourglass: max (PD-FGC's and X-NeMo's) | average (the first FAN's)
             "norm": "group",  # of the features; group needs no statistics of the batch
         },
     }

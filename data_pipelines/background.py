@@ -27,8 +27,9 @@ def motion(clip: records.Clip, first: int, last: int) -> np.ndarray:
     """Mean absolute difference of brightness, in [0, 1], of each frame from the one before.
 
     It is that of thumbnails, outside head and shoulders of both frames: what is beside the face boxes by 0.3 of
-    their width or above them by 0.5 of their height, and not beneath them. 0 where the head fills the picture and
-    no background is left to judge.
+    their width or above them by 0.5 of their height, and not beneath them. Where the crop reaches beyond the
+    original it is black for ever, and does not count either. 0 where the head fills the picture and no background is
+    left to judge.
 
     Returns:
         (last - first,) float32 of the frames first .. last - 1; 0 for the first of them.
@@ -37,17 +38,26 @@ def motion(clip: records.Clip, first: int, last: int) -> np.ndarray:
         records.RecordError: a frame is not a whole picture.
     """
     result = np.zeros(last - first, np.float32)
+    seen = _seen(clip.crop_box, clip.original_size)
     before = None
     for index in range(first, last):
         gray = transforms.decode_brightness(clip, index, _SIDE)
         small = cv2.resize(gray, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
         thumbnail = small.astype(np.float32) / 255
         if before is not None:
-            outside = _outside(clip.face_boxes[index - 1 : index + 1])
+            outside = seen & _outside(clip.face_boxes[index - 1 : index + 1])
             if outside.mean() >= 0.03:
                 result[index - first] = np.abs(thumbnail - before)[outside].mean()
         before = thumbnail
     return result
+
+
+def _seen(crop_box: np.ndarray, original_size: np.ndarray) -> np.ndarray:
+    """(side, side) bool: what of a crop lies within the original, by the middle of each pixel."""
+    low, high = crop_box[:2], crop_box[2:]
+    middle = low + (np.arange(_SIDE)[:, None] + 0.5) / _SIDE * (high - low)
+    columns, rows = ((middle > 0) & (middle < original_size)).T
+    return rows[:, None] & columns[None, :]
 
 
 def _outside(boxes: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_data_source
 
-from data_pipelines import background, files, records
+from data_pipelines import background, files, records, shard_reader
 from dexportrait_jax.errors import UserError
 
 _ENDS = 1 << 16  # bytes of a shard that its fingerprint looks at, at both ends
@@ -133,6 +133,7 @@ class ClipDataset:
                 "prepare it with another --holdout or --holdout_fraction, or choose another split"
             )
         self.paths = found[split]
+        self._records = shard_reader.ShardReader(self.paths)
         self.index = self._read_index()
         self.frames = np.asarray(self.index["frames"], np.int64)
         if len(self.frames) == 0:
@@ -150,14 +151,13 @@ class ClipDataset:
             if path.exists():
                 return json.loads(path.read_text())
             return build_index(self.directory, self.split, measure=False)[0]
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
+        except shard_reader.ERRORS as error:
             raise UserError(
                 f"the dataset {self.directory} cannot be read ({error}); "
                 "prepare it again with --overwrite"
             ) from error
 
     def _forget(self) -> None:
-        self._source = None
         self._cache: collections.OrderedDict[int, tuple[records.Clip, int]] = (
             collections.OrderedDict()
         )
@@ -167,7 +167,7 @@ class ClipDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_source", "_cache", "_cached", "_motion", "_lock"):
+        for name in ("_cache", "_cached", "_motion", "_lock"):
             del state[name]
         return state
 
@@ -194,12 +194,7 @@ class ClipDataset:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number][0]
-        if self._source is None:
-            self._source = array_record_data_source.ArrayRecordDataSource(self.paths)
-        try:
-            data = self._source[number]
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise records.RecordError(f"record {number} cannot be read: {error}") from error
+        data = self._records[number]
         clip = records.decode(data)
         if len(clip) != self.frames[number]:
             raise records.RecordError(

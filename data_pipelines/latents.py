@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
 
-from data_pipelines import dataset, records
+from data_pipelines import dataset, records, shard_reader
 from data_pipelines.augment import default_augment
 from dexportrait_jax.errors import UserError
 
@@ -121,8 +119,8 @@ class Latents:
         self._check_dataset(clips)
         self._starts = np.concatenate([[0], np.cumsum(clips.frames)])
         count = len(self.description.shards)
-        self._paths = [self.directory / shard_name(number, count) for number in range(count)]
-        self._forget()
+        paths = [self.directory / shard_name(number, count) for number in range(count)]
+        self._records = shard_reader.ShardReader(paths)
         self._check_whole()
 
     def __call__(self, clip: int, frame: int, flip: bool) -> np.ndarray:
@@ -133,36 +131,15 @@ class Latents:
         """
         number = int(self._starts[clip] + frame) * self.description.sets + int(flip)
         try:
-            data = self._open()[number]
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise records.RecordError(
-                f"latent {number} of {self.directory} cannot be read: {error}"
-            ) from error
+            data = self._records[number]
+        except records.RecordError as error:
+            raise records.RecordError(f"latents of {self.directory}: {error}") from error
         if not data:
             raise records.RecordError(f"{self.directory} has no latent of frame {frame}")
         values = np.frombuffer(data, f"<{np.dtype(self.description.dtype).str[1:]}")
         if values.size != np.prod(self.description.record_shape):
             raise records.RecordError(f"latent {number} of {self.directory} is cut short")
         return values.reshape(self.description.record_shape)
-
-    def _forget(self) -> None:
-        self._source = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_source", "_lock")
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def _open(self):
-        with self._lock:  # Grain reads from several threads
-            if self._source is None:
-                self._source = array_record_data_source.ArrayRecordDataSource(self._paths)
-            return self._source
 
     def _check_pictures(self, config: Mapping[str, Any]) -> None:
         """The pictures that were encoded are those that the step would encode."""
@@ -203,8 +180,8 @@ class Latents:
 
     def _check_whole(self) -> None:
         try:
-            found = len(self._open())
-        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            found = len(self._records)
+        except shard_reader.ERRORS as error:
             raise UserError(
                 f"{self.directory} cannot be read ({' '.join(str(error).split())[:200]}); encode again with --overwrite"
             ) from error

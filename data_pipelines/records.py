@@ -1,12 +1,9 @@
 """The one record schema: a clip of one face, cropped, with its labels <-> bytes.
 
-A record is a serialized `tf.train.Example`, so TFDS (`tfds.builder_from_directory`) and any other
-reader of that format
-can use it. Training must not import TensorFlow or TFDS, and a record of 300 frames must not cost a
-Python loop over half
-a million floats, so this module reads and writes the wire format itself: packed floats become
-    arrays without a copy, and
-JPEG frames stay bytes until somebody wants them.
+A record is a serialized `tf.train.Example`, so TFDS (`tfds.builder_from_directory`) and any other reader of that
+format can use it. Training must not import TensorFlow or TFDS, and a record of 300 frames must not cost a Python loop
+over half a million floats, so this module reads and writes the wire format itself: packed floats become arrays without
+a copy, and JPEG frames stay bytes until somebody wants them.
 """
 
 from __future__ import annotations

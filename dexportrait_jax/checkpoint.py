@@ -79,9 +79,11 @@ class Checkpoints:
     Args:
       workdir: the run's directory.
       keep: how many of the newest to keep.
+      timeout_seconds: that a save may take from its start until all processes have written their parts. Where one of
+        them failed, the others wait for it so long, and a next save with them.
     """
 
-    def __init__(self, workdir: Path, keep: int = 2):
+    def __init__(self, workdir: Path, keep: int = 2, timeout_seconds: int = 600):
         orbax_lines_off()
         arrays_with_checksums()
         self.directory = Path(workdir).absolute() / FOLDER
@@ -89,6 +91,9 @@ class Checkpoints:
         self._saving: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
+            context=ocp.Context(
+                async_options=ocp.options.AsyncOptions(timeout_secs=timeout_seconds)
+            ),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )

@@ -49,6 +49,7 @@ _ENCODERS: Choices = {
     "model.pose.rotation_head": ("euler_bins", "6d"),
     "model.pose.initialisation": ("published", "fan_in"),
     "model.expression.kind": ("fan", "fan_sa"),
+    "model.expression.pooling": ("average", "max"),
     "model.expression.norm": _NORMS,
     "data.augment.pose_mask.fill": ("mean", "black"),
 }

@@ -33,6 +33,7 @@ def initialize(mode: str = "auto") -> None:
     if (
         mode == "auto"
         and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ",")
+        and os.environ.get("MEGASCALE_NUM_SLICES", "1") == "1"
         and not any(os.environ.get(sign) for sign in _SIGNS[:3])
     ):
         return  # a TPU host on its own

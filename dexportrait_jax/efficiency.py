@@ -40,29 +40,33 @@ class Efficiency:
         self._count = count or (lambda events: _model_flops(config, events))
         self._flops: dict[frozenset[str], float] = {}
         self._window = 0.0
+        self._steps = 0
 
     def add(self, events: frozenset[str]) -> None:
-        """A step with these events has been sent to the devices; where the peak is not known nothing is counted."""
+        """A step with these events has been sent to the devices; where the peak is not known nothing is counted.
+
+        The first step of a process is not to be added: its time is that of the start.
+        """
         if not self._peak:
             return
         if events not in self._flops:
             # A trace of the step, seconds at full size, while the devices are at work on their own.
             self._flops[events] = self._count(events)
         self._window += self._flops[events]
+        self._steps += 1
 
-    def row(self, times: dict[str, float], steps: int) -> dict[str, float]:
+    def row(self, times: dict[str, float]) -> dict[str, float]:
         """Figures since the last row.
 
         Args:
           times: what WallTime says of the same window.
-          steps: finished in it.
 
         Returns:
           `time/model_tflops_per_second` of all devices and `time/mfu` in [0, 1], where the peak is known: over steps
           and waiting for data, but not over saving and evaluating.
         """
         row: dict[str, float] = {}
-        window, self._window = self._window, 0.0
+        window, steps, self._window, self._steps = self._window, self._steps, 0.0, 0
         seconds = times.get("time/step_seconds", 0.0) * steps + times.get("time/data_seconds", 0.0)
         if window and "time/step_seconds" in times:
             row["time/model_tflops_per_second"] = window / seconds / 1e12

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from data_pipelines import loading
 from dexportrait_jax import sharding
@@ -124,7 +125,7 @@ def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -
         typed = jax.tree.map(
             lambda shape, leaf: leaf.astype(shape.dtype), abstract["params"][group], tree
         )
-        params[group] = jax.device_put(typed, shardings["params"][group])
+        params[group] = sharding.put(typed, shardings["params"][group])
         del tree, typed
     make_optimizers = jax.jit(
         functools.partial(init_optimizers, task.phases), out_shardings=shardings["opt"]
@@ -132,7 +133,7 @@ def first_state(task: Task, config: ml_collections.ConfigDict, shardings: Any) -
     # Copies: the step gives its input's memory away, and one buffer cannot be given twice.
     averages = {group: jax.tree.map(jnp.copy, params[group]) for group in task.ema_groups}
     return {
-        "step": jax.device_put(jnp.zeros((), jnp.int32), shardings["step"]),
+        "step": sharding.put(np.zeros((), np.int32), shardings["step"]),
         "params": params,
         "opt": make_optimizers(params),
         "ema": jax.device_put(averages, shardings["ema"]),

@@ -42,6 +42,7 @@ FREE_KEYS = (
     "checkpoint.",
     "evaluate.",
     "data.workers",
+    "data.cache_megabytes",
     "data.path",
     "loss.perceptual_weights",
     "mesh.",
@@ -66,6 +67,7 @@ BEFORE_THE_KEY = {
     "model.denoiser.raymap_points": "centres",
     "model.denoiser.volume_order": "channel_depth",
     "model.expression.dropout": 0.0,
+    "model.expression.pooling": "average",
     "model.generator.flatten_stride": "last",
     "model.generator.rgb_channels": None,
     "model.pose.scale_limit": 2.0,
@@ -238,6 +240,10 @@ def _recorded(workdir: Path) -> bool:
 
 def _goes_on(key: str, old: Any, new: Any) -> bool:
     """Whether a run whose config had `old` may go on with `new`."""
+    if (
+        key == "data.latents"
+    ):  # they move with the dataset, whose latents they are is checked; others are other inputs
+        return bool(old) and old is not configs.ABSENT and bool(new)
     if key.startswith(FREE_KEYS):
         return old is configs.ABSENT or not _changes_optimizer_state(key, old, new)
     return old is configs.ABSENT and BEFORE_THE_KEY.get(key, configs.ABSENT) == new

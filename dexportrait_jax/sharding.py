@@ -82,8 +82,6 @@ def make_mesh(
         # by side, so that `data` does so first.
         return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES, axis_types=automatic)
     slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
     # The network between slices is slow: gradients alone cross it.
     if sizes["data"] % slices:
         raise UserError(
@@ -91,8 +89,20 @@ def make_mesh(
             f"choose a multiple of {slices}"
         )
     inside = (sizes["data"] // slices, *(sizes[axis] for axis in AXES[1:]))
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices=devices)
-    return Mesh(grid, AXES, axis_types=automatic)
+    # An axis may take a part of a row or column of chips. JAX's own make_mesh lets it on v5e alone, and then a row of
+    # 16 cannot be 2 x 8.
+    part = {"devices": devices, "allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            placed = mesh_utils.create_device_mesh(inside, **part)
+        else:
+            placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), **part)
+    except (NotImplementedError, ValueError) as error:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(
+            f"config.mesh ({wanted}) cannot be laid over these {len(devices)} chips; choose axes that are powers of two"
+        ) from error
+    return Mesh(placed, AXES, axis_types=automatic)
 
 
 # Where these are cut over the features they read, XLA's partitioner (jaxlib 0.10.2) adds up their gradient once for
@@ -135,6 +145,19 @@ def state_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, parameter_spec(path_name(path), tuple(leaf.shape), mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put(tree: Any, places: Any) -> Any:
+    """What every process has whole, on the devices of all: each puts its own parts there, and asks nobody.
+
+    `jax.device_put` would have each array of all processes gathered on every device, to see that they are equal.
+    """
+
+    def put_one(leaf, place):
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+    return jax.tree.map(put_one, tree, places)
 
 
 def shardings_in_use(groups: dict[str, Any], mesh: Mesh) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def train(
         abstract, shardings, step_function = build(task, config, mesh)
 
         # Restore what there is.
-        checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+        checkpoints = checkpoint.Checkpoints(
+            workdir, config.checkpoint.keep, config.checkpoint.timeout_seconds
+        )
         done, state = checkpoints.restore(abstract) or (0, None)
         owed = False
         if state is not None:
@@ -152,7 +154,9 @@ def train(
         # Or make the first state.
         if state is None:
             state = first_state(task, config, shardings)
-        constants = jax.device_put(task.constants(), sharding.replicated(mesh))
+        constants = task.constants()
+        everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), constants)
+        constants = sharding.put(constants, everywhere)
         before = run_directory.write_description(workdir, config, found.fingerprint, done, began)
 
         # The loop.
@@ -172,7 +176,7 @@ def train(
 
         def figures(known: dict[str, float], steps: int) -> dict[str, float]:
             times = wall.row(steps, pictures)
-            return times | efficiency.row(times, steps) | known
+            return times | efficiency.row(times) | known
 
         agreement = distributed.Agreement(done)
         compiled: set[frozenset[str]] = set()
@@ -189,8 +193,9 @@ def train(
                         state, metrics = step_function(state, batch, constants, events)
                     compiled.add(events)
                     result_is(metrics)
-                efficiency.add(events)
-                if step == done + 1:
+                if step > done + 1:
+                    efficiency.add(events)
+                else:
                     jax.block_until_ready(metrics)
                     wall.ready()
                     seconds = time.monotonic() - started

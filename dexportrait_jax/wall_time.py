@@ -35,6 +35,7 @@ class WallTime:
         self.doing = "start"
         self.since = self._last
         self._good_before = self._seconds_before = 0.0
+        self._untimed = 0
 
     def goes_on(self, good_seconds: float, seconds_before: float) -> None:
         """Other processes trained the run before.
@@ -47,7 +48,8 @@ class WallTime:
         self._good_before, self._seconds_before = good_seconds, seconds_before
 
     def ready(self) -> None:
-        """The first step is done: from now on what is nothing else is steps."""
+        """The first step is done: from now on what is nothing else is steps. Its own time was that of the start."""
+        self._untimed = 1
         self._turn_to(STEPS)
 
     @contextlib.contextmanager
@@ -70,10 +72,11 @@ class WallTime:
         self._turn_to(self.doing)
         window, self._window = self._window, collections.Counter()
         seconds = sum(window.values())
+        timed, self._untimed = steps - self._untimed, 0
         row = {f"time/{name}_seconds": value for name, value in window.items() if name != STEPS}
         row[GOOD_SECONDS], row["time/goodput"] = self._good()
-        if steps and window[STEPS]:
-            row["time/step_seconds"] = window[STEPS] / steps
+        if timed > 0 and window[STEPS]:
+            row["time/step_seconds"] = window[STEPS] / timed
             row["time/pictures_per_second"] = steps * pictures / seconds
         return row
 

@@ -7,7 +7,8 @@
 # (16 chips here), which spreads its batch over it; `dexportrait plan` says beforehand whether it fits.
 # A slice that was preempted or killed (xpk restarts at 42 and from 127 on by itself), or ended with code 75 (stopped and
 # saved), is started again up to RESTARTS times. A host that is taken away has five minutes to save; `exec` lets SIGTERM
-# through to it.
+# through to it. On Spot nodes GKE gives 15 seconds, or up to 120 where the node pool says so: there a run goes on from
+# its last checkpoint, so give --config.checkpoint.minutes=5 or less.
 set -euo pipefail
 name="$1"
 shift

@@ -53,6 +53,7 @@ TABLE = [
         "3.2", MOTION, "model.appearance.norm", "group", ("instance", "layer"), traces.appearance
     ),
     Choice("3.4", MOTION, "model.expression.kind", "fan", ("fan_sa",), traces.expression),
+    Choice("3.4", MOTION, "model.expression.pooling", "max", ("average",), traces.expression),
     Choice(
         "3.4", MOTION, "model.expression.norm", "group", ("instance", "layer"), traces.expression
     ),

@@ -104,6 +104,19 @@ def test_a_named_coordinator_is_not_looked_for(joined, monkeypatch):
     assert joined == [(("node1:12355", 2, 1), {"cluster_detection_method": "deactivate"})]
 
 
+@pytest.mark.parametrize(("slices", "joins"), [(None, False), ("1", False), ("2", True)])
+def test_a_tpu_host_is_on_its_own_unless_there_are_several_slices(slices, joins, monkeypatch):
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: told.append(named))
+    for name in [name for name in os.environ if name.startswith(("SLURM", "JAX_CO", "CO"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    if slices:
+        monkeypatch.setenv("MEGASCALE_NUM_SLICES", slices)
+    distributed.initialize()
+    assert bool(told) == joins
+
+
 @pytest.mark.parametrize("mine", [[], [3], [2, 4], [1, 2, 3, 4]])
 @pytest.mark.parametrize("main", [[], [2, 4, 60_000_000]])
 def test_the_main_process_says_which_numbers(main, mine, other, monkeypatch):

@@ -27,13 +27,13 @@ def test_mfu_by_hand():
     efficiency = Efficiency(with_peak(8.0), devices=2, count=count.__getitem__)
     for step in range(10):
         efficiency.add(SECOND if step % 5 == 0 else PLAIN)
-    row = efficiency.row(TIMES, 10)
+    row = efficiency.row(TIMES)
     assert row["time/model_tflops_per_second"] == pytest.approx(4.0)
     assert row["time/mfu"] == pytest.approx(0.25)
     # The next window is its own.
     for _ in range(10):
         efficiency.add(PLAIN)
-    assert efficiency.row(TIMES, 10)["time/mfu"] == pytest.approx(0.125)
+    assert efficiency.row(TIMES)["time/mfu"] == pytest.approx(0.125)
 
 
 def test_no_mfu_where_the_peak_is_not_known():
@@ -44,7 +44,7 @@ def test_no_mfu_where_the_peak_is_not_known():
 
     efficiency = Efficiency(with_peak(0.0), devices=1, count=count)
     efficiency.add(PLAIN)
-    row = efficiency.row(TIMES, 1)
+    row = efficiency.row(TIMES)
     assert not any(key.startswith("time/") for key in row)
 
 
@@ -53,7 +53,7 @@ def test_the_count_is_that_of_the_step():
     config = with_peak(1.0)
     efficiency = Efficiency(config, devices=1)
     efficiency.add(PLAIN)
-    row = efficiency.row({"time/step_seconds": 1.0}, 1)
+    row = efficiency.row({"time/step_seconds": 1.0})
     work = step_work(config, PLAIN)
     assert work.macs > 0 and work.recomputed == 0
     assert row["time/model_tflops_per_second"] == pytest.approx(2e-12 * work.macs)

@@ -1,6 +1,7 @@
 """The launchers, where there is neither a cluster nor a cloud: what they start, and what they do about its end."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +168,12 @@ def test_sky_keeps_runs_and_data_in_buckets():
     assert '--config.data.path="/datasets/$DATA"' in task["run"]
     assert {75, 137, 143} == set(task["resources"]["job_recovery"]["recover_on_exit_codes"])
     assert "-c constraints.txt" in task["setup"]
+    # In a Python that the package takes, whatever the image has.
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
+    version = re.search(r"uv venv .*--python (\S+) ", task["setup"])[1]
+    assert version in project["requires-python"]
+    activate = '. "$HOME/dexportrait/bin/activate"\n'
+    assert activate in task["setup"] and task["run"].startswith(activate)
 
 
 def test_jobset_starts_as_many_hosts_as_its_config_is_spread_over():
@@ -186,11 +193,11 @@ def test_jobset_starts_as_many_hosts_as_its_config_is_spread_over():
     assert hosts["completions"] == hosts["parallelism"] and hosts["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"  # or Kubernetes takes no podFailurePolicy
     configs.load_config(flags["config"], [])
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount["name"] == volume["name"] and "persistentVolumeClaim" in volume
-    assert all(
-        flags[path].startswith(f"{mount['mountPath']}/") for path in ("workdir", "config.data.path")
-    )
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}  # or data workers end by SIGBUS
+    (shared,) = [path for path, volume in mounts.items() if "persistentVolumeClaim" in volume]
+    assert all(flags[path].startswith(f"{shared}/") for path in ("workdir", "config.data.path"))
     lost, failed = hosts["podFailurePolicy"]["rules"]
     assert lost["action"] == "Count" and "onPodConditions" in lost
     assert failed["action"] == "FailJob"

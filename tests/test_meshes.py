@@ -1,15 +1,18 @@
 """Meshes for slices: every one shares its batch, and so does every command that we print."""
 
+import dataclasses
+import itertools
 import math
 import re
 import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import meshes
-from dexportrait_jax import chips, cli
+from dexportrait_jax import chips, cli, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.jobs import JOBS
@@ -34,6 +37,17 @@ SLICES += [
     "v5p:4x4x8",
 ]
 
+SEVERAL = [
+    f"{slices}x{name}"
+    for slices, name in (
+        (2, "v5e:4x4"),
+        (2, "v5e:16x16"),
+        (4, "v5e:4x4"),
+        (2, "v6e:8x8"),
+        (2, "v5p:4x4x4"),
+    )
+]
+
 
 def assert_shared(address, overrides=(), topology=None):
     """The config's mesh has all devices of its topology, and batch and targets can be shared by them."""
@@ -45,6 +59,59 @@ def assert_shared(address, overrides=(), topology=None):
     check(config)
     check_shares(config, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)))
     return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One that stands in a grid of chips, as JAX describes it."""
+
+    id: int
+    device_kind: str
+    coords: tuple[int, ...]
+    core_on_chip: int
+    slice_index: int
+    platform: str = "tpu"
+
+
+def devices_of(where):
+    """Those of "2xv6e:4x8"."""
+    name, slices = meshes.address(where)
+    kind, _, sides = name.partition(":")
+    sides = [int(side) for side in sides.split("x")]
+    (device_kind, *_) = [known for known, chip in chips.DEVICE_KINDS.items() if chip == kind]
+    cores = range(chips.CHIPS[kind].devices)
+    # x first, as libtpu counts them.
+    grid = [place[::-1] for place in itertools.product(*map(range, sides[::-1]))]
+    found = itertools.product(
+        range(slices), [(*place, *[0] * (3 - len(place))) for place in grid], cores
+    )
+    return [
+        Device(number, device_kind, place, core, part)
+        for number, (part, place, core) in enumerate(found)
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("where", [*SLICES, *SEVERAL, "v4:4x4x4", "tpu7x:2x2x2", "tpu7x:4x4x4"])
+def test_every_mesh_can_be_laid_over_its_chips(stage, where):
+    """An axis may be a part of a row of chips: a config's sizes follow its batch, and not the grid."""
+    devices = devices_of(where)
+    config = configs.load_config(f"configs/{stage}.py:full@{where}")
+    mesh = sharding.make_mesh(config.mesh, devices)
+    assert dict(mesh.shape) == {axis: config.mesh[axis] for axis in AXES}
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(len(devices)))
+    # Slices lie one after the other along data, and along nothing else.
+    parts = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert np.all(parts == parts[:, :1, :1, :1]) and np.all(np.diff(parts[:, 0, 0, 0]) >= 0)
+
+
+def test_a_mesh_that_no_chips_can_be_laid_under():
+    """Six rows of chips in a grid of four columns."""
+    config = configs.load_config("configs/motion.py:full", ["mesh.data=3", "mesh.fsdp=8"])
+    with pytest.raises(
+        UserError, match=r"mesh \(data=3, fsdp=8, .*\) cannot be laid over these 24"
+    ):
+        sharding.make_mesh(config.mesh, [*devices_of("v6e:4x4"), *devices_of("v6e:2x4")])
 
 
 @pytest.mark.parametrize("stage", STAGES)

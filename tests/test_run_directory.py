@@ -83,6 +83,9 @@ def test_the_one_start_that_older_versions_kept(tmp_path):
     assert starts[0] == before and len(starts) == 3
 
 
+ANIMATOR = "configs/animator_image.py:tiny"
+
+
 def started_with(tmp_path, config, **changes):
     """A directory with a step of `config`, whose config.json has these keys as well; None takes one away."""
     values = configs.to_json(config)
@@ -269,3 +272,15 @@ def test_code_by_its_content(tmp_path, monkeypatch):
         found.append(code_version.code_sha256())
     code_version.code_sha256.cache_clear()
     assert found[0] == found[2] != found[1]
+
+
+def test_data_and_latents_may_lie_elsewhere(tmp_path):
+    """Moved together; whose latents they are is checked where they are opened."""
+    config = configs.load_config(ANIMATOR, ["data.latents=/old/latents", "data.path=/old/data"])
+    started_with(tmp_path, config)
+    moved = ["data.latents=/new/latents", "data.path=/new/data", "data.cache_megabytes=64"]
+    check_same_run(tmp_path, configs.load_config(ANIMATOR, moved))
+    for before, now in (("/old/latents", ""), ("", "/new/latents")):
+        started_with(tmp_path, configs.load_config(ANIMATOR, [f"data.latents={before}"]))
+        with pytest.raises(UserError, match="config.data.latents"):
+            check_same_run(tmp_path, configs.load_config(ANIMATOR, [f"data.latents={now}"]))

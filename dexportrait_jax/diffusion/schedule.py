@@ -135,7 +135,8 @@ class NoiseSchedule:
 
 SCHEDULES = {
     "sd15": NoiseSchedule(),
-    "xnemo": NoiseSchedule(beta_end=0.02),
+    # Its released scheduler leaves DDIM's last step as diffusers has it; SD1.5's says set_alpha_to_one=False.
+    "xnemo": NoiseSchedule(beta_end=0.02, final_alpha_one=True),
     "zero_snr": NoiseSchedule(prediction="v", zero_terminal_snr=True),
 }
 
@@ -161,12 +162,17 @@ def noise_schedule(diffusion: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def training_noise(
-    key: Array, shape: tuple[int, ...], offset: float = 0.0
+    key: Array, shape: tuple[int, ...], offset: float = 0.0, frames: int = 1
 ) -> Float[Array, "batch ..."]:
-    """Gaussian noise, plus ``offset`` times one Gaussian number per sample and channel (noise offset)."""
+    """Gaussian noise, plus ``offset`` times one Gaussian number per sample and channel (noise offset).
+
+    A sample is ``frames`` rows of the batch: a clip's offset is that of all its frames, as in Moore-AnimateAnyone's
+    second stage, or the temporal modules would learn to take flicker away.
+    """
     pixels, channels = jax.random.split(key)
     noise = jax.random.normal(pixels, shape)
     if offset == 0.0:
         return noise
-    common = (shape[0],) + (1,) * (len(shape) - 2) + (shape[-1],)
-    return noise + offset * jax.random.normal(channels, common)
+    common = (shape[0] // frames,) + (1,) * (len(shape) - 2) + (shape[-1],)
+    shift = jax.random.normal(channels, common)
+    return noise + offset * jnp.repeat(shift, frames, axis=0)

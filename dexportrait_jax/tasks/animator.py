@@ -126,8 +126,13 @@ class AnimatorTask:
         latents = mean if key is None else network.sample(mean, log_variance, key)
         return latents.astype(jnp.float32) * network.scale
 
-    def conditions(self, params: dict[str, Any], batch: dict[str, Array]) -> Conditions:
-        """Everything but the drops, from a batch: reference bank, poses, expression latents, context."""
+    def conditions(
+        self, params: dict[str, Any], batch: dict[str, Array], source_key: Array | None = None
+    ) -> Conditions:
+        """Everything but the drops, from a batch: reference bank, poses, expression latents, context.
+
+        With ``source_key`` the reference network reads a sample of the source's posterior.
+        """
         with jax.named_scope("pose"):
             poses = encode_poses(self.networks["pose"].bind(params["pose"]), batch)
         crops = to_float(flatten_targets(batch["target_expression_image"]))
@@ -142,7 +147,7 @@ class AnimatorTask:
             resized = _resized(source, self.config.model.image_encoder.image_size)
             with jax.named_scope("image_encoder"):
                 context = encoder(resized)[:, None]
-        latents = jax.lax.stop_gradient(self.encode(params, batch, "source"))
+        latents = jax.lax.stop_gradient(self.encode(params, batch, "source", source_key))
         with jax.named_scope("reference"):
             bank = self.networks["reference"].bind(params["reference"])(
                 latents, context, source_poses
@@ -163,9 +168,11 @@ class AnimatorTask:
         sources, targets = batch["target_pose_image"].shape[:2]
         keys = jax.random.split(key, 5)
         # The mean where the autoencoder was trained without sampling: its variance then means nothing.
-        latent_key = keys[0] if config.sample_latents else None
-        latents = jax.lax.stop_gradient(self.encode(params, batch, "target", latent_key))
-        conditions = self.conditions(params, batch)
+        target_key = source_key = None
+        if config.sample_latents:
+            target_key, source_key = keys[0], jax.random.fold_in(keys[0], 1)
+        latents = jax.lax.stop_gradient(self.encode(params, batch, "target", target_key))
+        conditions = self.conditions(params, batch, source_key)
 
         # A clip has one noise level and one fate of its conditions; images each have their own.
         independent = sources if self.video else sources * targets
@@ -184,7 +191,7 @@ class AnimatorTask:
                 )
             )
 
-        noise = training_noise(keys[3], latents.shape, config.noise_offset)
+        noise = training_noise(keys[3], latents.shape, config.noise_offset, repeats)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         wanted = self.schedule.target(latents, noise, timesteps)

@@ -39,7 +39,13 @@ _UNET = (
 # trained with.
 _MODEL = {
     "pose": ("pose.rotation_head", "pose.translation_limit", "pose.scale_limit"),
-    "expression": ("expression.kind", "expression.pictures", "expression.leak", "expression.norm"),
+    "expression": (
+        "expression.kind",
+        "expression.pictures",
+        "expression.pooling",
+        "expression.leak",
+        "expression.norm",
+    ),
     "autoencoder": (
         "autoencoder.kind",
         "autoencoder.latent_channels",

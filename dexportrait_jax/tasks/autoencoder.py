@@ -68,11 +68,11 @@ def identity(options: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str,
 
 
 class AutoencoderTask:
-    """L1 + LPIPS + a weak KL term, and a pull of the latents' moments to 0 and 1.
+    """L1 + LPIPS + a weak KL term, and a pull of the scaled latents' moments to 0 and 1.
 
-    The pull makes a scale factor of 1 right: the diffusion stages need latents of about unit variance.
-    `loss.latent_noise` is the deviation of noise that the decoder learns to see through. What a diffusion
-    model of few steps gets wrong is such noise: without it those errors come out as blotches.
+    Scaled, by the model's `scale`, they are what the diffusion stages see, which need about unit variance.
+    `loss.latent_noise` is the deviation, in scaled latents, of noise that the decoder learns to see through. What a
+    diffusion model of few steps gets wrong is such noise: without it those errors come out as blotches.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -124,12 +124,13 @@ class AutoencoderTask:
         latents = autoencoder.sample(mean, log_variance, sample_key) if weights.sample else mean
         if weights.latent_noise:  # see the class
             noise = jax.random.normal(noise_key, latents.shape)
-            latents = latents + weights.latent_noise * noise
+            latents = latents + weights.latent_noise / autoencoder.scale * noise
         with jax.named_scope("autoencoder"):
             decoded = autoencoder.decode(latents)
         with jax.named_scope("perceptual"):
             distances = self.perceptual.bind(params["perceptual"]).lpips(decoded, images)
-        centre, spread = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
+        scaled = mean * autoencoder.scale
+        centre, spread = jnp.mean(scaled, (0, 1, 2)), jnp.std(scaled, (0, 1, 2))
         terms = {
             "l1": (weights.l1, losses.mean_absolute(decoded, images)),
             "lpips": (weights.lpips, jnp.mean(distances)),

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from dexportrait_jax import geometry
+
 
 def mean_absolute(
     prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
@@ -132,7 +134,7 @@ def pose_leak(latents: Float[Array, "b n"], poses: Float[Array, "b 3 4"]) -> Flo
     product of the covariances in the two halves of the batch, which is 0 in the mean where latent and pose have
     nothing in common; the square in one small batch never is. Only a linear relation counts. Ours.
     """
-    rotation = poses[:, :, :3]
+    rotation, _, _ = geometry.decompose(poses)
     angles = jnp.stack([rotation[:, 0, 2], rotation[:, 1, 2], rotation[:, 1, 0]], -1)
     angles /= jnp.sqrt(jnp.maximum(jnp.var(angles, 0), 1e-6))
 

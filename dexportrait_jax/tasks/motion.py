@@ -25,7 +25,7 @@ from dexportrait_jax.state import Network
 from dexportrait_jax.step import Outputs, Phase
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.equivariance import draw_similarities, move_pictures
-from dexportrait_jax.tasks.motion_networks import build_networks, reenact
+from dexportrait_jax.tasks.motion_networks import build_networks, discriminator_network, reenact
 from dexportrait_jax.tasks.motion_terms import (
     Encoded,
     Terms,
@@ -53,10 +53,18 @@ class MotionTask:
     def __init__(self, config: ml_collections.ConfigDict):
         check_choices(config, MOTION)
         data = config.data
-        if config.loss.person_leak and (data.batch_size < 2 or data.targets < 2):
+        # Both losses compare the samples of what is computed at once.
+        sources = data.batch_size // config.accumulate
+        if config.loss.person_leak and (sources < 2 or data.targets < 2):
             raise UserError(
                 "config.loss.person_leak compares targets of one source with those of others: it needs "
-                "config.data.batch_size and config.data.targets of 2 or more"
+                "config.data.targets of 2 or more, and config.data.batch_size of 2 or more in each of the "
+                f"config.accumulate={config.accumulate} parts"
+            )
+        if config.loss.pose_leak and sources * data.targets < 4:
+            raise UserError(
+                f"config.loss.pose_leak needs 4 targets in each of the config.accumulate={config.accumulate} parts of "
+                f"a batch, not {sources * data.targets}; give a larger batch, or --config.accumulate=1"
             )
         if config.loss.invariance and not data.second_expression:
             raise UserError(
@@ -69,6 +77,7 @@ class MotionTask:
             )
         self.config = config
         self.networks = build_networks(config)
+        self.exact_discriminator = discriminator_network(config, jnp.float32)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
         joint_steps = config.num_steps - config.pretraining.steps
@@ -250,7 +259,10 @@ class MotionTask:
         return total(terms), Outputs(values(terms) | norms, {"image": judged})
 
     def discriminator_loss(self, params, batch, key, step, shared, events):
-        """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`."""
+        """softplus losses and lazy R1: gamma/2 * |grad D(real)|^2 every `r1_every` steps, times `r1_every`.
+
+        R1, a derivative that is derived again, is computed in float32 throughout (method.md 3.11).
+        """
         del key, step
         weights = self.config.loss
         fake = shared["image"]
@@ -262,7 +274,8 @@ class MotionTask:
         metrics = {"fake": jnp.mean(fake_logits), "real": jnp.mean(real_logits)}
         if "r1" in events:
             with jax.named_scope("discriminator"):
-                metrics["r1"] = losses.r1_penalty(discriminator, real)
+                exact = self.exact_discriminator.bind(params["discriminator"])
+                metrics["r1"] = losses.r1_penalty(exact, real)
             value += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
         return value, Outputs(metrics, {})
 

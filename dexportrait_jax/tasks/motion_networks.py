@@ -64,6 +64,12 @@ def chosen_remat(config: ml_collections.ConfigDict) -> Remat:
     return remat
 
 
+def discriminator_network(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Network:
+    """The discriminator that computes in ``dtype``; its parameters are float32 in any."""
+    settings = {**config.model.discriminator, "remat": chosen_remat(config), "dtype": dtype}
+    return Network(lambda rngs: Discriminator(**settings, rngs=rngs))
+
+
 def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
     """Groups appearance, pose, expression, generator, discriminator, label_heads."""
     model = config.model
@@ -80,9 +86,7 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
                 rngs=rngs,
             )
         ),
-        "discriminator": Network(
-            lambda rngs: Discriminator(**model.discriminator, **build, rngs=rngs)
-        ),
+        "discriminator": discriminator_network(config, build["dtype"]),
         "label_heads": Network(lambda rngs: LabelHeads(model.expression.latent, rngs=rngs)),
     }
 

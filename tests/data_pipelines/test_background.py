@@ -42,6 +42,24 @@ def test_the_head_does_not_count():
     np.testing.assert_array_equal(background.motion(fills, 0, 3), 0)
 
 
+def test_what_lies_beyond_the_original_does_not_count():
+    """Black bars on the left and beneath never move; the rest flickers by a fifth."""
+    pictures = []
+    for gray in (100, 151):
+        picture = np.full((96, 96, 3), gray, np.uint8)
+        picture[:, :32] = picture[64:] = 0
+        pictures.append(picture)
+    clip = _clip(pictures)
+    with_bars = dataclasses.replace(
+        clip, crop_box=np.float32([-100, 300, 200, 600]), original_size=np.float32([640, 500])
+    )
+    assert background.motion(with_bars, 0, 2)[1] == pytest.approx(0.2, abs=0.005)
+    whole = dataclasses.replace(
+        clip, crop_box=np.float32([0, 0, 300, 300]), original_size=np.float32([640, 500])
+    )
+    assert background.motion(whole, 0, 2)[1] < 0.16
+
+
 def test_windows_are_means_over_their_own_pairs():
     of_frames = np.float32([0.5, 0.1, 0.2, 0.6, 0.0])
     np.testing.assert_allclose(background.all_windows(of_frames, 3), [0.15, 0.4, 0.3], atol=1e-7)

@@ -79,8 +79,10 @@ def test_presets_of_the_config():
         assert of_config(f"diffusion.preset={name}") == schedule
     # A key beside a preset changes it.
     changed = of_config("diffusion.preset=xnemo", "diffusion.prediction=v", "diffusion.steps=500")
-    assert changed == NoiseSchedule(steps=500, beta_end=0.02, prediction="v")
-    assert of_config("diffusion.beta_end=0.02") == SCHEDULES["xnemo"]
+    expected = NoiseSchedule(steps=500, beta_end=0.02, prediction="v", final_alpha_one=True)
+    assert changed == expected
+    keys = ("diffusion.beta_end=0.02", "diffusion.final_alpha_one=True")
+    assert of_config(*keys) == SCHEDULES["xnemo"]
 
 
 def test_keys_of_a_config_older_than_presets():
@@ -161,3 +163,8 @@ def test_noise_offset_is_common_to_a_channel():
     assert float(jnp.std(plain)) == pytest.approx(1.0, abs=0.01)
     np.testing.assert_allclose(jnp.std(shifted, axis=(1, 2)), 0.0, atol=1e-5)
     assert float(jnp.std(shifted)) == pytest.approx(0.5, abs=0.07)
+    # And to all frames of a clip, which flicker would not be.
+    clips = (training_noise(jax.random.key(0), shape, 0.5, frames=4) - plain).mean((1, 2))
+    clips = clips.reshape(16, 4, 4)
+    np.testing.assert_allclose(clips, jnp.broadcast_to(clips[:, :1], clips.shape), atol=1e-5)
+    assert float(jnp.std(clips)) == pytest.approx(0.5, abs=0.15)

@@ -14,6 +14,8 @@ from dexportrait_jax.tasks.autoencoder import AutoencoderTask
 class Unchanged:
     """Latents are the picture; `lpips` is a constant."""
 
+    scale = 1.0
+
     def bind(self, params):
         return self
 
@@ -58,3 +60,15 @@ def test_noise_on_the_latents(task):
     value, outputs = loss(task, latent_noise=0.3)  # 73,728 draws: their mean spreads by 0.3 %
     assert float(value) == pytest.approx(0.3 * np.sqrt(2 / np.pi), rel=0.01)
     assert float(outputs.metrics["psnr"]) == pytest.approx(10 * np.log10(4 / 0.09), abs=0.1)
+
+
+def test_scaled_latents_are_pulled_to_moments_of_0_and_1(task):
+    """Bytes in [-1, 1], as many of each: their mean is 0, their deviation 1 / sqrt(3)."""
+    for scale in (1.0, 0.18215, 3**0.5):
+        task.networks["autoencoder"].scale = scale
+        value = float(loss(task, l1=0.0, moments=1.0)[0])
+        assert value == pytest.approx((scale / 3**0.5 - 1) ** 2, abs=0.01)
+    # And the noise is that of scaled latents.
+    task.networks["autoencoder"].scale = 0.25
+    value, _ = loss(task, latent_noise=0.3)
+    assert float(value) == pytest.approx(4 * 0.3 * np.sqrt(2 / np.pi), rel=0.01)

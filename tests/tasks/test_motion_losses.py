@@ -12,6 +12,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import build_networks, motion
 from dexportrait_jax.tasks.motion import MotionTask
+from tests.published import random_like
 
 LATENT, SIDE = 52, 8
 IMAGE = 2 * SIDE * SIDE * 3  # numbers in the pictures of both targets
@@ -76,6 +77,7 @@ def stub_task(*overrides, variant="full"):
         "label_heads": lambda latent: 2 * latent,
     }
     task.networks = {name: Stub(module) for name, module in modules.items()}
+    task.exact_discriminator = task.networks["discriminator"]
     task.perceptual = Stub(Perceptual())
     return task
 
@@ -204,6 +206,32 @@ def test_discriminator_loss_by_hand():
     assert discriminator_loss(stub_task("loss.adversarial_images=1"), "joint")[0] == plain
 
 
+def test_the_penalty_is_computed_in_float32():
+    """Whatever the networks compute in; logits of bfloat16 stay what they are."""
+
+    def penalty(dtype):
+        address = "configs/motion.py:tiny"
+        task = MotionTask(
+            configs.load_config(address, [f"dtype={dtype}", "model.discriminator.group=2"])
+        )
+        params = {"discriminator": random_like(task.networks["discriminator"].abstract)}
+        side = task.config.data.image_size
+        images = np.random.default_rng(0).integers(0, 256, (1, 2, side, side, 3), np.uint8)
+        shared = {"image": jnp.zeros((2, side, side, 3))}
+
+        @jax.jit
+        def run(images):
+            batch = {"target_image": images}
+            return task.discriminator_loss(params, batch, None, 0, shared, {"r1"})[1].metrics
+
+        return run.lower(images).compile(compiler_options=QUICK)(images)
+
+    exact, narrow = penalty("float32"), penalty("bfloat16")
+    assert float(exact["r1"]) > 0
+    np.testing.assert_allclose(narrow["r1"], exact["r1"], rtol=1e-5)
+    assert abs(narrow["real"] - exact["real"]) > 1e-5 * abs(exact["real"])
+
+
 def test_gradient_norms_by_hand():
     """Of every term that the metrics name, times its weight: by the picture, or by poses and latents."""
     task = stub_task(
@@ -256,11 +284,15 @@ def test_plain_features_as_the_supplement_prints_them():
     [
         ("loss.invariance=8.0", "config.data.second_expression=True"),
         ("loss.r1_every=0", "config.loss.r1_every=0: at least 1"),
+        # Of 28 sources with 4 targets, 14 in each part and none alone.
+        ("loss.person_leak=1.0 accumulate=28", "in each of the config.accumulate=28 parts"),
+        ("loss.pose_leak=1.0 data.targets=3 accumulate=28", "28 parts of a batch, not 3; give"),
     ],
 )
 def test_losses_that_cannot_be_computed_are_refused(override, said):
+    address = "configs/motion.py:full" if "accumulate" in override else "configs/motion.py:tiny"
     with pytest.raises(UserError, match=said):
-        MotionTask(configs.load_config("configs/motion.py:tiny", [override]))
+        MotionTask(configs.load_config(address, override.split()))
 
 
 def test_without_a_weight_the_penalty_is_not_computed():

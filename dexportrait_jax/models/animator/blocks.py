@@ -27,7 +27,10 @@ def timestep_features(
 
 
 def position_features(length: int, channels: int) -> Float[Array, "length channels"]:
-    """Sinusoidal position embedding, sines and cosines interleaved (AnimateDiff, X-NeMo)."""
+    """Sinusoidal position embedding, sines and cosines interleaved (AnimateDiff).
+
+    Those of X-NeMo's expression tokens are all sines, then all cosines: the same to the trained layer before them.
+    """
     frequencies = jnp.exp(-math.log(10000.0) / channels * jnp.arange(0, channels, 2))
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(length, -1)[:, :channels]

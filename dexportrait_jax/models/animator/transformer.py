@@ -58,7 +58,7 @@ class BlockInputs:
     Attributes:
         context: (B, n, features) tokens for attn2.
         expression: (B, n, features) expression tokens.
-        reference_keep: (B, 1) whether the reference keys take part; None means yes.
+        reference_keep: (B,) whether the reference keys take part; None means yes.
         residual_keep: (B,) 0/1 factor of the warped residual; None means 1.
     """
 

@@ -7,6 +7,7 @@ BatchNorm; the names bn* stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,8 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dexportrait_jax.models.layers import Conv, Normalisation, normalisation
+from dexportrait_jax.models.layers import Conv, GroupNorm, Normalisation, normalisation
 from dexportrait_jax.models.motion.blocks import average_halves, max_halves
+
+Pooling = Literal["average", "max"]
+_HALVES = {"average": average_halves, "max": max_halves}
 
 
 class FanBlock(nnx.Module):
@@ -69,11 +73,12 @@ class Hourglass(nnx.Module):
         depth: int,
         *,
         dropout: float,
+        pooling: Pooling,
         norm: Normalisation,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.depth, self.dropout = depth, dropout
+        self.depth, self.dropout, self.halves = depth, dropout, _HALVES[pooling]
 
         def block() -> FanBlock:
             return FanBlock(features, features, norm=norm, dtype=dtype, rngs=rngs)
@@ -95,7 +100,7 @@ class Hourglass(nnx.Module):
             key = jax.random.fold_in(dropout_key, level)
             keep = jax.random.bernoulli(key, 1 - self.dropout, upper.shape)
             upper = jnp.where(keep, upper / (1 - self.dropout), 0)
-        lower = getattr(self, f"b2_{level}")(average_halves(inputs))
+        lower = getattr(self, f"b2_{level}")(self.halves(inputs))
         if level > 1:
             lower = self._level(level - 1, lower, dropout_key)
         else:
@@ -105,11 +110,11 @@ class Hourglass(nnx.Module):
 
 
 class PatchAttention(nnx.Module):
-    """A transformer block over patches of a feature map, added to it; zero at initialisation.
+    """X-NeMo's transformer block over patches of a feature map, added to it; zero at initialisation.
 
-    Patches of ``patch`` x ``patch`` positions become tokens of heads * head_features by a 1x1
-    convolution and reshaping; the position embedding is learned from a 2D sine-cosine start; then
-    self-attention and a GEGLU feed-forward, and a zero-initialised linear layer back to patches.
+    GroupNorm; patches of ``patch`` x ``patch`` positions become tokens of heads * head_features by a convolution; the
+    position embedding is learned from a 2D sine-cosine start; then self-attention and a GEGLU feed-forward. A token is
+    cut into its patch's positions, and a zero-initialised linear layer gives each its features.
     """
 
     def __init__(
@@ -131,7 +136,10 @@ class PatchAttention(nnx.Module):
             )
         build = {"dtype": dtype, "rngs": rngs}
         self.patch, self.heads, self.dtype = patch, heads, dtype
-        self.proj_in = Conv(features, inner // patch**2, (1, 1), **build)
+        # At most X-NeMo's 32 groups. Without it the position embedding would be most of what the tokens hold.
+        self.norm = GroupNorm(features, math.gcd(features, 32), epsilon=1e-6, **build)
+        window = (patch, patch)
+        self.proj_in = Conv(features, inner, window, strides=patch, padding="VALID", **build)
         self.pos_embed = nnx.Param(jnp.asarray(_sine_cosine(size // patch, inner)[None]))
         self.norm1 = nnx.LayerNorm(inner, epsilon=1e-5, **build)
         self.to_q = nnx.Linear(inner, inner, use_bias=False, **build)
@@ -142,13 +150,12 @@ class PatchAttention(nnx.Module):
         self.ff_in = nnx.Linear(inner, 8 * inner, **build)
         self.ff_out = nnx.Linear(4 * inner, inner, **build)
         zeros = nnx.initializers.zeros
-        self.proj_out = nnx.Linear(inner, features * patch**2, kernel_init=zeros, **build)
+        self.proj_out = nnx.Linear(inner // patch**2, features, kernel_init=zeros, **build)
 
     def __call__(self, inputs: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, _ = inputs.shape
         p = self.patch
-        tokens = self.proj_in(inputs).reshape(batch, height // p, p, width // p, p, -1)
-        tokens = tokens.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * width // p**2, -1)
+        tokens = self.proj_in(self.norm(inputs)).reshape(batch, height * width // p**2, -1)
         tokens = tokens + self.pos_embed[...].astype(self.dtype)
         normed = self.norm1(tokens)
         query, key, value = (
@@ -159,7 +166,7 @@ class PatchAttention(nnx.Module):
         tokens = tokens + self.to_out(attended.reshape(tokens.shape))
         hidden, gate = jnp.split(self.ff_in(self.norm2(tokens)), 2, axis=-1)
         tokens = tokens + self.ff_out(hidden * jax.nn.gelu(gate, approximate=False))
-        patches = self.proj_out(tokens).reshape(batch, height // p, width // p, p, p, -1)
+        patches = self.proj_out(tokens.reshape(batch, height // p, width // p, p, p, -1))
         return inputs + patches.transpose(0, 1, 3, 2, 4, 5).reshape(inputs.shape)
 
 
@@ -175,6 +182,8 @@ class ExpressionEncoder(nnx.Module):
         heat_maps: features of the heat-map head (68 landmarks in a face alignment network).
         pictures: features that the heat maps are gathered in before the last layer; 1 is published, where a
             picture of E/8 x E/8 positions has to hold all landmarks, which few positions cannot.
+        pooling: how the hourglass halves: "max", as in PD-FGC and X-NeMo, or "average", as in the face alignment
+            network that they took it from.
         leak: slope below zero of the last activation; 0 is the published ReLU. All of the latent passes one
             feature there, and a plain ReLU dies for good when early steps push that feature below zero.
         heads, head_features: of the attention in "fan_sa".
@@ -192,6 +201,7 @@ class ExpressionEncoder(nnx.Module):
         pictures: int = 1,
         latent: int = 512,
         dropout: float = 0.5,
+        pooling: Pooling = "average",
         leak: float = 0.0,
         heads: int = 8,
         head_features: int = 128,
@@ -201,6 +211,8 @@ class ExpressionEncoder(nnx.Module):
     ):
         if kind not in ("fan", "fan_sa"):
             raise ValueError(f"expression encoder {kind!r} is neither 'fan' nor 'fan_sa'")
+        if pooling not in _HALVES:
+            raise ValueError(f"pooling {pooling!r} is neither 'average' nor 'max'")
         if image_size % 8 or image_size >> (2 + depth) == 0:
             raise ValueError(
                 f"crops of {image_size} pixels do not suit: take a multiple of 8, at least "
@@ -215,7 +227,7 @@ class ExpressionEncoder(nnx.Module):
         self.conv2 = FanBlock(stem, first, **normed)
         self.conv3 = FanBlock(first, middle, **normed)
         self.conv4 = FanBlock(middle, last, **normed)
-        self.m0 = Hourglass(last, depth, dropout=dropout, **normed)
+        self.m0 = Hourglass(last, depth, dropout=dropout, pooling=pooling, **normed)
         self.top_m_0 = FanBlock(last, last, **normed)
         self.conv_last0 = Conv(last, last, (1, 1), **build)
         self.bn_end0 = normalisation(norm, last, **build)
@@ -255,17 +267,17 @@ class ExpressionEncoder(nnx.Module):
         if self.sa2 is not None:
             hidden = self.sa2(hidden)
         hidden = self.m0(hidden, dropout_key)
+        hidden = self.bn_end0(self.conv_last0(self.top_m_0(hidden)))
         if self.sa3 is not None:
             hidden = self.sa3(hidden)
-        hidden = self.bn_end0(self.conv_last0(self.top_m_0(hidden)))
         return self.l0(jax.nn.relu(hidden))
 
 
 def _sine_cosine(size: int, features: int) -> np.ndarray:
-    """(size^2, features): half for the row and half for the column, each half sines then cosines."""
+    """(size^2, features): half for the column and half for the row, each half sines then cosines."""
     quarter = features // 4
     frequency = 1 / 10000 ** (np.arange(quarter) / quarter)
     angles = np.arange(size)[:, None] * frequency
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
     rows = np.repeat(axis, size, axis=0)
-    return np.concatenate([rows, np.tile(axis, (size, 1))], axis=-1).astype(np.float32)
+    return np.concatenate([np.tile(axis, (size, 1)), rows], axis=-1).astype(np.float32)

@@ -29,11 +29,11 @@ def torch_block(block, x):
     return torch.cat([first, second, third], 1) + x
 
 
-def torch_hourglass(hourglass, level, x):
+def torch_hourglass(hourglass, level, x, halves=torch.nn.functional.avg_pool2d):
     upper = torch_block(getattr(hourglass, f"b1_{level}"), x)
-    lower = torch_block(getattr(hourglass, f"b2_{level}"), torch.nn.functional.avg_pool2d(x, 2))
+    lower = torch_block(getattr(hourglass, f"b2_{level}"), halves(x, 2))
     if level > 1:
-        lower = torch_hourglass(hourglass, level - 1, lower)
+        lower = torch_hourglass(hourglass, level - 1, lower, halves)
     else:
         lower = torch_block(hourglass.b2_plus_1, lower)
     lower = torch_block(getattr(hourglass, f"b3_{level}"), lower)
@@ -48,22 +48,40 @@ def test_fan_block_equals_torch(features):
     close(jax.jit(block)(inputs), torch_block(block, to_torch(inputs)))
 
 
-def test_hourglass_equals_torch_at_uneven_sizes():
+@pytest.mark.parametrize(
+    ("pooling", "halves"),
+    [("average", torch.nn.functional.avg_pool2d), ("max", torch.nn.functional.max_pool2d)],
+)
+def test_hourglass_equals_torch_at_uneven_sizes(pooling, halves):
     """7 -> 3 -> 1 and back to 3 and 7."""
-    hourglass = randomised(Hourglass(8, 2, dropout=0.5, **BUILD))
+    hourglass = randomised(Hourglass(8, 2, dropout=0.5, pooling=pooling, **BUILD))
     inputs = np.random.default_rng(0).standard_normal((2, 7, 7, 8)).astype(np.float32)
-    close(jax.jit(hourglass)(inputs), torch_hourglass(hourglass, 2, to_torch(inputs)))
+    close(jax.jit(hourglass)(inputs), torch_hourglass(hourglass, 2, to_torch(inputs), halves))
 
 
-def test_whole_encoder_equals_torch():
-    encoder = randomised(ExpressionEncoder(**SIZES, latent=12, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("kind", ["fan", "fan_sa"])
+def test_whole_encoder_equals_torch(kind):
+    """Pooled as PD-FGC's and X-NeMo's, and X-NeMo's three transformers where it has them."""
+    attention = {"heads": 2, "head_features": 32}
+    settings = {"kind": kind, "pooling": "max", "latent": 12, **attention}
+    encoder = randomised(ExpressionEncoder(**SIZES, **settings, rngs=nnx.Rngs(0)))
+
+    # Random as the rest, a block's output is tens of times its input, and float32's rounding with it.
+    for block in (encoder.sa1, encoder.sa2, encoder.sa3):
+        if block is not None:
+            block.proj_out.kernel = nnx.Param(0.01 * block.proj_out.kernel[...])
+
+    def attended(block, x):
+        return x if block is None else torch_patch_attention(block, x, attention["heads"])
+
     image = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     x = conv2d(encoder.conv1, to_torch(image), stride=2, padding=3)
-    x = torch_block(encoder.conv2, group_norm(encoder.bn1, x).relu())
+    x = attended(encoder.sa1, torch_block(encoder.conv2, group_norm(encoder.bn1, x).relu()))
     x = torch_block(encoder.conv3, torch.nn.functional.max_pool2d(x, 2))
-    x = torch_hourglass(encoder.m0, 2, torch_block(encoder.conv4, x))
-    x = conv2d(encoder.conv_last0, torch_block(encoder.top_m_0, x))
-    x = conv2d(encoder.l0, group_norm(encoder.bn_end0, x).relu())
+    x = attended(encoder.sa2, torch_block(encoder.conv4, x))
+    x = torch_hourglass(encoder.m0, 2, x, torch.nn.functional.max_pool2d)
+    x = group_norm(encoder.bn_end0, conv2d(encoder.conv_last0, torch_block(encoder.top_m_0, x)))
+    x = conv2d(encoder.l0, attended(encoder.sa3, x).relu())
     x = conv2d(encoder.conv6, group_norm(encoder.bn5, x).relu(), stride=2, padding=1)
     kernel, bias = (torch.tensor(np.asarray(p[...])) for p in (encoder.fc.kernel, encoder.fc.bias))
     close(jax.jit(encoder)(image), x.flatten(1).relu() @ kernel + bias)
@@ -98,10 +116,9 @@ def torch_linear(layer, x):
 
 
 def torch_patch_attention(block, x, heads):
-    """(B, C, h, w): tokens from 1x1 convolution and patches, attention, GEGLU, patches added to the input."""
+    """(B, C, h, w): norm, tokens from patches, attention, GEGLU, a token's parts as its patch's positions, added."""
     functional, p = torch.nn.functional, block.patch
     batch, _, height, width = x.shape
-    rows, columns = height // p, width // p
 
     def norm(layer, x):
         scale, bias = (torch.tensor(np.asarray(part[...])) for part in (layer.scale, layer.bias))
@@ -110,10 +127,8 @@ def torch_patch_attention(block, x, heads):
     def split(x):  # (B, n, heads * d) -> (B, heads, n, d)
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    # Token of a patch: its positions row by row, the features of each together.
-    tokens = conv2d(block.proj_in, x).permute(0, 2, 3, 1)
-    tokens = tokens.reshape(batch, rows, p, columns, p, -1).permute(0, 1, 3, 2, 4, 5)
-    tokens = tokens.reshape(batch, rows * columns, -1)
+    # As diffusers' PatchEmbed has it.
+    tokens = conv2d(block.proj_in, group_norm(block.norm, x), stride=p).flatten(2).transpose(1, 2)
     tokens = tokens + torch.tensor(np.asarray(block.pos_embed[...]))
     normed = norm(block.norm1, tokens)
     query, key, value = (
@@ -124,8 +139,8 @@ def torch_patch_attention(block, x, heads):
     tokens = tokens + torch_linear(block.to_out, attended)
     hidden, gate = torch_linear(block.ff_in, norm(block.norm2, tokens)).chunk(2, -1)
     tokens = tokens + torch_linear(block.ff_out, hidden * functional.gelu(gate))
-    patches = torch_linear(block.proj_out, tokens).reshape(batch, rows, columns, p, p, -1)
-    return x + patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+    parts = tokens.reshape(batch, height // p, width // p, p, p, -1)
+    return x + torch.einsum("nhwpqc->nchpwq", torch_linear(block.proj_out, parts)).reshape(x.shape)
 
 
 def test_patch_attention_equals_torch():
@@ -137,6 +152,14 @@ def test_patch_attention_equals_torch():
     close(jax.jit(block)(inputs), expected)
     assert PatchAttention.__init__.__kwdefaults__["heads"] == 8
     assert PatchAttention.__init__.__kwdefaults__["head_features"] == 128
+    assert block.norm.epsilon == 1e-6
+
+
+def test_patches_start_where_those_of_diffusers_do():
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    block = PatchAttention(6, 12, 2, heads=2, head_features=32, rngs=nnx.Rngs(0))
+    theirs = embeddings.PatchEmbed(12, 12, 2, 6, 64, interpolation_scale=1).pos_embed
+    np.testing.assert_allclose(block.pos_embed[...], theirs, atol=1e-6)
 
 
 def test_attention_moves_information_between_patches():
@@ -149,7 +172,7 @@ def test_attention_moves_information_between_patches():
 
 
 def test_dropout_acts_only_with_a_key_and_keeps_the_mean():
-    hourglass = Hourglass(8, 1, dropout=0.5, **BUILD)
+    hourglass = Hourglass(8, 1, dropout=0.5, pooling="max", **BUILD)
     inputs = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
     run = jax.jit(jax.vmap(hourglass, (None, 0)))
     plain = jax.jit(hourglass)(inputs)
