@@ -16,7 +16,7 @@ from data_pipelines.dataset import ClipDataset
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics
 from dexportrait_jax.evaluation.results import Findings
-from dexportrait_jax.evaluation.runner import FirstFrames, Frames, Runner, in_batches, row
+from dexportrait_jax.evaluation.runner import FirstFrames, Frames, Runner, ShownRows, in_batches
 from dexportrait_jax.face_clips import enlarge
 from dexportrait_jax.inference import PortraitModel
 from dexportrait_jax.metrics import Progress
@@ -40,7 +40,7 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
         _check_alike(runner.model, beside.model)
     first, people = FirstFrames(clips.directory), runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
-    items, rows = [], []
+    items, rows = [], ShownRows()
     progress = Progress("evaluate flicker", len(chosen), unit="clip")
     for done, number in enumerate(chosen):
         clip = clips[number]
@@ -58,7 +58,7 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
             shown.append(made)
         item["warped_error_truth"] = warped_error(truth, flows)
         items.append(item)
-        rows.append(row(runner.pictures(portrait, [0])[0], list(zip(*shown, strict=True))))
+        rows.add(runner.pictures(portrait, [0])[0], list(zip(*shown, strict=True)))
         progress.update(done + 1)
     if not items:
         raise UserError(
@@ -66,7 +66,7 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
         )
     figures = [name for name, value in items[0].items() if not isinstance(value, str)]
     values = {name: float(np.mean([item[name] for item in items])) for name in figures}
-    return Findings({**values, "frame_stride": stride}, items, rows)
+    return Findings({**values, "frame_stride": stride}, items, rows.pictures)
 
 
 def _check_alike(model: PortraitModel, other: PortraitModel) -> None:

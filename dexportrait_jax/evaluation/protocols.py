@@ -43,10 +43,10 @@ from dexportrait_jax.evaluation.runner import (
     Frames,
     Picture,
     Runner,
+    ShownRows,
     in_batches,
     mean,
     one_clip_each,
-    row,
 )
 from dexportrait_jax.evaluation.synthetic import evaluate_synthetic
 from dexportrait_jax.inference import Sampling, load_model
@@ -158,7 +158,7 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
     distance = metrics.LearnedDistance("alexnet")
     measures: dict[str, Callable] = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": distance}
     collected: dict[str, list[np.ndarray]] = {}
-    items, rows, tracks = [], [], []
+    items, rows, tracks = [], ShownRows(), []
     people = runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
     progress = Progress("evaluate self", len(chosen), unit="clip")
@@ -191,13 +191,13 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
         names = {"clip": clip.clip_id, "source": portrait.clip_id}
         means = {name: mean(part) for name, part in joined.items()}
         items.append({**names, **means, **following([track])})
-        rows.append(row(source[0], shown))
+        rows.add(source[0], shown)
         tracks.append(track)
         progress.update(done + 1)
     if not items:
         raise UserError(f"no clip of {clips.directory} ({clips.split}) has two frames to compare")
     values = {name: mean(np.concatenate(parts)) for name, parts in collected.items()}
-    return Findings(values | following(tracks), items, rows)
+    return Findings(values | following(tracks), items, rows.pictures)
 
 
 def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
@@ -206,7 +206,7 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
     Further keys: `following`; and a grid of every portrait by every driver.
     """
     people = one_clip_each(runner, clips, 2, "cross")
-    items, rows, tracks = [], [], []
+    items, rows, tracks = [], ShownRows(), []
     progress = Progress("evaluate cross", len(people), unit="item")
     for number, source in enumerate(people):
         driver = people[(number + 1) % len(people)]
@@ -221,11 +221,11 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
             own.shown += zip(truth, made, strict=True)
         names = {"source": source.clip_id, "driver": driver.clip_id}
         items.append({**names, **own.means(), **following([track])})
-        rows.append(row(own.source, own.shown))
+        rows.add(own.source, own.shown)
         tracks.append(track)
         progress.update(number + 1)
     values = _means(items) | following(tracks)
-    return Findings(values, items, rows, {"grid": make_grid(runner, people)})
+    return Findings(values, items, rows.pictures, {"grid": make_grid(runner, people)})
 
 
 def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
@@ -236,7 +236,7 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
     aed_pose_only: change of the part that was not driven, should be near 0.
     """
     people = one_clip_each(runner, clips, 3, "disentangled")
-    items, rows = [], []
+    items, rows = [], ShownRows()
     progress = Progress("evaluate disentangled", len(people), unit="item")
     for number, source in enumerate(people):
         a, b = people[(number + 1) % len(people)], people[(number + 2) % len(people)]
@@ -259,13 +259,13 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
             own.shown += zip(of_a, of_b, made, strict=True)
         names = {"source": source.clip_id, "pose": a.clip_id, "expression": b.clip_id}
         items.append({**names, **own.means()})
-        rows.append(row(own.source, own.shown))
+        rows.add(own.source, own.shown)
         progress.update(number + 1)
     grids = {
         "grid_expression_only": make_grid(runner, people, pose=False, name="expression alone"),
         "grid_pose_only": make_grid(runner, people, expression=False, name="pose alone"),
     }
-    return Findings(_means(items), items, rows, grids)
+    return Findings(_means(items), items, rows.pictures, grids)
 
 
 class _Distances:

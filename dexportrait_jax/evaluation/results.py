@@ -25,7 +25,6 @@ from dexportrait_jax.evaluation.report import (
 from dexportrait_jax.evaluation.runner import Picture
 
 RESULT, REPORT, SAMPLES = "metrics.json", "report.html", "samples.png"
-SHOWN_ROWS = 6
 HEADLINES = {
     "self": "Self-reenactment: frames of a video from its first frame and their own pose and expression.",
     "cross": "Cross-reenactment: the face of one person, pose and expression of another.",
@@ -53,7 +52,7 @@ class Findings:
 
     values: dict[str, float | None]
     items: list[dict[str, Any]]
-    rows: list[list[Picture]] = field(default_factory=list)
+    rows: list[list[Picture]] = field(default_factory=list)  # of the items that are shown
     grids: dict[str, Grid] = field(default_factory=dict)  # by a name of GRIDS
 
 
@@ -84,7 +83,7 @@ def write_results(out: Path, about: Mapping[str, Any], found: Findings) -> dict[
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n")
-            write_png(temporary / SAMPLES, sample_grid(found.rows[:SHOWN_ROWS]))
+            write_png(temporary / SAMPLES, sample_grid(found.rows))
             for name, grid in found.grids.items():
                 write_png(temporary / f"{name}.png", draw_grid(grid))
             write_report(temporary / REPORT, _page(temporary, result, found))

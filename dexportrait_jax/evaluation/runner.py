@@ -14,7 +14,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import encode_clip, model_inputs
 from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
 
-SHOWN_COLUMNS = 9
+SHOWN_ROWS, SHOWN_COLUMNS = 6, 9
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "frames h w 3"]
 
@@ -131,8 +131,26 @@ class FirstFrames:
         return clips[number].part(0, 1)
 
 
-def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str) -> list[Clip]:
-    """The first clip with two frames of each person, of as many people as the runner takes."""
+class ChosenClips(Sequence[Clip]):
+    """Clips of a dataset by their numbers, each read when it is asked for; only the dataset's cache keeps any."""
+
+    def __init__(self, clips: ClipDataset, numbers: Sequence[int]):
+        self._clips, self._numbers = clips, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self._clips[number] for number in self._numbers[index]]
+        return self._clips[self._numbers[index]]
+
+
+def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str) -> ChosenClips:
+    """The first clip with two frames of each person, of as many people as the runner takes.
+
+    UserError where they are fewer than ``least``.
+    """
     chosen: dict[str, int] = {}
     for number, identity in enumerate(clips.index["identity"]):
         if clips.frames[number] > 1:
@@ -153,7 +171,7 @@ def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str)
         raise UserError(
             f"--max_people={runner.max_people}: --protocol={protocol} needs {least} people"
         )
-    return [clips[number] for number in list(chosen.values())[: runner.max_people]]
+    return ChosenClips(clips, list(chosen.values())[: runner.max_people])
 
 
 def in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:
@@ -170,8 +188,18 @@ def mean(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def row(source: Picture, shown: list[tuple[Picture, ...]]) -> list[Picture]:
-    """The source, then drivers and result of a few frames, evenly spaced."""
-    count = (SHOWN_COLUMNS - 1) // len(shown[0])
-    chosen = np.unique(np.linspace(0, len(shown) - 1, count).round().astype(int))
-    return [source] + [picture for number in chosen for picture in shown[number]]
+class ShownRows:
+    """Rows of pictures of the first SHOWN_ROWS items, which are all that a page shows."""
+
+    def __init__(self) -> None:
+        self.pictures: list[list[Picture]] = []
+
+    def add(self, source: Picture, shown: Sequence[tuple[Picture, ...]]) -> None:
+        """One more item: the source, then drivers and result of a few of its frames, evenly spaced."""
+        if len(self.pictures) == SHOWN_ROWS:
+            return
+        count = (SHOWN_COLUMNS - 1) // len(shown[0])
+        chosen = np.unique(np.linspace(0, len(shown) - 1, count).round().astype(int))
+        pictures = [source, *(picture for number in chosen for picture in shown[number])]
+        # A picture is a view, which would keep all frames of its clip in memory.
+        self.pictures.append([picture.copy() for picture in pictures])

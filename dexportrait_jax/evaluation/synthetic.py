@@ -32,9 +32,9 @@ from dexportrait_jax.evaluation.runner import (
     Frames,
     Picture,
     Runner,
+    ShownRows,
     in_batches,
     one_clip_each,
-    row,
 )
 from dexportrait_jax.evaluation.separate_control import Shares
 from dexportrait_jax.face_clips import encode_clip
@@ -72,7 +72,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
         truths[0].names,
     )
     figures["frontal_spread_degrees"] = frontal_spread(runner, clips)
-    items, rows, shares = [], [], Shares()
+    items, rows, shares = [], ShownRows(), Shares()
     progress = Progress("evaluate synthetic", len(people), unit="person")
     for number, source in enumerate(people):
         a, b = ((number + step) % len(people) for step in (1, 2))
@@ -88,7 +88,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
             shares,
         )
         items.append(item)
-        rows.append(row(runner.pictures(source, [0])[0], shown))
+        rows.add(runner.pictures(source, [0])[0], shown)
         progress.update(number + 1)
     names = [name for name, value in items[0].items() if not isinstance(value, str)]
     means = {name: float(np.mean([item[name] for item in items])) for name in names}
@@ -97,7 +97,7 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
     means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
     figures |= {f"expression_r2/{name}": value for name, value in parameters.items()}
     return Findings(
-        means | shares.values() | figures, items, rows, {"grid": make_grid(runner, people)}
+        means | shares.values() | figures, items, rows.pictures, {"grid": make_grid(runner, people)}
     )
 
 

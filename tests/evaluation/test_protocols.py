@@ -4,6 +4,7 @@ refused.
 
 import dataclasses
 import json
+import weakref
 
 import cv2
 import ml_collections
@@ -25,6 +26,7 @@ from dexportrait_jax.evaluation.estimators import (
     pose_distance,
 )
 from dexportrait_jax.evaluation.eyes_and_mouth import clip_masks
+from dexportrait_jax.evaluation.runner import SHOWN_ROWS, one_clip_each
 from dexportrait_jax.face_clips import model_inputs
 from dexportrait_jax.inference import Sampling
 from tests import fixtures
@@ -157,6 +159,48 @@ def test_fewer_people(dataset, model, tmp_path):
         run(dataset, tmp_path / "out", "disentangled", max_people=2)
     with pytest.raises(UserError, match="--max_people=0: at least 1"):
         run(dataset, tmp_path / "out", "self", max_people=0)
+
+
+@pytest.mark.parametrize("protocol", protocols.PROTOCOLS)
+def test_pictures_are_kept_of_what_is_shown_alone(model, tmp_path, monkeypatch, protocol):
+    """Of more items than a page shows, and copied: a view keeps all frames of its clip."""
+    if protocol == "synthetic":
+        data = "synthetic:identities=20,frames=3,size=64,holdout=0.4"
+    else:
+        data = fixtures.make_dataset(tmp_path / "data", clips=1, frames=4, validation_clips=7)
+    kept = []
+    write = protocols.write_results
+
+    def keeping(out, about, found):
+        kept.append(found)
+        return write(out, about, found)
+
+    monkeypatch.setattr(protocols, "write_results", keeping)
+    run(data, tmp_path / "out", protocol)
+    (found,) = kept
+    assert len(found.items) >= 7 and len(found.rows) == SHOWN_ROWS
+    assert all(picture.base is None for row in found.rows for picture in row)
+
+
+def test_clips_of_people_are_read_when_they_are_asked_for(dataset, model, monkeypatch):
+    alive = []
+    get = ClipDataset._get
+
+    def reading(clips, number):
+        clip = get(clips, number)
+        alive.append(weakref.ref(clip))
+        return clip
+
+    monkeypatch.setattr(ClipDataset, "_get", reading)
+    clips = ClipDataset(dataset, "validation", cache_bytes=1)  # keeps the last clip alone
+    people = one_clip_each(protocols.Runner(model, Sampling(), 4), clips, 3, "cross")
+    assert len(people) == 3 and not alive
+    names = []
+    for clip in people:
+        names.append(clip.identity)
+        assert sum(one() is not None for one in alive) <= 2  # the one before goes with the name
+    assert names == clips.index["identity"]
+    assert [clip.identity for clip in people[1:]] == names[1:]
 
 
 class TruthfulModel(CopyModel):
