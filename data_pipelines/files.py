@@ -60,6 +60,19 @@ def writing_to(path: str | os.PathLike) -> Iterator[None]:
         raise explained from error
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """UserError, before any work is done, where the file or directory `path` could not be written at the end."""
+    folder = Path(path).resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: {folder} is a file; choose another folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write {path}: no permission to write in {folder}; choose another folder"
+        )
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.files import check_writable
 from dexportrait_jax import choices, driving, pose_transfer
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import is_image
@@ -227,12 +227,4 @@ def check_output(path: str | Path, overwrite: bool) -> None:
         raise UserError(f"{path} is a directory; give the name of a video")
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already; add --overwrite to replace it")
-    folder = path.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"cannot write {path}: {folder} is a file; choose another folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"cannot write {path}: no permission to write in {folder}; choose another folder"
-        )
+    check_writable(path)

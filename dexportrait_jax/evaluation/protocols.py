@@ -84,8 +84,7 @@ def run_evaluate(
         raise UserError(f"--max_people={max_people}: at least 1")
     if beside is not None and protocol != "flicker":
         raise UserError(f"--beside is for --protocol=flicker; leave it out with {protocol}")
-    target = Path(out)
-    check_replaceable(target, overwrite)
+    check_replaceable(Path(out), overwrite)
     clips = open_clips(data, split)
     model = load_model(weights)
     runner = Runner(model, Sampling(seed=seed, steps=steps), max_frames, max_people)
@@ -112,12 +111,14 @@ def run_evaluate(
     if other is not None:
         digest = provenance.weights_digest(other.model.description)
         about |= {"beside_stage": other.model.stage, "beside_weights_sha256": digest}
-    result = write_results(target, about, found)
     shown = ", ".join(
         f"{name} {value:.4g}" for name, value in found.values.items() if value is not None
     )
-    print(f"{protocol}, {len(found.items)} items, {runner.frames} frames: {shown}")
-    print(f"wrote {', '.join(sorted(path.name for path in target.iterdir()))} in {target}")
+    # What took hours to measure is said before anything can go wrong with files.
+    print(f"{protocol}, {len(found.items)} items, {runner.frames} frames: {shown}", flush=True)
+    target = Path(out).resolve()
+    result = write_results(target, about, found)
+    print(f"wrote {', '.join(sorted(path.name for path in target.iterdir()))} in {out}")
     return result
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.files import replace_directory, writing_to
+from data_pipelines.files import check_writable, replace_directory, writing_to
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation.grid import Grid, draw_grid
 from dexportrait_jax.evaluation.report import (
@@ -57,11 +57,12 @@ class Findings:
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raises UserError unless an evaluation may be written at ``out``."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    """Raises UserError, before any work is done, unless an evaluation may and can be written at ``out``."""
+    place = out.resolve()  # what is written; `gone/../out` is not there as long as `gone` is not
+    if out.is_symlink() or (place.exists() and not place.is_dir()):
         raise UserError(f"--out={out} is there and is not a directory; give another")
-    if out.exists() and any(out.iterdir()):
-        if not (out / RESULT).is_file():
+    if place.exists() and any(place.iterdir()):
+        if not (place / RESULT).is_file():
             raise UserError(
                 f"--out={out} holds something that is no evaluation; give a new directory"
             )
@@ -69,6 +70,14 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
             raise UserError(
                 f"--out={out} holds an evaluation already; add --overwrite to replace it"
             )
+    fixed = {"the folder you are in": place == Path.cwd(), "a mounted disk": place.is_mount()}
+    for what, is_so in fixed.items():
+        if is_so:
+            raise UserError(
+                f"--out={out} is {what}, which the finished directory cannot replace; give one below it, such as "
+                f"--out={out / 'evaluation'}"
+            )
+    check_writable(out)
 
 
 def write_results(out: Path, about: Mapping[str, Any], found: Findings) -> dict[str, Any]:

@@ -5,12 +5,14 @@ refused.
 import dataclasses
 import json
 import weakref
+from pathlib import Path
 
 import cv2
 import ml_collections
 import numpy as np
 import pytest
 
+from data_pipelines import files
 from data_pipelines.augment import default_augment
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.prepare import builder
@@ -331,6 +333,51 @@ def test_refusals(dataset, model, tmp_path):
     assert (out / "metrics.json").read_text() == "mine"
     assert run(dataset, out, "self", overwrite=True)["frames"] == 24
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_an_out_that_cannot_be_written_is_found_before_measuring(
+    dataset, model, tmp_path, monkeypatch
+):
+    """Also the folder one is in: replaced, it would be gone from under whoever stands there."""
+    (tmp_path / "file").write_text("mine")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    for out, message in (
+        (tmp_path / "file" / "below", "file is a file; choose another folder"),
+        (".", "--out=. is the folder you are in.* such as --out=evaluation"),
+        (here, "is the folder you are in"),
+        ("new/..", "is the folder you are in"),
+        (tmp_path / "new" / ".." / "mine", "no evaluation"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run(dataset, out, "self", overwrite=True)
+        assert "\n" not in str(error.value)
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "access", lambda path, mode: False)
+        with pytest.raises(UserError, match="no permission to write in"):
+            run(dataset, tmp_path / "out", "self")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda path: path.name == "disk")
+        (tmp_path / "disk").mkdir()
+        with pytest.raises(UserError, match="disk is a mounted disk.*disk/evaluation"):
+            run(dataset, tmp_path / "disk", "self")
+    assert model.drives == [] and not any(here.iterdir())
+    run(dataset, "below/../out", "self")
+    assert (here / "out" / "metrics.json").is_file()
+
+
+def test_figures_are_said_before_they_are_written(dataset, model, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        assert "self, 3 items, 24 frames: psnr " in capsys.readouterr().out
+        raise UserError("cannot write out: the disk is full; free some space")
+
+    monkeypatch.setattr(protocols, "write_results", full)
+    with pytest.raises(UserError, match="disk is full"):
+        run(dataset, tmp_path / "out", "self")
 
 
 @pytest.mark.parametrize("protocol", protocols.PROTOCOLS)
