@@ -232,7 +232,14 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     )
     flag(parser, "out", "directory for metrics.json and pictures", required=True)
     flag(parser, "split", "which part of the dataset (default: %(default)s)", default="validation")
-    flag(parser, "max_frames", "frames a clip (default: %(default)s)", type=int, default=16)
+    flag(
+        parser,
+        "max_frames",
+        "frames a clip; of the video stage at least one run of its length, data.frames, where the clip has them "
+        "(default: %(default)s)",
+        type=int,
+        default=16,
+    )
     flag(
         parser,
         "max_people",

@@ -29,7 +29,7 @@ _RELATIVE, _ABSOLUTE = 0.01, 0.5
 def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None = None) -> Findings:
     """warped_error of results, and of the true frames (warped_error_truth), which no result need be below.
 
-    Mean absolute difference in [0, 1]. ``runner.max_frames`` consecutive frames of every clip, at the stride that
+    Mean absolute difference in [0, 1]. ``runner.run_frames`` consecutive frames of every clip, at the stride that
     the model was trained with. Blur lowers the figure too, so psnr to the true frames stands beside it. ``beside``:
     another model on the same frames, for warped_error_beside and psnr_beside. UserError where it was trained with
     another stride, so that these are no frames of its own, or makes pictures of another size.
@@ -38,13 +38,14 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
     models = {"": runner, **({"_beside": beside} if beside else {})}
     if beside is not None:
         _check_alike(runner.model, beside.model)
+    count = max(one.run_frames for one in models.values())
     first, people = FirstFrames(clips.directory), runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
     items, rows = [], ShownRows()
     progress = Progress("evaluate flicker", len(chosen), unit="clip")
     for done, number in enumerate(chosen):
         clip = clips[number]
-        indices = np.arange(1, len(clip), stride)[: runner.max_frames]
+        indices = np.arange(1, len(clip), stride)[:count]
         if len(indices) < 2:
             continue
         portrait = first(clip)

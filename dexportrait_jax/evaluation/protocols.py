@@ -71,8 +71,8 @@ def run_evaluate(
 ) -> dict[str, Any]:
     """The job `evaluate`: writes metrics.json, report.html and pictures into ``out``, returns the JSON.
 
-    ``max_frames``: frames measured of each clip. ``max_people``: measured, the first of the split; None: all of
-    them. ``beside``: another export, for flicker. ``estimator``: reads pose and expression off
+    ``max_frames``: frames measured of each clip, see `Runner`. ``max_people``: measured, the first of the split;
+    None: all of them. ``beside``: another export, for flicker. ``estimator``: reads pose and expression off
     pictures, by default MediaPipe. UserError for what the user can put right; an ``out`` that was there stays
     as it was then.
     """

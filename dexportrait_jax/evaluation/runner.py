@@ -23,7 +23,8 @@ class Runner:
     """One model with its settings: from clips and frame numbers to pictures.
 
     Args:
-        max_frames: frames made of each clip.
+        max_frames: frames made of each clip; of a model of clips no fewer than one run of its length, where the clip
+            has them: a shorter one it would be given filled up with its last frame.
         max_people: people of the dataset that pictures are made of, the first ones; None: all.
     """
 
@@ -46,8 +47,8 @@ class Runner:
         """Which frames of a clip of ``frames`` to make, in groups that the model makes together.
 
         A model of single frames gets evenly spaced ones; a model of clips gets runs of consecutive
-        frames (at the stride it was trained with), evenly spaced over the clip. Frame 0 is the
-        source's.
+        frames (at the stride it was trained with), evenly spaced over the clip, at least one. Frame 0
+        is the source's.
         """
         length = self.model.clip_length
         last = frames - 1
@@ -55,11 +56,16 @@ class Runner:
             count = min(self.max_frames, last)
             return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
         stride = self._stride(last - 1, length)
-        length = min(length, last, self.max_frames)
+        length = min(length, last)
         reach = (length - 1) * stride
         runs = max(1, min(self.max_frames // length, last // (reach + 1)))
         starts = np.unique(np.round(np.linspace(1, last - reach, runs)).astype(int))
         return [start + stride * np.arange(length) for start in starts]
+
+    @property
+    def run_frames(self) -> int:
+        """Consecutive frames to make of a clip where one run is made of it, as many as it has of them."""
+        return max(self.max_frames, self.model.clip_length)
 
     def runs_through(
         self, frames: int, wanted: Int[np.ndarray, " n"]

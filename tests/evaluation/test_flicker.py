@@ -72,6 +72,16 @@ def test_the_protocol(dataset, model, tmp_path):
     assert result["items"][0]["warped_error_truth"] == flicker.warped_error(truth, flows_of(truth))
 
 
+def test_a_model_of_clips_makes_no_run_shorter_than_its_own(dataset, model, tmp_path, monkeypatch):
+    """Of the longer one, where two stand beside each other; a clip of 12 frames has 6 at this stride."""
+    model.clip_length = 5
+    assert run(dataset, tmp_path / "out", "flicker", max_frames=3)["frames"] == 3 * 5
+    other = Flickering(clip_length=24)
+    monkeypatch.setattr(protocols, "load_model", {"weights": model, "other": other}.get)
+    result = run(dataset, tmp_path / "two", "flicker", max_frames=3, beside="other")
+    assert result["frames"] == 3 * 6
+
+
 class Flickering(CopyModel):
     """Repeats the source, brighter in every other frame."""
 

@@ -302,7 +302,8 @@ def test_pictures_without_a_face_are_counted_not_measured(dataset, model, tmp_pa
         (4, 8, 30, [[1, 3, 5, 7], [23, 25, 27, 29]]),
         (4, 4, 12, [[1, 3, 5, 7]]),
         (8, 16, 6, [[1, 2, 3, 4, 5]]),
-        (8, 3, 30, [[1, 3, 5]]),
+        (8, 3, 30, [[1, 3, 5, 7, 9, 11, 13, 15]]),  # never shorter than the model's own clips
+        (24, 16, 60, [list(range(1, 49, 2))]),
     ],
 )
 def test_which_frames_are_made(clip_length, max_frames, frames, expected):
