@@ -26,11 +26,11 @@ from dexportrait_jax.evaluation.runner import Picture
 
 RESULT, REPORT, SAMPLES = "metrics.json", "report.html", "samples.png"
 HEADLINES = {
-    "self": "Self-reenactment: frames of a video from its first frame and their own pose and expression.",
+    "self": "Self-reenactment: frames of a video from the first in their crop, with their own pose and expression.",
     "cross": "Cross-reenactment: the face of one person, pose and expression of another.",
     "disentangled": "Pose of A, expression of B, face of C; then each of them alone.",
     "synthetic": "Rendered heads: pose of A, expression of B, person C, beside the right answer.",
-    "flicker": "Flicker: consecutive frames of a video from its first frame; what changes beyond what moves.",
+    "flicker": "Flicker: consecutive frames of a video from the first in their crop; what changes beyond what moves.",
 }
 ROWS = {
     "self": "Each row: the source, then driving frame and result in turn.",

@@ -116,25 +116,39 @@ class Runner:
 
 
 class FirstFrames:
-    """The first frame of the video of a clip, found over all splits of a dataset, or of rendered heads.
+    """The first frame of a clip's video in the clip's own crop, over all splits of a dataset, or of rendered heads.
 
-    Where the end of every video was held out, the beginning of a held-out clip is a moment before
-    the frames to be measured, and repeating it would be hard to beat and prove nothing.
+    Where the end of every clip was held out, the beginning of a held-out part is a moment before
+    the frames to be measured, and repeating it would be hard to beat and prove nothing. Its other
+    part has the same crop. Another clip of the video has another one, in which the face has another
+    size and place: it would be no picture that the clip's frames can be compared with. So where
+    no earlier clip has the crop, the clip's own frame 0 is taken, which is never driven to.
     """
 
     def __init__(self, directory: str | Path):
-        self._first: dict[tuple, tuple[float, ClipDataset, int]] = {}
+        self._videos: dict[tuple, list[tuple[float, ClipDataset, int]]] = {}
+        self._crop_boxes: dict[tuple[str, int], tuple[float, ...]] = {}
         for split in available_splits(directory):
             clips = open_clips(directory, split)
             columns = [clips.index[name] for name in ("identity", "session", "camera", "start")]
             for number, (*video, start) in enumerate(zip(*columns, strict=True)):
-                known = self._first.get(tuple(video))
-                if known is None or start < known[0]:
-                    self._first[tuple(video)] = start, clips, number
+                self._videos.setdefault(tuple(video), []).append((start, clips, number))
+        for clips_of_video in self._videos.values():
+            clips_of_video.sort(key=lambda one: one[0])
 
     def __call__(self, clip: Clip) -> Clip:
-        _, clips, number = self._first[clip.identity, clip.session, clip.camera]
-        return clips[number].part(0, 1)
+        wanted = tuple(clip.crop_box.tolist())
+        for _, clips, number in self._videos[clip.identity, clip.session, clip.camera]:
+            if self._crop_box(clips, number) == wanted:
+                return clips[number].part(0, 1)
+        return clip.part(0, 1)
+
+    def _crop_box(self, clips: ClipDataset, number: int) -> tuple[float, ...]:
+        """Of a clip, which the index does not hold; a record is read for it once."""
+        key = clips.split, number
+        if key not in self._crop_boxes:
+            self._crop_boxes[key] = tuple(clips[number].crop_box.tolist())
+        return self._crop_boxes[key]
 
 
 class ChosenClips(Sequence[Clip]):

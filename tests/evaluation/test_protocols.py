@@ -120,6 +120,42 @@ def test_the_source_is_the_first_frame_of_the_video(model, tmp_path):
     assert (model.drives[0].source_expression != model.drives[0].expressions).any()
 
 
+@pytest.mark.parametrize("protocol", ["self", "flicker"])
+def test_the_source_has_the_crop_of_what_it_drives_to(model, tmp_path, protocol):
+    """An earlier clip of the video if one has that crop, in any split; else the clip's own first frame."""
+    whole = fixtures.make_clip(5, 24, session="video")
+    model.config.data.frame_stride = 1
+
+    def cut(first, last, shift):
+        clip = whole.part(first, last, f"video-{first}")
+        return dataclasses.replace(clip, crop_box=clip.crop_box + np.float32(shift))
+
+    splits = {
+        "train": lambda: iter([cut(0, 4, 0), cut(8, 12, 5)]),
+        "validation": lambda: iter([cut(4, 8, 7), cut(12, 16, 5), cut(16, 20, 7), cut(20, 24, 9)]),
+    }
+    data = builder.write_dataset(splits, tmp_path / "data")
+    result = run(data, tmp_path / "out", protocol, max_frames=3)
+    sources = {item["clip"]: item["source"] for item in result["items"]}
+    assert sources == {
+        "video-4": "video-4",
+        "video-12": "video-8",
+        "video-16": "video-4",
+        "video-20": "video-20",
+    }
+    # A clip that is its own source is driven to its other frames alone.
+    runner = protocols.Runner(model, Sampling(), 3)
+    driven = model_inputs(model, whole, np.arange(21, 24))
+    own = next(item for item in result["items"] if item["clip"] == "video-20")
+    pictures = np.repeat(runner.pictures(whole, [20]), 3, 0)
+    psnr = np.asarray(metrics.psnr(pictures, driven["image"], data_range=255))
+    assert own["psnr"] == pytest.approx(psnr.mean(), abs=1e-3)
+    _, expressions = model.encode(driven["pose_image"], driven["expression_image"])
+    np.testing.assert_allclose(
+        model.drives[-1 if protocol == "flicker" else -2].expressions, expressions
+    )
+
+
 def test_self_and_flicker_of_heads_that_are_drawn_while_they_are_read(model, tmp_path):
     data = "synthetic:identities=4,frames=6,size=64,holdout=0.5"
     result = run(data, tmp_path / "self", "self")
