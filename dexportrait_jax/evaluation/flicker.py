@@ -16,7 +16,14 @@ from data_pipelines.dataset import ClipDataset
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import metrics
 from dexportrait_jax.evaluation.results import Findings
-from dexportrait_jax.evaluation.runner import FirstFrames, Frames, Runner, ShownRows, in_batches
+from dexportrait_jax.evaluation.runner import (
+    FirstFrames,
+    Frames,
+    FrameValues,
+    Runner,
+    ShownRows,
+    in_batches,
+)
 from dexportrait_jax.face_clips import enlarge
 from dexportrait_jax.inference import PortraitModel
 from dexportrait_jax.metrics import Progress
@@ -41,7 +48,7 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
     count = max(one.run_frames for one in models.values())
     first, people = FirstFrames(clips.directory), runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
-    items, rows = [], ShownRows()
+    items, rows, pooled = [], ShownRows(), FrameValues()
     progress = Progress("evaluate flicker", len(chosen), unit="clip")
     for done, number in enumerate(chosen):
         clip = clips[number]
@@ -51,23 +58,22 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
         portrait = first(clip)
         truth = runner.pictures(clip, indices)
         flows = [_flow(later, earlier) for earlier, later in zip(truth, truth[1:], strict=False)]
-        item, shown = {"clip": clip.clip_id, "source": portrait.clip_id}, [truth]
+        own, shown = FrameValues(), [truth]
         for name, one in models.items():
             made = one.make(portrait, (clip, indices), (clip, indices))
-            item[f"warped_error{name}"] = warped_error(made, flows)
-            item[f"psnr{name}"] = float(np.mean(in_batches(metrics.psnr, made, truth)))
+            own.add(f"warped_error{name}", warped_errors(made, flows))
+            own.add(f"psnr{name}", in_batches(metrics.psnr, made, truth))
             shown.append(made)
-        item["warped_error_truth"] = warped_error(truth, flows)
-        items.append(item)
+        own.add("warped_error_truth", warped_errors(truth, flows))
+        items.append({"clip": clip.clip_id, "source": portrait.clip_id, **own.means()})
+        pooled.pool(own)
         rows.add(runner.pictures(portrait, [0])[0], list(zip(*shown, strict=True)))
         progress.update(done + 1)
     if not items:
         raise UserError(
             f"no clip of {clips.directory} ({clips.split}) has two frames beyond its first"
         )
-    figures = [name for name, value in items[0].items() if not isinstance(value, str)]
-    values = {name: float(np.mean([item[name] for item in items])) for name in figures}
-    return Findings({**values, "frame_stride": stride}, items, rows.pictures)
+    return Findings({**pooled.means(), "frame_stride": stride}, items, rows.pictures)
 
 
 def _check_alike(model: PortraitModel, other: PortraitModel) -> None:
@@ -84,18 +90,20 @@ def _check_alike(model: PortraitModel, other: PortraitModel) -> None:
         )
 
 
-def warped_error(frames: Frames, flows: list[tuple[Flow, Bool[np.ndarray, "h w"]]]) -> float:
-    """Mean absolute difference in [0, 1] of every frame and the one before it, moved along.
+def warped_errors(
+    frames: Frames, flows: list[tuple[Flow, Bool[np.ndarray, "h w"]]]
+) -> Float[np.ndarray, " pairs"]:
+    """Of every frame but the first: mean absolute difference in [0, 1] from the one before it, moved along.
 
     ``flows``: for each frame but the first, from where in the one before its pixels come, in pixels, and where
-    that is known; see `_flow`.
+    that is known; see `_flow`. Frames of which nothing is known are left out.
     """
-    total, count = 0.0, 0
+    errors = []
     for earlier, later, (flow, known) in zip(frames, frames[1:], flows, strict=False):
         difference = np.abs(_moved(earlier, flow).astype(np.float64) - later) / 255
-        total += float(difference[known].mean(-1).sum())
-        count += int(known.sum())
-    return total / max(count, 1)
+        if known.any():
+            errors.append(difference[known].mean())
+    return np.array(errors)
 
 
 def _flow(

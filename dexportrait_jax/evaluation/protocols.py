@@ -41,11 +41,11 @@ from dexportrait_jax.evaluation.results import Findings, check_replaceable, writ
 from dexportrait_jax.evaluation.runner import (
     FirstFrames,
     Frames,
+    FrameValues,
     Picture,
     Runner,
     ShownRows,
     in_batches,
-    mean,
     one_clip_each,
 )
 from dexportrait_jax.evaluation.synthetic import evaluate_synthetic
@@ -158,8 +158,7 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
     first = FirstFrames(clips.directory)
     distance = metrics.LearnedDistance("alexnet")
     measures: dict[str, Callable] = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": distance}
-    collected: dict[str, list[np.ndarray]] = {}
-    items, rows, tracks = [], ShownRows(), []
+    items, rows, tracks, pooled = [], ShownRows(), [], FrameValues()
     people = runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
     progress = Progress("evaluate self", len(chosen), unit="clip")
@@ -169,8 +168,7 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
             continue
         portrait = first(clip)
         source = runner.pictures(portrait, [0])
-        track = Track(estimate)
-        own: dict[str, list[np.ndarray]] = {}
+        track, own = Track(estimate), FrameValues()
         shown: list[tuple[Picture, ...]] = []
         for indices in runner.parts(len(clip)):
             truth = runner.pictures(clip, indices)
@@ -178,27 +176,26 @@ def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -
             control = runner.make(portrait, (clip, indices), None)
             copy = np.repeat(source, len(indices), 0)
             for name, measure in measures.items():
-                own.setdefault(name, []).append(in_batches(measure, made, truth))
-                own.setdefault(f"{name}_copy", []).append(in_batches(measure, copy, truth))
+                own.add(name, in_batches(measure, made, truth))
+                own.add(f"{name}_copy", in_batches(measure, copy, truth))
             masks = clip_masks(clip, indices, runner.model.image_size)
-            for name, pictures in (("parts_psnr", made), ("parts_psnr_own_expression", control)):
-                own.setdefault(name, []).append(metrics.masked_psnr(pictures, truth, masks))
+            parts, own_parts = (
+                metrics.masked_psnr(pictures, truth, masks) for pictures in (made, control)
+            )
+            own.add("parts_psnr", parts)
+            own.add("parts_psnr_own_expression", own_parts)
+            own.add("expression_use_db", parts - own_parts)
             track.add(clip, indices, made=made, control=control, ceiling=truth)
             shown += zip(truth, made, strict=True)
-        joined = {name: np.concatenate(parts) for name, parts in own.items()}
-        joined["expression_use_db"] = joined["parts_psnr"] - joined["parts_psnr_own_expression"]
-        for name, values in joined.items():
-            collected.setdefault(name, []).append(values)
         names = {"clip": clip.clip_id, "source": portrait.clip_id}
-        means = {name: mean(part) for name, part in joined.items()}
-        items.append({**names, **means, **following([track])})
+        items.append({**names, **own.means(), **following([track])})
+        pooled.pool(own)
         rows.add(source[0], shown)
         tracks.append(track)
         progress.update(done + 1)
     if not items:
         raise UserError(f"no clip of {clips.directory} ({clips.split}) has two frames to compare")
-    values = {name: mean(np.concatenate(parts)) for name, parts in collected.items()}
-    return Findings(values | following(tracks), items, rows.pictures)
+    return Findings(pooled.means() | following(tracks), items, rows.pictures)
 
 
 def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
@@ -207,7 +204,7 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
     Further keys: `following`; and a grid of every portrait by every driver.
     """
     people = one_clip_each(runner, clips, 2, "cross")
-    items, rows, tracks = [], ShownRows(), []
+    items, rows, tracks, pooled = [], ShownRows(), [], FrameValues()
     progress = Progress("evaluate cross", len(people), unit="item")
     for number, source in enumerate(people):
         driver = people[(number + 1) % len(people)]
@@ -221,11 +218,12 @@ def evaluate_cross(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) 
             track.add(driver, indices, made=made, control=control, ceiling=truth)
             own.shown += zip(truth, made, strict=True)
         names = {"source": source.clip_id, "driver": driver.clip_id}
-        items.append({**names, **own.means(), **following([track])})
+        items.append({**names, **own.values.means(), **following([track])})
+        pooled.pool(own.values)
         rows.add(own.source, own.shown)
         tracks.append(track)
         progress.update(number + 1)
-    values = _means(items) | following(tracks)
+    values = pooled.means() | following(tracks)
     return Findings(values, items, rows.pictures, {"grid": make_grid(runner, people)})
 
 
@@ -237,7 +235,7 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
     aed_pose_only: change of the part that was not driven, should be near 0.
     """
     people = one_clip_each(runner, clips, 3, "disentangled")
-    items, rows = [], ShownRows()
+    items, rows, pooled = [], ShownRows(), FrameValues()
     progress = Progress("evaluate disentangled", len(people), unit="item")
     for number, source in enumerate(people):
         a, b = people[(number + 1) % len(people)], people[(number + 2) % len(people)]
@@ -259,24 +257,27 @@ def evaluate_disentangled(runner: Runner, clips: ClipDataset, estimate: FaceEsti
             own.compare(pose_only, pose={}, expression={"aed_pose_only": still})
             own.shown += zip(of_a, of_b, made, strict=True)
         names = {"source": source.clip_id, "pose": a.clip_id, "expression": b.clip_id}
-        items.append({**names, **own.means()})
+        items.append({**names, **own.values.means()})
+        pooled.pool(own.values)
         rows.add(own.source, own.shown)
         progress.update(number + 1)
     grids = {
         "grid_expression_only": make_grid(runner, people, pose=False, name="expression alone"),
         "grid_pose_only": make_grid(runner, people, expression=False, name="pose alone"),
     }
-    return Findings(_means(items), items, rows.pictures, grids)
+    return Findings(pooled.means(), items, rows.pictures, grids)
 
 
 class _Distances:
-    """APD and AED of one item, frame by frame; pictures without a face count as not detected."""
+    """APD and AED of one item, frame by frame; faces_found: 1 or 0, whether a picture made shows a face.
+
+    Distances are left out where one of the two faces is not found.
+    """
 
     def __init__(self, estimate: FaceEstimator, source: Picture):
         self.estimate, self.source = estimate, source
         self.shown: list[tuple[Picture, ...]] = []
-        self._values: dict[str, list[float]] = {}
-        self._made = self._found = 0
+        self.values = FrameValues()
 
     def compare(
         self,
@@ -289,27 +290,15 @@ class _Distances:
         """Adds the distances of ``made`` to each of the named truths."""
         for number, picture in enumerate(made):
             result = self.estimate(picture)
-            self._made += made_here
-            self._found += made_here and result is not None
             for truths, distance in ((pose, pose_distance), (expression, expression_distance)):
                 for name, truth in truths.items():
                     wanted = self.estimate(truth[number])
-                    values = self._values.setdefault(name, [])
-                    if result is not None and wanted is not None:
-                        values.append(distance(result, wanted))
+                    known = result is not None and wanted is not None
+                    self.values.add(name, [distance(result, wanted)] if known else [])
+            if made_here:
+                self.values.add("faces_found", [result is not None])
 
     def copy(self, pose: dict[str, Frames], expression: dict[str, Frames]) -> None:
         """Adds the distances of the source frame to each of the named truths."""
         count = len(next(iter((*pose.values(), *expression.values()))))
         self.compare(np.repeat(self.source[None], count, 0), pose, expression, made_here=False)
-
-    def means(self) -> dict[str, float | None]:
-        """Mean of each distance (None: no face found), and the share of pictures with a face."""
-        means = {name: mean(np.array(values)) for name, values in self._values.items()}
-        return {**means, "faces_found": self._found / max(1, self._made)}
-
-
-def _means(items: list[dict[str, Any]]) -> dict[str, float | None]:
-    names = [name for name, value in items[0].items() if not isinstance(value, str)]
-    kept = {name: [item[name] for item in items if item[name] is not None] for name in names}
-    return {name: mean(np.array(values)) for name, values in kept.items()}

@@ -39,6 +39,15 @@ ROWS = {
     "synthetic": "Each row: the source, then driver of the pose, driver of the expression, result and truth in turn.",
     "flicker": "Each row: the source, then true frame, result and, if given, the other model's in turn.",
 }
+MEANS = {
+    "self": "Means over all frames; r and slope are over all frames too, about each clip's own mean.",
+    "cross": "Means over all frames in which a face was found, faces_found over all; r and slope are over all "
+    "frames too, about each clip's own mean.",
+    "disentangled": "Means over all frames in which a face was found, faces_found over all.",
+    "synthetic": "PSNR: means over all frames made; shares too, where frames that change more weigh more. Errors of "
+    "encoders: means over all frames encoded; gauge_spread_degrees and frontal_spread_degrees: over people.",
+    "flicker": "Means over all frames; a warping error is that of a frame and the one before it.",
+}
 GRIDS = {
     "grid": ("Every face by every driver", "pose and expression"),
     "grid_expression_only": ("Expression alone", "expression; the pose stays the portrait's"),
@@ -48,7 +57,7 @@ GRIDS = {
 
 @dataclass
 class Findings:
-    """What a protocol brings: figures over all frames, figures of each item, and pictures."""
+    """What a protocol brings: figures over all items (MEANS says how), figures of each item, and pictures."""
 
     values: dict[str, float | None]
     items: list[dict[str, Any]]
@@ -177,7 +186,7 @@ def _page(directory: Path, result: Mapping[str, Any], found: Findings) -> Report
                 "All figures",
                 ("key", "value"),
                 rows,
-                "Means over all frames; by item in metrics.json.",
+                f"{MEANS[protocol]} By item in metrics.json.",
             ),
         ],
         provenance=f"Everything beside sources and drivers is synthetic, made by weights {result['weights_sha256']}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,8 +204,27 @@ def in_batches(measure: Callable, made: Frames, truth: Frames) -> np.ndarray:
     return np.concatenate(values)
 
 
-def mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+class FrameValues:
+    """Figures of single frames by name, of one item or, pooled, of many: every frame weighs the same."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, name: str, values: Iterable[float]) -> None:
+        """One for each of some more frames; of none, the name is known all the same."""
+        self._values.setdefault(name, []).extend(map(float, values))
+
+    def pool(self, item: FrameValues) -> None:
+        """Adds all frames of an item."""
+        for name, values in item._values.items():
+            self.add(name, values)
+
+    def means(self) -> dict[str, float | None]:
+        """Name -> mean over all frames; None where there are none, such as frames without a face."""
+        return {
+            name: float(np.mean(values)) if values else None
+            for name, values in self._values.items()
+        }
 
 
 class ShownRows:

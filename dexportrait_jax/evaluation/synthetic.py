@@ -30,6 +30,7 @@ from dexportrait_jax.evaluation.rendered_truth import Truth, check_same_renderer
 from dexportrait_jax.evaluation.results import Findings
 from dexportrait_jax.evaluation.runner import (
     Frames,
+    FrameValues,
     Picture,
     Runner,
     ShownRows,
@@ -72,26 +73,28 @@ def evaluate_synthetic(runner: Runner, training: ClipDataset, clips: ClipDataset
         truths[0].names,
     )
     figures["frontal_spread_degrees"] = frontal_spread(runner, clips)
-    items, rows, shares = [], ShownRows(), Shares()
+    items, rows, shares, pooled = [], ShownRows(), Shares(), FrameValues()
     progress = Progress("evaluate synthetic", len(people), unit="person")
     for number, source in enumerate(people):
         a, b = ((number + step) % len(people) for step in (1, 2))
-        item, shown = _item(
+        clip_a, clip_b = people[a], people[b]
+        own, shown = _item(
             runner,
             source,
-            people[a],
-            people[b],
+            clip_a,
+            clip_b,
             truths[number],
             truths[a],
             truths[b],
             mean_picture,
             shares,
         )
-        items.append(item)
+        names = {"source": source.clip_id, "pose": clip_a.clip_id, "expression": clip_b.clip_id}
+        items.append({**names, **own.means()})
+        pooled.pool(own)
         rows.add(runner.pictures(source, [0])[0], shown)
         progress.update(number + 1)
-    names = [name for name, value in items[0].items() if not isinstance(value, str)]
-    means = {name: float(np.mean([item[name] for item in items])) for name in names}
+    means = pooled.means()
     best = max(means[f"disentangled_{name}"] for name in ("copy", "rigid", "mean"))
     means["disentangled_gain_db"] = means["disentangled_psnr"] - best
     means["expression_use_db"] = means["parts_psnr"] - means["parts_psnr_own_expression"]
@@ -152,14 +155,14 @@ def _item(
     b: Truth,
     mean_picture: Picture,
     shares: Shares,
-) -> tuple[dict[str, Any], list[tuple[Picture, ...]]]:
-    """The source driven by itself, by A alone, by pose of A with expression of B, and by either alone."""
+) -> tuple[FrameValues, list[tuple[Picture, ...]]]:
+    """PSNR and pictures: the source driven by itself, by A, by pose of A with expression of B, and by either alone."""
     first = runner.pictures(source, [0])[0]
-    psnr: dict[str, list[np.ndarray]] = {}
+    psnr = FrameValues()
     shown: list[tuple[Picture, ...]] = []
 
     def measure(name: str, made: Frames, wanted: Frames) -> None:
-        psnr.setdefault(name, []).append(in_batches(metrics.psnr, made, wanted))
+        psnr.add(name, in_batches(metrics.psnr, made, wanted))
 
     for indices in runner.parts(len(source)):
         wanted = runner.pictures(source, indices)
@@ -185,10 +188,8 @@ def _item(
         measure("disentangled_rigid", moved, wanted)
         measure("disentangled_mean", np.repeat(mean_picture[None], len(wanted), 0), wanted)
         own = runner.make(source, (clip_a, indices), None)
-        psnr.setdefault("parts_psnr", []).append(metrics.masked_psnr(made, wanted, parts))
-        psnr.setdefault("parts_psnr_own_expression", []).append(
-            metrics.masked_psnr(own, wanted, parts)
-        )
+        psnr.add("parts_psnr", metrics.masked_psnr(made, wanted, parts))
+        psnr.add("parts_psnr_own_expression", metrics.masked_psnr(own, wanted, parts))
         only_pose, own_parts = drawn(own_expression, a.pose[indices])
         shares.add("pose_only_follows_pose", own, still, only_pose)
         shares.add("pose_only_follows_expression", own, only_pose, like_a, own_parts | parts_like_a)
@@ -206,9 +207,7 @@ def _item(
         shares.add("expression_only_follows_pose", made_expression, only_expression, like_b)
         drivers = (runner.pictures(clip, indices) for clip in (clip_a, clip_b))
         shown += zip(*drivers, made, wanted, strict=True)
-    names = {"source": source.clip_id, "pose": clip_a.clip_id, "expression": clip_b.clip_id}
-    values = {name: float(np.mean(np.concatenate(parts))) for name, parts in psnr.items()}
-    return names | values, shown
+    return psnr, shown
 
 
 def _rendered(

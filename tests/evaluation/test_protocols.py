@@ -325,6 +325,40 @@ def test_grids_and_the_page(dataset, model, tmp_path):
     assert "driver&#x27;s expression" not in page  # the drivers' table is that of self and cross
 
 
+@pytest.mark.parametrize("protocol", ["self", "cross", "disentangled", "flicker"])
+def test_every_frame_weighs_the_same_whatever_clip_it_is_of(model, tmp_path, protocol):
+    lengths = {f"drawn{number}": length for number, length in enumerate((3, 6, 12, 4))}
+    model.config.data.frame_stride = 1
+
+    def clips():
+        return (
+            fixtures.make_clip(number, length) for number, length in enumerate(lengths.values())
+        )
+
+    data = builder.write_dataset({"train": clips, "validation": clips}, tmp_path / "data")
+    result = run(data, tmp_path / "out", protocol, max_frames=99)
+    drivers = {"self": ("clip",), "cross": ("driver",), "flicker": ("clip",)}
+
+    def frames(item, least):
+        names = [item[key] for key in drivers.get(protocol, ("pose", "expression"))]
+        return min(lengths[name.split("-")[0]] for name in names) - least
+
+    measured = {
+        name: np.array([item[name] for item in result["items"]])
+        for name in result["items"][0]
+        if name.startswith(
+            ("psnr", "ssim", "lpips", "parts", "apd", "aed", "faces_found", "warped")
+        )
+    }
+    assert len(measured) > 2
+    for name, values in measured.items():
+        # The source is no frame that is measured; to a warping error belong two.
+        weights = [frames(item, 2 if "warped" in name else 1) for item in result["items"]]
+        assert result[name] == pytest.approx(np.average(values, weights=weights)), name
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Means over all frames" in page
+
+
 def test_pictures_without_a_face_are_counted_not_measured(dataset, model, tmp_path):
     result = run(dataset, tmp_path / "cross", "cross", estimator=lambda picture: None)
     assert result["apd"] is None and result["aed"] is None and result["faces_found"] == 0.0

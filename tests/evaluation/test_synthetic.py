@@ -1,9 +1,12 @@
 """The protocol `synthetic` on models that are known: one draws the truth itself, one repeats the source."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from data_pipelines.dataset import open_clips
+from data_pipelines.prepare import builder
 from data_pipelines.synthetic import poses, source
 from data_pipelines.synthetic.dataset import run_render
 from data_pipelines.synthetic.expression import EXPRESSION_PARAMETERS, neutral
@@ -176,6 +179,31 @@ def test_repeating_the_source_gains_nothing(monkeypatch, tmp_path):
     assert result["disentangled_gain_db"] <= 0 and result["expression_use_db"] == 0
     assert result["pose_error_degrees"] > 10 and result["expression_r2"] < 0.3
     assert result["pose_only_follows_pose"] == result["expression_only_follows_expression"] == 0
+
+
+def test_every_frame_weighs_the_same_whoever_it_shows(monkeypatch, tmp_path):
+    lengths = {}
+
+    def cut(split):
+        clips = open_clips("synthetic:identities=14,frames=6,size=64,holdout=0.3", split)
+        for number in range(len(clips)):
+            length = 2 + number % 5
+            lengths[clips[number].clip_id] = length
+            yield clips[number].part(0, length)
+
+    splits = {split: functools.partial(cut, split) for split in ("train", "validation")}
+    data = builder.write_dataset(splits, tmp_path / "heads")
+    result = _run(monkeypatch, tmp_path, CopyModel(), str(data))
+    items = result["items"]
+    for name, drivers in (
+        ("self_psnr", ("source",)),
+        ("disentangled_psnr", ("pose", "expression")),
+    ):
+        # Three frames at most, and the source is none of them.
+        weights = [min(3, *(lengths[item[key]] - 1 for key in drivers)) for item in items]
+        assert len(set(weights)) > 1
+        expected = np.average([item[name] for item in items], weights=weights)
+        assert result[name] == pytest.approx(expected)
 
 
 def test_other_videos_are_refused(monkeypatch, tmp_path):
