@@ -38,14 +38,17 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     """Reads the header of a video; width and height are of the upright picture.
 
     Raises:
-        UserError: it is missing or not a video.
+        UserError: it is missing, not a video, or its first frame cannot be decoded.
     """
     with _open(path) as container:
         stream = container.streams.video[0]
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise UserError(f"{path} holds no video frames")
-        height, width = _upright(frame).shape[:2]
+        try:
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise UserError(f"{path} holds no video frames")
+            height, width = _upright(frame).shape[:2]
+        except av.error.FFmpegError as error:
+            raise _undecodable(path, error) from error
         return VideoInfo(width, height, _rate(stream), stream.frames)
 
 
@@ -83,9 +86,7 @@ def read_frames(
                 number += 1
         except av.error.FFmpegError as error:
             if number == 0:
-                raise UserError(
-                    f"{path} cannot be decoded ({error.strerror}); is it complete?"
-                ) from error
+                raise _undecodable(path, error) from error
             if on_damage is not None:
                 on_damage(f"the file is damaged after frame {number - 1} ({error.strerror})")
         if number == 0:
@@ -287,6 +288,12 @@ def _open(path: str | os.PathLike):
         container.close()
         raise UserError(f"{path} has no picture in it, only sound or data")
     return container
+
+
+def _undecodable(path: str | os.PathLike, error: av.error.FFmpegError) -> UserError:
+    unknown = isinstance(error, av.error.DecoderNotFoundError)
+    advice = "convert it to H.264" if unknown else "is it complete?"
+    return UserError(f"{path} cannot be decoded ({error.strerror}); {advice}")
 
 
 def _rate(stream) -> float:

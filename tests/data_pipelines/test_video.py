@@ -170,6 +170,28 @@ def test_unreadable_files_are_user_errors(tmp_path, name, content, words):
         video.read_image(path)
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("first packet", r"cannot be decoded \(Invalid data found.*\); is it complete\?$"),
+        ("decoder", r"cannot be decoded \(Decoder not found\); convert it to H\.264$"),
+    ],
+)
+def test_a_good_header_of_frames_that_cannot_be_decoded(tmp_path, damage, words):
+    path = tmp_path / "a.mp4"
+    _write(path, list(np.random.default_rng(0).integers(0, 255, (9, 48, 64, 3), np.uint8)))
+    data = path.read_bytes()
+    if damage == "decoder":
+        path.write_bytes(data.replace(b"avc1", b"zzz1"))
+    else:
+        begin = data.index(b"mdat") + 4
+        path.write_bytes(data[:begin] + b"\xff" * 3000 + data[begin + 3000 :])
+    for read in (lambda: next(video.read_frames(path)), lambda: video.probe(path)):
+        with pytest.raises(UserError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
 def test_read_image(tmp_path):
     picture = _frames(1)[0]
     cv2.imwrite(str(tmp_path / "a.png"), picture[..., ::-1])
