@@ -46,7 +46,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise UserError(f"{path} holds no video frames")
-            height, width = _upright(frame).shape[:2]
+            height, width = _upright(frame, stream.sample_aspect_ratio).shape[:2]
         except av.error.FFmpegError as error:
             raise _undecodable(path, error) from error
         return VideoInfo(width, height, _rate(stream), stream.frames)
@@ -70,7 +70,7 @@ def read_frames(
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        rate = _rate(stream)
+        rate, aspect = _rate(stream), stream.sample_aspect_ratio
         number, first, last = 0, None, -1.0
         try:
             for frame in container.decode(stream):
@@ -82,7 +82,7 @@ def read_frames(
                 if time <= last:  # some files repeat or drop time stamps
                     time = last + 1 / rate
                 last = time
-                yield Frame(_upright(frame), time)
+                yield Frame(_upright(frame, aspect), time)
                 number += 1
         except av.error.FFmpegError as error:
             if number == 0:
@@ -301,11 +301,17 @@ def _rate(stream) -> float:
     return float(rate) if rate else 25.0
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
+def _upright(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
+    """The picture as it is meant to be seen, of square pixels.
+
+    ``aspect``: width of a stored pixel by its height, None where the file does not say. It is of the
+    picture as stored: what is turned afterwards grows in height. As in players, rows stay as they are.
+    """
     image = frame.to_ndarray(format="rgb24")
-    aspect = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else None
-    if aspect and aspect != 1:
-        width = max(1, round(image.shape[1] * float(aspect)))
-        image = cv2.resize(image, (width, image.shape[0]), interpolation=cv2.INTER_AREA)
+    height, width = image.shape[:2]
+    wanted = max(1, round(width * aspect)) if aspect else width
+    if wanted != width:
+        method = cv2.INTER_AREA if wanted < width else cv2.INTER_CUBIC
+        image = cv2.resize(image, (wanted, height), interpolation=method)
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

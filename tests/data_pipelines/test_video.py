@@ -79,14 +79,14 @@ def test_writer_refuses_other_endings_and_bad_folders(tmp_path):
         _write(tmp_path / "file" / "a.mp4", _frames(1))
 
 
-def _mux(path, frames, *, pixel_format="yuv420p", times=None, rotate=None, codec="libx264"):
+def _mux(path, frames, *, pixel_format="yuv420p", times=None, aspect=None, codec="libx264"):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = Fraction(1, 1000)
-        if rotate:
-            stream.set_display_rotation(rotate) if hasattr(stream, "set_display_rotation") else None
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24" if image.ndim == 3 else "gray")
             frame = frame.reformat(format=pixel_format)
@@ -168,6 +168,26 @@ def test_unreadable_files_are_user_errors(tmp_path, name, content, words):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError):
         video.read_image(path)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("aspect", [Fraction(2), Fraction(1, 2), Fraction(12, 11)])
+def test_pixels_that_are_not_square(tmp_path, aspect, turned):
+    """Widened or narrowed as stored, and turned afterwards: a circle is seen as one either way."""
+    rows, columns = np.mgrid[:64, :64] - 31.5
+    disc = (rows**2 + (columns * float(aspect)) ** 2 < (24 * min(1, float(aspect))) ** 2) * 255
+    path = tmp_path / "a.mp4"
+    _mux(path, [np.repeat(disc[..., None], 3, 2).astype(np.uint8)] * 2, aspect=aspect)
+    if turned:
+        turn_by_metadata(path, tmp_path / "turned.mp4")
+        path = tmp_path / "turned.mp4"
+    width = round(64 * aspect)
+    shape = (width, 64) if turned else (64, width)
+    picture = next(video.read_frames(path)).image
+    assert picture.shape == (*shape, 3) and video.probe(path)[:2] == shape[::-1]
+    rows, columns = np.nonzero(picture[..., 0] > 127)
+    assert abs(np.ptp(rows) - np.ptp(columns)) <= 3
+    np.testing.assert_allclose(np.ptp(rows) + 1, 48 * min(1, float(aspect)), atol=3)
 
 
 @pytest.mark.parametrize(
