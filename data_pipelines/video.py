@@ -16,6 +16,7 @@ from data_pipelines import files
 from dexportrait_jax.errors import UserError
 
 TIME_BASE = Fraction(1, 90_000)  # of videos whose frames come at a varying rate
+SLACK = 2  # frames that a whole file may lack at its end: edit lists and decoders drop some
 
 
 class Frame(NamedTuple):
@@ -62,7 +63,7 @@ def read_frames(
 
     Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, and
     times are those of the file, so a variable rate is told truthfully. A file that is damaged in
-    the middle ends there, and `on_damage` is told so in words.
+    the middle, or cut off, ends there, and `on_damage` is told so in words.
 
     Raises:
         UserError: it is missing, not a video, or not one frame can be decoded.
@@ -71,13 +72,13 @@ def read_frames(
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate, aspect = _rate(stream), stream.sample_aspect_ratio
-        number, first, last = 0, None, -1.0
+        number, first, last, end = 0, None, -1.0, 0.0
         try:
             for frame in container.decode(stream):
                 if max_frames is not None and number >= max_frames:
                     return
                 time = frame.time if frame.time is not None else number / rate
-                first = time if first is None else first
+                first, end = time if first is None else first, time
                 time = time - first
                 if time <= last:  # some files repeat or drop time stamps
                     time = last + 1 / rate
@@ -89,8 +90,13 @@ def read_frames(
                 raise _undecodable(path, error) from error
             if on_damage is not None:
                 on_damage(f"the file is damaged after frame {number - 1} ({error.strerror})")
-        if number == 0:
-            raise UserError(f"{path} holds no video frames")
+        else:
+            if number == 0:
+                raise UserError(f"{path} holds no video frames")
+            if on_damage is not None and number != max_frames and _cut_off(stream, number, end):
+                on_damage(
+                    f"the file is cut off after frame {number - 1}: its header tells of {stream.frames} frames"
+                )
 
 
 def read_frame(path: str | os.PathLike, number: int) -> np.ndarray:
@@ -288,6 +294,19 @@ def _open(path: str | os.PathLike):
         container.close()
         raise UserError(f"{path} has no picture in it, only sound or data")
     return container
+
+
+def _cut_off(stream, number: int, end: float) -> bool:
+    """Whether the header tells of more than the ``number`` frames that came, the last of them at ``end`` seconds.
+
+    It must tell of frames and of time: what an edit list hides is counted, but takes no time.
+    """
+    if stream.frames - number <= SLACK:
+        return False
+    if stream.duration is None:
+        return True
+    promised = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    return (promised - end) * _rate(stream) > 1 + SLACK  # the last frame takes its time, too
 
 
 def _undecodable(path: str | os.PathLike, error: av.error.FFmpegError) -> UserError:

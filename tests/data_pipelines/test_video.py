@@ -1,5 +1,6 @@
 """Video in and out, on files these tests write themselves."""
 
+import struct
 import zlib
 from fractions import Fraction
 
@@ -140,11 +141,40 @@ def test_max_frames_and_damage(tmp_path):
     path = tmp_path / "a.mp4"
     noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
     _write(path, list(noise))
-    assert len(list(video.read_frames(path, max_frames=3))) == 3
-    data = path.read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     said = []
-    assert 0 < len(list(video.read_frames(tmp_path / "cut.mp4", on_damage=said.append))) < 40
+    assert len(list(video.read_frames(path, on_damage=said.append))) == 40
+    assert len(list(video.read_frames(path, max_frames=3, on_damage=said.append))) == 3
+    data = path.read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(data[: len(data) // 2])
+    assert len(list(video.read_frames(cut, max_frames=3, on_damage=said.append))) == 3 and not said
+    came = len(list(video.read_frames(cut, on_damage=said.append)))
+    assert 10 < came < 25
+    assert said == [f"the file is cut off after frame {came - 1}: its header tells of 40 frames"]
+    said.clear()
+    assert len(list(video.read_frames(cut, max_frames=came, on_damage=said.append))) == came
+    assert not said  # all that was asked for is there
+
+
+@pytest.mark.parametrize("begin", [0, 10])
+def test_what_an_edit_list_hides_is_no_damage(tmp_path, begin):
+    """Trimmed as phones do it: 40 frames lie in the file, and 20 of them, from ``begin``, are to be shown."""
+    path = tmp_path / "a.mp4"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3), np.uint8)
+    _write(path, list(noise))
+    data = bytearray(path.read_bytes())
+    entry = (
+        data.index(b"elst") + 4 + 8
+    )  # after its version and the number of edits, of which it has one
+    shown, media_time = struct.unpack(">II", data[entry : entry + 8])
+    assert shown == 1600  # milliseconds
+    media_time += begin * 512  # 12800 a second
+    data[entry : entry + 8] = struct.pack(">II", 800, media_time)
+    path.write_bytes(data)
+    said = []
+    assert len(list(video.read_frames(path, on_damage=said.append))) == 20 and not said
+    path.write_bytes(data[: len(data) * (begin + 12) // 40])
+    assert 0 < len(list(video.read_frames(path, on_damage=said.append))) < 15 and len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.prepare import Settings, driver_from_video
+from data_pipelines.video import VideoWriter
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare.scripted import ScriptedLandmarker, picture
 
@@ -54,6 +55,24 @@ def test_absence_at_the_ends_is_cut_off_and_told(tmp_path):
     assert driver.left_out == (
         "2 frame(s) before the shot are left out; 3 frame(s) behind the shot are left out"
     )
+
+
+def test_a_file_that_is_cut_off_is_told(tmp_path):
+    """As by a download that broke off: the header is whole, the end of the frames is not there."""
+    random = np.random.default_rng(0)
+    with VideoWriter(tmp_path / "whole.mp4", 25) as writer:
+        for _ in range(30):
+            image = picture()
+            image[80:] += random.integers(0, 60, image[80:].shape, np.uint8)  # bytes to cut off
+            writer.write(image)
+    data = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: 2 * len(data) // 3])
+    driver = drive(tmp_path / "cut.mp4")
+    assert 10 < len(driver) < 25
+    assert driver.left_out == (
+        f"the file is cut off after frame {len(driver) - 1}: its header tells of 30 frames"
+    )
+    assert drive(tmp_path / "cut.mp4", max_frames=5).left_out == ""
 
 
 def test_another_shot_is_no_gap(tmp_path):
