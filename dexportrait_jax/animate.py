@@ -149,7 +149,7 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
         clock["typed"] = None
         last = int(typed[-1].get("frame", 0))
         if last and all(times is None for times in clock.values()):
-            frames = min(last + 1, frames or last + 1)
+            frames = frames or last + 1  # what is typed is held for as long as one likes
     timeline = driving.timeline(clock, length=job.length, frames=frames)
 
     tracks: dict[str, driver_track.Track] = {}

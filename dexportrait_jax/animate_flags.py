@@ -158,7 +158,7 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "max_frames",
-        "frames to make (default: all of the driver's)",
+        "frames to make (default: all of the driver's, or up to the last typed keyframe)",
         type=int,
         default=None,
     )

@@ -172,6 +172,15 @@ def test_typed_pose_and_its_length(model, files, tmp_path):
     np.testing.assert_allclose(yaw, np.linspace(-20, 20, 9), atol=1e-3)
 
 
+def test_a_typed_pose_is_held_after_its_last_keyframe(model, files, tmp_path):
+    keyframes = '[{"frame": 0, "yaw": -20}, {"frame": 8, "yaw": 20}]'
+    for frames, wanted in ((12, [*np.linspace(-20, 20, 9), 20, 20, 20]), (3, [-20, -15, -10])):
+        run(files, tmp_path, source="a.png", pose=keyframes, max_frames=frames, overwrite=True)
+        poses = model.drives[-1].poses
+        yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in poses]
+        np.testing.assert_allclose(yaw, wanted, atol=1e-3)
+
+
 def test_same_seed_same_video_and_max_frames(model, files, tmp_path):
     flags = {"source": "a.png", "driving": "b.mp4", "overwrite": True}
     first = decoded(run(files, tmp_path, seed=3, **flags))
