@@ -107,6 +107,12 @@ def checked_job(entry: dict[str, Any]) -> Job:
 
 def check(job: Job) -> None:
     """What can be known without reading a video or a network; UserError in one line."""
+    for name in ("source", "driving", "expression"):
+        value = getattr(job, name)
+        if value and driving.is_typed_pose(value):
+            raise UserError(
+                f"--{name}={value!r} is no file, and poses alone can be typed, with --pose; give the path of a file"
+            )
     drivers = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
     if drivers.pose_is_typed:
         driving.parse_typed_pose(drivers.pose)
@@ -168,6 +174,10 @@ def _check_numbers(job: Job) -> None:
 
 def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
     """UserError for flags that would change nothing: who gives one expects something of it."""
+    if job.driving and job.pose and job.expression:
+        raise UserError(
+            f"--driving={job.driving}: --pose and --expression leave nothing to it; leave out one of the three"
+        )
     pose_moves = drivers.pose and not drivers.pose_is_typed and not is_image(drivers.pose)
     expression_moves = drivers.expression and not is_image(drivers.expression)
     relative = pose_transfer.relative_components(job.relative_pose)

@@ -1,6 +1,6 @@
 """Who drives what: the pose and the expression that every generated frame gets, in every mode.
 
-Plain numpy on poses and indices; nothing here touches a network, a file or a video. Poses are P =
+Plain numpy on poses and indices; nothing here touches a network or reads a file. Poses are P =
 [sR|t], p' = s R p + t with column vectors (method.md 2); the modes are those of method.md 7.3.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,9 @@ def transfer_expression(
 
 
 def is_typed_pose(text: str) -> bool:
-    """True for JSON written on the command line, false for a path."""
-    return text.lstrip()[:1] in ("{", "[")
+    """True for JSON written on the command line, false for a path; a file may be called as JSON begins."""
+    # os.path and not Path, which raises OSError at keyframes that are longer than a name can be.
+    return text.lstrip()[:1] in ("{", "[") and not os.path.isfile(text)  # noqa: PTH113
 
 
 def parse_typed_pose(text: str) -> list[dict[str, float]]:
@@ -114,7 +116,7 @@ def parse_typed_pose(text: str) -> list[dict[str, float]]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"--pose is not JSON ({error.msg} at character {error.pos}); {example}"
+            f"--pose is neither a file nor JSON ({error.msg} at character {error.pos}); {example}"
         ) from None
     keyframes = value if isinstance(value, list) else [value]
     if not keyframes or not all(isinstance(keyframe, dict) and keyframe for keyframe in keyframes):

@@ -22,6 +22,7 @@ PEOPLE = {"a": 0, "b": 1, "c": 2}
 FRAMES = 6
 TYPED = '{"yaw": 10}'
 SMOOTHED = {"source": "a.png", "driving": "b.mp4", "smooth": "kalman"}
+BOTH = {"source": "a.png", "pose": "b.mp4", "expression": "c.mp4"}
 PASTED = {"source": "a.png", "expression": "b.mp4", "paste_back": True}
 
 
@@ -179,6 +180,20 @@ def test_a_typed_pose_is_held_after_its_last_keyframe(model, files, tmp_path):
         poses = model.drives[-1].poses
         yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in poses]
         np.testing.assert_allclose(yaw, wanted, atol=1e-3)
+
+
+def test_files_that_are_called_as_json_begins(model, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PEOPLE, "[clip] b", PEOPLE["b"])
+    monkeypatch.setitem(PEOPLE, "{c}", PEOPLE["c"])
+    Path("[clip] b.mp4").write_bytes((files / "b.mp4").read_bytes())
+    Path("{c}.mp4").write_bytes((files / "c.mp4").read_bytes())
+    out = run(files, tmp_path, source="a.png", pose="[clip] b.mp4", expression="{c}.mp4")
+    assert provenance.read(out)["mode"] == "disentangled"
+    poses, _ = animate.encode_clip(model, fixtures.make_clip(PEOPLE["b"], FRAMES))
+    np.testing.assert_allclose(model.drives[0].poses, poses, atol=1e-5)
+    with pytest.raises(UserError, match="^--pose is neither a file nor JSON"):
+        run(files, tmp_path, source="a.png", pose="[clip] a.mp4")
 
 
 def test_same_seed_same_video_and_max_frames(model, files, tmp_path):
@@ -426,6 +441,15 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "driving": "b.png"}, "moves nothing"),
         ({"source": "a.png", "driving": "nowhere.mp4"}, "no such file"),
         ({"source": "a.png", "pose": '{"yow": 1}'}, "yow"),
+        ({"source": "a.png", "expression": '{"smile": 1}'}, "^--expression='.*poses alone can be"),
+        ({"source": "a.png", "driving": TYPED}, "^--driving='.* is no file, and poses alone"),
+        (
+            {"source": "a.png", "pose": "b.mp4", "driving": '[{"yaw":\n1}]'},
+            "^--driving=.*is no file",
+        ),
+        ({"source": "[a] b.png", "driving": "b.mp4"}, "^--source='.* is no file"),
+        ({**BOTH, "driving": "/nowhere.mp4"}, "^--driving=/nowhere.mp4: .* leave nothing to it"),
+        ({**BOTH, "driving": "a.mp4"}, "leave nothing to it"),
         ({"source": "a.png", "driving": "b.mp4", "paste_back": True}, "--paste_back"),
         ({"source": "a.png", "driving": "b.mp4", "relative_pose": "zoom"}, "zoom"),
         ({"source": "a.png", "pose": "b.png", "relative_pose": "all"}, "does not move"),

@@ -1,5 +1,7 @@
 """driving.py by values: modes, relative and typed poses, smoothing, the clock."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -263,6 +265,12 @@ def test_wrong_typed_poses_end_in_one_line(text):
     with pytest.raises(UserError) as caught:
         driving.parse_typed_pose(text)
     assert "--pose" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_keyframes_longer_than_a_files_name_are_typed():
+    keyframes = [{"frame": frame, "yaw": frame % 7} for frame in range(500)]
+    assert driving.is_typed_pose(json.dumps(keyframes))
+    assert driving.choose_drivers("a.png", pose=json.dumps(keyframes)).pose_is_typed
 
 
 def steady(count, rate):
