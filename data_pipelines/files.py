@@ -73,17 +73,25 @@ def check_writable(path: str | os.PathLike) -> None:
         )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
+@contextmanager
+def staged(path: Path, data: bytes) -> Iterator[None]:
+    """Writes a file under a temporary name, and renames it once the block has ended without error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        yield
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, then renames it: it is there whole or not at all."""
+    with staged(path, data):
+        pass
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -239,6 +239,7 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
             options = {"metadata": metadata, "overwrite": job.overwrite}
             return stack.enter_context(video.VideoWriter(path, plan.timeline.fps, **options))
 
+        stack.enter_context(provenance.sidecar(job.out, record))  # leaves the stack last
         result = writer(job.out)
         side = max(PANEL, source.shape[0])
         beside = writer(job.side_by_side) if job.side_by_side else None
@@ -255,7 +256,6 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
                     panels = _side_by_side(source, plan, number, shown, side)
                     beside.write(panels, times[number])
                 number += 1
-    provenance.write_sidecar(job.out, record)
     rate = f"{plan.timeline.fps:g} per second"
     rate = rate if plan.timeline.steady else f"{rate} in the mean, at the driver's times"
     print(f"wrote {job.out}: {plan.mode.replace('_', ' ')}, {total} frames at {rate}")

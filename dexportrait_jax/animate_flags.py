@@ -19,7 +19,12 @@ def animate(parser: argparse.ArgumentParser) -> None:
         "the portrait: an image, or a video whose first frame is taken",
         default=None,
     )
-    flag(parser, "out", "the video to write, .mp4", default=None)
+    flag(
+        parser,
+        "out",
+        "the video to write, .mp4; its record lies beside it, .mp4.json",
+        default=None,
+    )
     flag(
         parser,
         "jobs",
@@ -162,4 +167,9 @@ def animate(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
     )
-    flag(parser, "overwrite", "replace a video that is there", action="store_true")
+    flag(
+        parser,
+        "overwrite",
+        "replace a video that is there, and the .json beside it",
+        action="store_true",
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.files import check_writable
-from dexportrait_jax import choices, driving, pose_transfer
+from dexportrait_jax import choices, driving, pose_transfer, provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import is_image
 from dexportrait_jax.inference import Sampling
@@ -60,6 +60,12 @@ class Job(Sampling):
         """Files that are read."""
         given = (self.source, self.driving, self.pose, self.expression)
         return {path for path in given if path and not driving.is_typed_pose(path)}
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Files that are written: the videos, and the record beside the first."""
+        videos = [Path(path) for path in (self.out, self.side_by_side) if path]
+        return [*videos, provenance.sidecar_path(self.out)]
 
 
 def read_entries(path: str, flags: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,15 +145,12 @@ def check(job: Job) -> None:
     for path in (job.source, drivers.pose, drivers.expression):
         if path is not None and not driving.is_typed_pose(path) and not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-    outputs = [path for path in (job.out, job.side_by_side) if path]
-    for path in outputs:
-        check_output(path, job.overwrite)
-    inputs = [
-        Path(path).resolve() for path in (job.source, drivers.pose, drivers.expression) if path
-    ]
-    if len({Path(path).resolve() for path in outputs}) < len(outputs) or any(
-        Path(path).resolve() in inputs for path in outputs
-    ):
+    for path in (job.out, job.side_by_side):
+        if path:
+            check_output(path, job.overwrite)
+    _refuse_existing(provenance.sidecar_path(job.out), job.overwrite)
+    outputs = {path.resolve() for path in job.outputs}
+    if len(outputs) < len(job.outputs) or outputs & {Path(path).resolve() for path in job.inputs}:
         raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
 
 
@@ -233,8 +236,12 @@ def check_output(path: str | Path, overwrite: bool) -> None:
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise UserError(f"{path}: the name of the video must end in .mp4")
+    _refuse_existing(path, overwrite)
+    check_writable(path)
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
     if path.is_dir():
-        raise UserError(f"{path} is a directory; give the name of a video")
+        raise UserError(f"{path} is a directory; choose another name for the video")
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there already; add --overwrite to replace it")
-    check_writable(path)

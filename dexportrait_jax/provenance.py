@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.files import write_bytes, writing_to
+from data_pipelines.files import staged, writing_to
 from dexportrait_jax import __version__
 from dexportrait_jax.errors import UserError
 
@@ -85,12 +87,22 @@ def sidecar_path(video: str | Path) -> Path:
     return Path(f"{video}.json")
 
 
-def write_sidecar(video: str | Path, provenance: dict[str, Any]) -> Path:
-    """Write the record beside the video, atomically."""
+@contextmanager
+def sidecar(video: str | Path, provenance: dict[str, Any]) -> Iterator[None]:
+    """The record beside the video: on the disk before the block makes the video, in place only if it has made it.
+
+    A record that cannot be written, or a video that cannot be made, leaves those that were there as they were.
+    UserError where it cannot be written.
+    """
     path = sidecar_path(video)
-    with writing_to(path):
-        write_bytes(path, (json.dumps(provenance, indent=2, sort_keys=True) + "\n").encode())
-    return path
+    text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
+    with ExitStack() as stack:
+        with writing_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(staged(path, text.encode()))
+        yield
+        with writing_to(path):
+            stack.close()
 
 
 def read(path: str | Path) -> dict[str, Any]:

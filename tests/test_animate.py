@@ -2,7 +2,9 @@
 refused.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import av
@@ -525,6 +527,42 @@ def test_outputs_are_protected(model, files, tmp_path):
         animate_jobs.check_output(out / "below.mp4", False)
     with pytest.raises(UserError, match="differ"):
         run(files, tmp_path, source="a.png", driving="b.mp4", side_by_side=str(out), overwrite=True)
+
+
+def test_the_record_beside_a_video_is_protected(model, files, tmp_path):
+    beside = provenance.sidecar_path(tmp_path / "result.mp4")
+    beside.write_text("mine")
+    flags = {"source": "a.png", "driving": "b.mp4"}
+    with pytest.raises(UserError, match=rf"^{beside} is there already; add --overwrite"):
+        run(files, tmp_path, **flags)
+    assert [file.name for file in tmp_path.iterdir()] == ["result.mp4.json"]
+    assert beside.read_text() == "mine" and not model.drives
+    out = run(files, tmp_path, overwrite=True, **flags)
+    assert json.loads(beside.read_text()) == provenance.read(out)
+    beside.unlink()
+    beside.mkdir()
+    with pytest.raises(UserError, match=rf"^{beside} is a directory"):
+        run(files, tmp_path, overwrite=True, **flags)
+
+
+@pytest.mark.parametrize("why", ["the model fell over", "the disk is full"])
+def test_an_overwritten_pair_is_replaced_whole_or_not_at_all(
+    why, model, files, tmp_path, monkeypatch
+):
+    flags = {"source": "a.png", "driving": "b.mp4", "overwrite": True}
+    out = run(files, tmp_path, **flags)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fall_over(*_):
+        raise OSError(errno.ENOSPC, "full") if why == "the disk is full" else UserError(why)
+
+    # Of the files of this job the record alone is synced, by `staged`.
+    place = (os, "fsync") if why == "the disk is full" else (model, "animate")
+    monkeypatch.setattr(*place, fall_over)
+    with pytest.raises(UserError, match=why):
+        run(files, tmp_path, seed=3, **flags)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert provenance.read(out)["seed"] == 0
 
 
 def test_a_failure_leaves_nothing_behind(model, files, tmp_path, monkeypatch):

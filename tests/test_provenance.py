@@ -1,5 +1,6 @@
 """provenance.py: the record survives the container and says what it must."""
 
+import json
 from datetime import UTC, datetime
 
 import av
@@ -67,3 +68,16 @@ def test_videos_without_a_record(tmp_path):
         provenance.read(tmp_path / "text.mp4")
     with pytest.raises(UserError, match="cannot be read"):
         provenance.read(tmp_path / "missing.mp4")
+
+
+def test_the_sidecar_is_there_once_its_video_is(tmp_path):
+    path, record = tmp_path / "made" / "out.mp4", make_record()
+    with provenance.sidecar(path, record):
+        assert not provenance.sidecar_path(path).exists()
+        assert len(list(path.parent.iterdir())) == 1  # on the disk, under another name
+    assert json.loads(provenance.sidecar_path(path).read_text()) == record
+    before = provenance.sidecar_path(path).read_bytes()
+    with pytest.raises(RuntimeError, match="stop"), provenance.sidecar(path, make_record(seed=5)):
+        raise RuntimeError("stop")
+    assert provenance.sidecar_path(path).read_bytes() == before
+    assert list(path.parent.iterdir()) == [provenance.sidecar_path(path)]
