@@ -27,7 +27,7 @@ from data_pipelines.prepare import crop
 from data_pipelines.prepare.driver import Driver
 from data_pipelines.records import Clip
 from dexportrait_jax import driver_track, driving, paste_back, pose_transfer, provenance
-from dexportrait_jax.animate_jobs import Job, check, checked_job, read_entries
+from dexportrait_jax.animate_jobs import Job, check, check_apart, checked_job, read_entries
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.face_clips import Faces, encode_clip, model_inputs
 from dexportrait_jax.inference import Drive, PortraitModel, load_model
@@ -48,8 +48,9 @@ def run_animate(
 
     Everything that can be wrong about the flags is found before the model is loaded; a clip or a
     picture that two jobs use is read once. A job of a file that fails is told and the others are made
-    all the same. Returns the videos. UserError in one line for whatever the user can put right, and
-    where a job of a file was not done.
+    all the same; one that would write what an earlier one writes, or any other reads, fails before.
+    Returns the videos. UserError in one line for whatever the user can put right, and where a job of
+    a file was not done.
     """
     given = {"source": source, "out": out, "overwrite": overwrite, **flags}
     if jobs:
@@ -79,10 +80,16 @@ def _run_file(weights: str, path: str, flags: dict[str, Any]) -> list[Path]:
             if len(entries) > 1:
                 print(f"dexportrait animate: {path}, {failures[-1]}", file=sys.stderr)
 
-    ready: dict[int, Job] = {}
+    checked: dict[int, Job] = {}
     for number, entry in enumerate(entries, 1):
         with told(number):
-            ready[number] = checked_job(entry)
+            checked[number] = checked_job(entry)
+    ready: dict[int, Job] = {}
+    for number, job in checked.items():
+        with told(number):
+            others = {other: one for other, one in checked.items() if other != number}
+            check_apart(job, ready, others)
+            ready[number] = job
     made = []
     if ready:
         model = load_model(weights)

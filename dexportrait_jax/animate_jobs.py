@@ -154,6 +154,22 @@ def check(job: Job) -> None:
         raise UserError(f"--out={job.out}: outputs must differ from each other and from the inputs")
 
 
+def check_apart(job: Job, before: dict[int, Job], others: dict[int, Job]) -> None:
+    """UserError where ``job`` would write what another entry of its file writes or reads.
+
+    ``before``: entries, by number, whose videos are made before; ``others``: all others, which are to find what they
+    read as it is now.
+    """
+    for path in job.outputs:
+        place = path.resolve()
+        for number, other in before.items():
+            if place in {one.resolve() for one in other.outputs}:
+                raise UserError(f"{path} is what entry {number} writes; give each its own name")
+        for number, other in others.items():
+            if place in {Path(one).resolve() for one in other.inputs}:
+                raise UserError(f"{path} is what entry {number} reads; give the video another name")
+
+
 def _check_numbers(job: Job) -> None:
     """UserError for the first number that is out of its range."""
     at_least = {"steps": 1, "max_frames": 1, "hybrid_steps": 0, "overlap": 0, "seed": 0}

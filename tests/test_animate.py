@@ -361,7 +361,7 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
         {**good, "out": str(tmp_path / "2.mp4")},
         {**good, "out": str(tmp_path / "3.mp4"), "driving": str(files / "gone.mp4")},
         {**good, "out": str(tmp_path / "4.mp4"), "steps": 3},  # that only the model refuses
-        {**good, "out": str(tmp_path / "2.mp4")},  # which is there by then
+        {**good, "out": str(tmp_path / "2.mp4")},  # which entry 2 makes
         {**good, "out": str(tmp_path / "6.mp4")},
     ]
     path = tmp_path / "jobs.json"
@@ -374,8 +374,8 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
         (
             "entry 1: smooth cannot be 'median'; there are none, gaussian, one_euro, kalman",
             "entry 3: " + str(files / "gone.mp4"),
+            "entry 5: " + str(tmp_path / "2.mp4") + " is what entry 2 writes",
             "entry 4: --steps is for the animator",
-            "entry 5: " + str(tmp_path / "2.mp4"),
             "4 of 6 videos not made; entry 1: ",
         ),
         strict=True,
@@ -384,6 +384,42 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
     jobs = [jobs[1], jobs[5]]
     path.write_text(json.dumps(jobs))
     assert cli.run(["animate", "--weights=weights", f"--jobs={path}", "--overwrite"]) == 0
+
+
+def test_entries_of_a_file_do_not_overwrite_each_other(model, files, tmp_path, capsys):
+    """Neither results, nor what another is to read, by whatever name; the entry that would is not made."""
+    mine = tmp_path / "b.mp4"
+    mine.write_bytes((files / "b.mp4").read_bytes())
+    (tmp_path / "link.mp4").symlink_to(mine)
+    (tmp_path / "here").mkdir()
+    good = {"source": str(files / "a.png"), "driving": str(mine)}
+    jobs = [
+        {**good, "out": str(tmp_path / "1.mp4"), "side_by_side": str(tmp_path / "s.mp4")},
+        {**good, "driving": str(files / "c.mp4"), "out": str(mine)},
+        {**good, "out": str(tmp_path / "here" / ".." / "s.mp4")},
+        {**good, "out": str(tmp_path / "4.mp4"), "side_by_side": str(tmp_path / "1.mp4")},
+        {**good, "driving": str(files / "c.mp4"), "out": str(tmp_path / "link.mp4")},
+        {**good, "out": str(tmp_path / "6.mp4")},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    flags = ["--weights=weights", f"--jobs={tmp_path / 'jobs.json'}", "--overwrite"]
+    assert cli.run(["animate", *flags]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "entry" in line]
+    for line, words in zip(
+        said,
+        (
+            f"entry 2: {mine} is what entry 1 reads",
+            f"entry 3: {tmp_path}/here/../s.mp4 is what entry 1 writes",
+            f"entry 4: {tmp_path / '1.mp4'} is what entry 1 writes",
+            f"entry 5: {tmp_path / 'link.mp4'} is what entry 1 reads",
+            "4 of 6 videos not made; entry 2: ",
+        ),
+        strict=True,
+    ):
+        assert words in line
+    assert mine.read_bytes() == (files / "b.mp4").read_bytes()
+    made = sorted(file.name for file in tmp_path.glob("*.mp4*"))
+    assert made == ["1.mp4", "1.mp4.json", "6.mp4", "6.mp4.json", "b.mp4", "link.mp4", "s.mp4"]
 
 
 def test_files_are_kept_while_jobs_need_them(model, files, tmp_path, monkeypatch):
