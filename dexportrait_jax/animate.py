@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from data_pipelines.prepare.driver import Driver
 from data_pipelines.records import Clip
 from dexportrait_jax import driver_track, driving, paste_back, pose_transfer, provenance
 from dexportrait_jax.animate_jobs import Job, check, check_apart, checked_job, read_entries
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.errors import Fault, UserError, in_words, is_fault
 from dexportrait_jax.face_clips import Faces, encode_clip, model_inputs
 from dexportrait_jax.inference import Drive, PortraitModel, load_model
 from dexportrait_jax.metrics import Progress
@@ -50,7 +51,7 @@ def run_animate(
     picture that two jobs use is read once. A job of a file that fails is told and the others are made
     all the same; one that would write what an earlier one writes, or any other reads, fails before.
     Returns the videos. UserError in one line for whatever the user can put right, and where a job of
-    a file was not done.
+    a file was not done; `Fault` in its place if the program was to blame for any of them.
     """
     given = {"source": source, "out": out, "overwrite": overwrite, **flags}
     if jobs:
@@ -70,13 +71,19 @@ def _run_file(weights: str, path: str, flags: dict[str, Any]) -> list[Path]:
     """The jobs of a file, as far as they can be done."""
     entries = read_entries(path, flags)
     failures: list[str] = []
+    faults: list[Exception] = []
 
     @contextlib.contextmanager
     def told(number: int) -> Iterator[None]:
         try:
             yield
-        except UserError as error:
-            failures.append(f"entry {number}: {error}")
+        except BrokenPipeError:  # nobody reads what is told: the others would not be told either
+            raise
+        except Exception as error:
+            failures.append(f"entry {number}: {in_words(error, 'animate')}")
+            if is_fault(error):
+                traceback.clear_frames(error.__traceback__)  # or it would keep the entry's pictures
+                faults.append(error)
             if len(entries) > 1:
                 print(f"dexportrait animate: {path}, {failures[-1]}", file=sys.stderr)
 
@@ -102,10 +109,12 @@ def _run_file(weights: str, path: str, flags: dict[str, Any]) -> list[Path]:
                     model.settings(job.sampling)
                     made.append(_make(model, job, faces))
     if failures:
-        raise UserError(
-            f"--jobs={path}: {len(failures)} of {len(entries)} videos not made; {failures[0]}"
-            + (f" (and {len(failures) - 1} more, told above)" if len(failures) > 1 else "")
-        )
+        summary = f"--jobs={path}: {len(failures)} of {len(entries)} videos not made; {failures[0]}"
+        if len(failures) > 1:
+            summary += f" (and {len(failures) - 1} more, told above)"
+        if faults:
+            raise Fault(summary) from ExceptionGroup("faults in the program", faults)
+        raise UserError(summary)
     return made
 
 

@@ -18,19 +18,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dexportrait_jax import __version__
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.errors import in_words, is_fault
 from dexportrait_jax.jobs import JOBS, Job
 
 USAGE_ERROR, FAILED, FAULT, INTERRUPTED, NO_READER = 2, 1, 70, 130, 141
-
-# Which extra of pyproject.toml brings a package that is not there.
-EXTRAS = {
-    "mediapipe": "prepare",
-    "tensorflow_datasets": "prepare",
-    "psutil": "demo",
-    "torch": "torch",
-    "optuna": "sweep",
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,8 +81,8 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"dexportrait {name}: {_in_words(error, name)}", file=sys.stderr)
-        return FAILED if isinstance(error, UserError | OSError | ImportError) else FAULT
+            print(f"dexportrait {name}: {in_words(error, name)}", file=sys.stderr)
+        return FAULT if is_fault(error) else FAILED
     except KeyboardInterrupt:
         print(f"dexportrait {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -145,23 +136,6 @@ def _overview() -> str:
     ]
     lines += [f"  dexportrait {name:<9} {job.summary}" for name, job in JOBS.items()]
     return "\n".join([*lines, "", "Each job has --help with an example."])
-
-
-def _in_words(error: Exception, name: str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"the disk is full ({error.filename or 'while writing'}); free some space and run it again"
-    if isinstance(error, OSError):
-        return text
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        extra = "demo" if name == "demo" else EXTRAS.get(error.name.partition(".")[0])
-        wanted = f"'.[{extra}]'" if extra else "."
-        return f"package {error.name!r} is missing; install it with pip install -e {wanted}"
-    if isinstance(error, ImportError):
-        return f"a package is damaged or lacks a system library: {text}"
-    return f"fault in the program: {type(error).__name__}: {text[:300]} (--debug shows where)"
 
 
 def _reader_is_gone() -> bool:

@@ -5,6 +5,7 @@ refused.
 import errno
 import json
 import os
+import weakref
 from pathlib import Path
 
 import av
@@ -384,6 +385,63 @@ def test_a_bad_entry_of_a_file_does_not_stop_the_others(
     jobs = [jobs[1], jobs[5]]
     path.write_text(json.dumps(jobs))
     assert cli.run(["animate", "--weights=weights", f"--jobs={path}", "--overwrite"]) == 0
+
+
+def test_a_fault_at_one_entry_does_not_stop_the_others(model, files, tmp_path, capsys, monkeypatch):
+    """It is told as one, with where it was if asked, and the exit code is that of a fault whatever else failed."""
+    a, b, c = (str(files / name) for name in ("a.png", "b.mp4", "c.mp4"))
+    jobs = [
+        {"source": a, "driving": b, "out": str(tmp_path / "1.mp4"), "smooth": "median"},
+        {"source": a, "driving": c, "out": str(tmp_path / "2.mp4")},
+        {"source": a, "driving": b, "out": str(tmp_path / "3.mp4")},
+    ]
+    read, held = DrawnFaces._video, []
+
+    def without_c(self, path, *wanted):
+        if path == c:
+            picture = np.zeros((64, 64, 3), np.uint8)
+            held.append(weakref.ref(picture))
+            raise KeyError("no such blendshape")
+        assert not any(one() is not None for one in held)  # what the entry before held is free
+        return read(self, path, *wanted)
+
+    monkeypatch.setattr(DrawnFaces, "_video", without_c)
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    assert cli.run(["animate", "--weights=weights", f"--jobs={path}"]) == cli.FAULT
+    assert sorted(file.name for file in tmp_path.glob("*.mp4")) == ["3.mp4"]
+    told = capsys.readouterr().err
+    said = [line for line in told.splitlines() if "entry" in line]
+    for line, words in zip(
+        said,
+        (
+            "entry 1: smooth cannot be 'median'",
+            "entry 2: fault in the program: KeyError: 'no such blendshape' (--debug shows where)",
+            "dexportrait animate: --jobs=",
+        ),
+        strict=True,
+    ):
+        assert words in line
+    assert "2 of 3 videos not made" in said[-1] and "Traceback" not in told
+    flags = ["animate", "--weights=weights", f"--jobs={path}", "--overwrite", "--debug"]
+    assert cli.run(flags) == cli.FAULT
+    assert "in without_c\n" in capsys.readouterr().err
+    path.write_text(json.dumps(jobs[1:2]))
+    assert cli.run(flags[:-1]) == cli.FAULT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 of 1 videos not made; entry 1: fault in the program: KeyError" in line
+
+
+def test_a_disk_that_an_entry_cannot_read_is_no_fault(model, files, tmp_path, capsys, monkeypatch):
+    def gone(self, path, *wanted):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(DrawnFaces, "_video", gone)
+    job = {"source": str(files / "a.png"), "driving": str(files / "b.mp4")}
+    jobs = [{**job, "out": str(tmp_path / f"{number}.mp4")} for number in (1, 2)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    assert cli.run(["animate", "--weights=weights", f"--jobs={tmp_path / 'jobs.json'}"]) == 1
+    assert "entry 2: [Errno 5] Input/output error" in capsys.readouterr().err
 
 
 def test_entries_of_a_file_do_not_overwrite_each_other(model, files, tmp_path, capsys):

@@ -16,6 +16,7 @@ from data_pipelines.survey import survey
 from data_pipelines.video import VideoWriter
 from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
+from dexportrait_jax.errors import in_words
 from dexportrait_jax.jobs import JOBS
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import build_networks, make_task
@@ -128,7 +129,7 @@ def test_misspelt_config_key(fails, tmp_path):
 )
 def test_a_missing_package_names_the_command_that_brings_it(job, package, command):
     error = ModuleNotFoundError(f"No module named {package!r}", name=package)
-    assert cli._in_words(error, job) == f"package {package!r} is missing; install it with {command}"
+    assert in_words(error, job) == f"package {package!r} is missing; install it with {command}"
 
 
 @pytest.mark.parametrize("words", [["assets"], ["help"]])
