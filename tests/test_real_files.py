@@ -55,7 +55,8 @@ def still(shared_data):
 @pytest.fixture(scope="module")
 def frames(shared_data):
     clip = video.read_frames(shared_data / "clips" / "carphone.mp4", max_frames=FRAMES)
-    return [frame.image for frame in clip]
+    # Its pixels are not square: seen as they are meant to be, it is 193 wide, and H.264 wants it even.
+    return [frame.image[:, :192] for frame in clip]
 
 
 @pytest.fixture(scope="module")
