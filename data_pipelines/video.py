@@ -328,7 +328,8 @@ def _upright(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
     """
     image = frame.to_ndarray(format="rgb24")
     height, width = image.shape[:2]
-    wanted = max(1, round(width * aspect)) if aspect else width
+    # Beyond four to one it is a damaged header, and no picture that anybody filmed.
+    wanted = max(1, round(width * aspect)) if aspect and 1 / 4 <= aspect <= 4 else width
     if wanted != width:
         method = cv2.INTER_AREA if wanted < width else cv2.INTER_CUBIC
         image = cv2.resize(image, (wanted, height), interpolation=method)

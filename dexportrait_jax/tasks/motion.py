@@ -77,7 +77,9 @@ class MotionTask:
             )
         self.config = config
         self.networks = build_networks(config)
-        self.exact_discriminator = discriminator_network(config, jnp.float32)
+        self.exact_discriminator = self.networks["discriminator"]
+        if jnp.dtype(config.dtype) != jnp.float32:
+            self.exact_discriminator = discriminator_network(config, jnp.float32)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
         joint_steps = config.num_steps - config.pretraining.steps
