@@ -77,9 +77,6 @@ class MotionTask:
             )
         self.config = config
         self.networks = build_networks(config)
-        self.exact_discriminator = self.networks["discriminator"]
-        if jnp.dtype(config.dtype) != jnp.float32:
-            self.exact_discriminator = discriminator_network(config, jnp.float32)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))
         self.ema_groups = TRAINED
         joint_steps = config.num_steps - config.pretraining.steps
@@ -280,6 +277,13 @@ class MotionTask:
                 metrics["r1"] = losses.r1_penalty(exact, real)
             value += 0.5 * weights.r1_gamma * weights.r1_every * metrics["r1"]
         return value, Outputs(metrics, {})
+
+    @functools.cached_property
+    def exact_discriminator(self) -> Network:
+        """The discriminator, on the same parameters, that computes in float32."""
+        if jnp.dtype(self.config.dtype) == jnp.float32:
+            return self.networks["discriminator"]
+        return discriminator_network(self.config, jnp.float32)
 
     def judged(self, targets: int) -> int:
         """How many of a batch's targets the discriminator sees: all, or `loss.adversarial_images`."""
