@@ -43,21 +43,30 @@ def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any
                 "compile_seconds": round(time.monotonic() - started, 1),
             }
     memory = program.memory_analysis()
-    used = (
+    return {
+        "fits": True,
+        "hbm_gib_per_device": round(_peak_bytes(memory) / chips.GIB, 3),
+        "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
+        "argument_gib_per_device": round(memory.argument_size_in_bytes / chips.GIB, 3),
+        "compile_seconds": round(time.monotonic() - started, 1),
+        **_figures(read_program(program.as_text())),
+    }
+
+
+def _peak_bytes(memory: Any) -> int:
+    """What is in use at the moment when most is, of a program that XLA has accepted.
+
+    Its buffers one beside the other would be more where some come after others: libtpu 0.0.42.1 takes a step whose
+    buffers are 16.66 GiB on a chip of 15.75, and says 14.37 of its peak. Where jaxlib does not say it is the sum.
+    """
+    together = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    return {
-        "fits": True,
-        "hbm_gib_per_device": round(used / chips.GIB, 3),
-        "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
-        "argument_gib_per_device": round(memory.argument_size_in_bytes / chips.GIB, 3),
-        "compile_seconds": round(time.monotonic() - started, 1),
-        **_figures(read_program(program.as_text())),
-    }
+    return min(getattr(memory, "peak_memory_in_bytes", 0) or together, together)
 
 
 def placed(tree: Any, places: Any) -> Any:
