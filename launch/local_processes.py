@@ -37,7 +37,7 @@ def main() -> int:
     if not job:
         parser.error("say what to run, for instance: -- train --config=... --workdir=...")
 
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={arguments.devices}"
     processes: list[subprocess.Popen] = []
     asked = []
@@ -76,7 +76,7 @@ def main() -> int:
     return next((code if code > 0 else 128 - code for code in failed), 0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

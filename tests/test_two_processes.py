@@ -1,17 +1,19 @@
 """Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation.
 
-Each stage takes six minutes, so these are exhaustive; `test_soak.py` holds two processes against one with every change.
+A stage takes six minutes, so that these are exhaustive; `test_soak.py` holds two processes against one with every change.
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from dexportrait_jax.metrics import read_rows
+from launch.local_processes import free_port
 from tests.benchmarks import soak
 from tests.compiling import QUICK_FLAGS
 from tests.stages import micro
@@ -113,3 +115,52 @@ def assert_same_weights(one, two):
             gone = sum(np.sum(np.square(first[name] - start[name])) for name in names)
             apart = sum(np.sum(np.square(second[name] - first[name])) for name in names)
             assert np.sqrt(apart) <= allowed * np.sqrt(gone), (what, group, apart, gone)
+
+
+WEIGHTS = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dexportrait_jax import sharding
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+
+
+def refuse(*_, **__):
+    raise AssertionError("gathered")
+
+
+multihost_utils.process_allgather = refuse
+mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "context": 1, "tensor": 1}))
+whole = {"kernel": jnp.arange(32.0).reshape(8, 4), "step": np.zeros((), np.int32)}
+cut = NamedSharding(mesh, PartitionSpec("fsdp"))
+placed = sharding.put(whole, {"kernel": cut, "step": sharding.replicated(mesh)})
+own = [int(part.data[0, 0]) for part in placed["kernel"].addressable_shards]
+print("own", own, placed["kernel"].shape, placed["step"].is_fully_replicated)
+"""
+
+
+def test_first_weights_are_put_without_gathering_them():
+    """A pod of hosts would hold each of them on every device as often as there are hosts."""
+    address = f"127.0.0.1:{free_port()}"
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WEIGHTS, address, str(number)],
+            env=os.environ | devices,
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in processes]
+    for (out, errors), own in zip(said, ([0, 8], [16, 24]), strict=True):
+        assert f"own {own} (8, 4) True" in out, errors[-2000:]
