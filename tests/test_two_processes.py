@@ -1,6 +1,6 @@
 """Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation.
 
-A stage takes six minutes, so that these are exhaustive; `test_soak.py` holds two processes against one with every change.
+Stages take six minutes each, so they are exhaustive; `test_soak.py` holds two processes against one with every change.
 """
 
 import os
