@@ -22,6 +22,30 @@ STABLE = (
 _SPREAD = 0.309 * 2 / 2.15
 _TO_HEAD_CENTRE = np.array([0.0, 0.70, 0.98])
 _TO_OUR_AXES = np.diag([1.0, -1.0, -1.0])
+# The points that MediaPipe fits its transform to, and their weights: those of the
+# `geometry_pipeline_metadata_landmarks.binarypb` in its model file. Pairs of the two sides weigh alike.
+_FITTED = {
+    (4,): 0.07091,
+    (6,): 0.03210,
+    (10,): 0.00845,
+    (33, 263): 0.05872,
+    (54, 284): 0.00767,
+    (67, 297): 0.00908,
+    (117, 346): 0.00979,
+    (119, 348): 0.01457,
+    (121, 350): 0.01859,
+    (127, 356): 0.00520,
+    (129, 358): 0.12063,
+    (132, 361): 0.00556,
+    (133, 362): 0.05329,
+    (136, 365): 0.06689,
+    (143, 372): 0.01482,
+    (147, 376): 0.01426,
+    (198, 420): 0.02546,
+    (205, 425): 0.04725,
+}
+_FITTED_POINTS = [number for pair in _FITTED for number in pair]
+_FITTED_WEIGHTS = np.array([weight for pair, weight in _FITTED.items() for _ in pair])
 
 
 def rotation_from_transform(transform: np.ndarray) -> np.ndarray:
@@ -29,6 +53,32 @@ def rotation_from_transform(transform: np.ndarray) -> np.ndarray:
     rotation = _TO_OUR_AXES @ np.asarray(transform, np.float64)[..., :3, :3] @ _TO_OUR_AXES
     left, _, right = np.linalg.svd(rotation)  # nearest rotation: the transform carries a scale
     return left @ right
+
+
+def rotation_as_seen(landmarks: np.ndarray, transform: np.ndarray) -> np.ndarray:
+    """The rotation of a face as a crop about it shows it, wherever in the picture it was found.
+
+    MediaPipe fits its transform to points as a camera with a wide lens would have them: what is farther by dz is
+    moved by t_xy / t_z dz. So the same face reads as turned by 4 degrees more a third of the way to the picture's
+    side than in its middle, and a crop shows nothing of that. With A that shear and C the spread of the points as
+    they are seen, what was fitted is the rotation nearest to A C R, which is that nearest to A C, times R.
+
+    Args:
+        landmarks: (T, 478, 3), pixels or crop coordinates.
+        transform: (T, 4, 4) of MediaPipe; without a translation it is taken as it is.
+
+    Returns:
+        (T, 3, 3).
+    """
+    points = np.asarray(landmarks, np.float64)[:, _FITTED_POINTS]
+    weights = _FITTED_WEIGHTS[:, None] / _FITTED_WEIGHTS.sum()
+    points = points - (weights * points).sum(axis=1, keepdims=True)
+    place = np.asarray(transform, np.float64)[:, :3, 3] @ _TO_OUR_AXES
+    shear = np.tile(np.eye(3), (len(points), 1, 1))
+    placed = place[:, 2] != 0
+    shear[placed, :2, 2] = place[placed, :2] / place[placed, 2:]
+    left, _, right = np.linalg.svd(shear @ (points.swapaxes(1, 2) @ (weights * points)))
+    return (left @ right).swapaxes(1, 2) @ rotation_from_transform(transform)
 
 
 def head_pose(landmarks: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -41,7 +91,7 @@ def head_pose(landmarks: np.ndarray, transform: np.ndarray) -> np.ndarray:
     Returns:
         (T, 3, 4) float32, t_z = 0.
     """
-    rotation = rotation_from_transform(transform)
+    rotation = rotation_as_seen(landmarks, transform)
     points = np.asarray(landmarks, np.float64)[:, list(STABLE)]
     upright = points @ rotation  # rows times R: R^T p, the face turned back to the front
     mean = upright.mean(axis=1, keepdims=True)

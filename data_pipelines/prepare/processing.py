@@ -25,7 +25,7 @@ from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, detect, filters
 from dexportrait_jax.errors import UserError
 
-_CACHE_VERSION = 1  # raise when the same video and settings would give other clips
+_CACHE_VERSION = 2  # raise when the same video and settings would give other clips
 
 _landmarker: detect.Landmarker | None = None  # of a worker process, loaded once
 

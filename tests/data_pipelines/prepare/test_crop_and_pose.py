@@ -103,6 +103,28 @@ def test_pose_of_a_rigid_head():
     assert (found[:, 2, 3] == 0).all()
 
 
+@pytest.mark.parametrize("place", [(0.0, 0.0), (0.35, 0.0), (-0.35, 0.1), (0.0, -0.3)])
+def test_pose_does_not_depend_on_the_place_in_the_picture(place):
+    """What MediaPipe would fit to a face beside the middle of the picture gives the rotation that is seen."""
+    head = fixtures.drawn_points(0, 0, 0)[0]
+    pose = fixtures.head_pose(15, -10, 8, 0.9, (0.1, 0.2))
+    seen = head @ pose[:, :3].T + pose[:, 3]
+    points = head[head_pose._FITTED_POINTS]
+    weights = head_pose._FITTED_WEIGHTS[:, None]
+    before_lens = points @ pose[:, :3].T
+    before_lens[:, :2] += np.array(place) * before_lens[:, 2:]
+    centred = before_lens - (weights * before_lens).sum(0) / weights.sum()
+    left, _, right = np.linalg.svd((weights * centred).T @ (points - points.mean(0)))
+    flip = np.diag([1.0, -1.0, -1.0])
+    transform = np.eye(4)
+    transform[:3, :3] = flip @ (left @ right) @ flip
+    transform[:3, 3] = flip @ (40.0 * np.append(place, 1.0))
+    found = head_pose.head_pose(seen[None], transform[None])[0]
+    np.testing.assert_allclose(
+        head_pose.euler_degrees(found), head_pose.euler_degrees(pose), atol=1e-4
+    )
+
+
 def test_clip_from_image_is_labelled_in_its_crop():
     clip = clips.clip_from_image(scripted.picture(), scripted.ScriptedLandmarker(), SETTINGS)
     assert len(clip) == 1 and clip.size == 64
