@@ -51,11 +51,11 @@ def clips_from_video(
     """
     naming = naming or Naming.of(path)
     damage: list[str] = []
-    observations, picture = observe(path, landmarker, settings, max_frames, damage.append)
+    observations = observe(path, landmarker, settings, max_frames, damage.append)
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
     verdict.damaged = "; ".join(damage)
     groups = [np.arange(first, last) for first, last in runs]
-    clips = cut_out(path, observations, groups, naming, picture, settings)
+    clips = cut_out(path, observations, groups, naming, settings)
     return [background.measured(clip) for clip in clips], verdict
 
 
@@ -64,7 +64,6 @@ def cut_out(
     observations: list[filters.Observation],
     groups: Sequence[np.ndarray],
     naming: Naming,
-    picture: tuple[int, int],
     settings: crop.Settings,
     *,
     spilled: bool = False,
@@ -75,7 +74,9 @@ def cut_out(
     """
     boxes = [
         crop.crop_box(
-            np.stack([observations[index].face.box for index in group]), picture, settings
+            np.stack([observations[index].face.box for index in group]),
+            observations[group[0]].picture,
+            settings,
         )
         for group in groups
     ]
@@ -91,9 +92,7 @@ def cut_out(
     for group, box, frames in zip(groups, boxes, jpegs, strict=True):
         seen = [observations[index] for index in group]
         clip_id = f"{naming.name}-{group[0]:06d}-{group[-1]:06d}"
-        clips.append(
-            _clip(clip_id, naming, path, seen, frames, box, picture, settings, spilled=spilled)
-        )
+        clips.append(_clip(clip_id, naming, path, seen, frames, box, settings, spilled=spilled))
     return clips
 
 
@@ -158,21 +157,21 @@ def _look_at_portrait(image, landmarker, settings) -> filters.Observation:
 
 
 def _portrait(path: str, number: int, image, seen, settings) -> records.Clip:
-    picture = (image.shape[1], image.shape[0])
-    box = crop.crop_box(seen.face.box[None], picture, settings)
+    box = crop.crop_box(seen.face.box[None], seen.picture, settings)
     jpeg = crop.encode_jpeg(crop.extract(image, box, settings.size), settings.jpeg_quality)
     naming = Naming.of(path)
     clip_id = f"{naming.name}-{number:06d}-{number:06d}"
-    return _clip(clip_id, naming, path, [seen], [jpeg], box, picture, settings)
+    return _clip(clip_id, naming, path, [seen], [jpeg], box, settings)
 
 
 def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Observation:
     height, width = image.shape[:2]
-    face, verdict = filters.judge(landmarker.detect(image), (width, height), settings)
+    picture = (width, height)
+    face, verdict = filters.judge(landmarker.detect(image), picture, settings)
     error = None
     if ask_mirror and face is not None:
         error = filters.mirror_error(face, landmarker.detect(image[:, ::-1]), width)
-    return filters.Observation(time, face, verdict, False, error)
+    return filters.Observation(time, face, verdict, False, error, picture)
 
 
 def observe(
@@ -185,18 +184,17 @@ def observe(
     *,
     enough: Callable[[filters.Observation], bool] | None = None,
     spilled: bool = False,
-) -> tuple[list[filters.Observation], tuple[int, int]]:
-    """What is seen in every frame, and width and height of the picture; no frame is kept.
+) -> list[filters.Observation]:
+    """What is seen in every frame; no frame is kept.
 
     ``on_frame`` is told how many frames were looked at. ``enough`` is asked about every frame, in order; the first
     that it is true of is the last one read. ``spilled``: the faces' arrays stay on disk.
     """
     observations: list[filters.Observation] = []
     on_disk = [spill.Rows() for _ in detect.Face._fields]
-    thumbnail, picture, asked = None, (0, 0), 0
+    thumbnail, asked = None, 0
     frames = video.read_frames(path, max_frames=max_frames, on_damage=on_damage)
     for index, frame in enumerate(frames):
-        picture = (frame.image.shape[1], frame.image.shape[0])
         ask = index >= asked
         seen = _look(frame.image, frame.time, landmarker, settings, ask_mirror=ask)
         if ask and seen.mirror_error is not None:
@@ -204,8 +202,7 @@ def observe(
         now = filters.thumbnail(frame.image)
         if observations:
             difference = float(np.abs(now - thumbnail).mean())
-            cut = filters.is_cut(observations[-1], seen.face, frame.time, difference, settings)
-            seen = seen._replace(cut=cut)
+            seen = seen._replace(cut=filters.is_cut(observations[-1], seen, difference, settings))
         if spilled and seen.face is not None:
             face = (rows.append(part) for rows, part in zip(on_disk, seen.face, strict=True))
             seen = seen._replace(face=detect.Face(*face))
@@ -215,12 +212,10 @@ def observe(
             on_frame(index + 1)
         if enough is not None and enough(seen):
             break
-    return observations, picture
+    return observations
 
 
-def _clip(
-    clip_id, naming, path, seen, frames, box, picture, settings, *, spilled=False
-) -> records.Clip:
+def _clip(clip_id, naming, path, seen, frames, box, settings, *, spilled=False) -> records.Clip:
     times = np.array([one.time for one in seen], np.float32)
     length = float(times[-1] - times[0])
     return records.Clip(
@@ -235,7 +230,7 @@ def _clip(
         blendshapes=np.stack([one.face.blendshapes for one in seen]),
         timestamps=times,
         crop_box=box.astype(np.float32),
-        original_size=np.array(picture, np.float32),
+        original_size=np.array(seen[0].picture, np.float32),
         settings=dataclasses.asdict(settings),
         **_labels(seen, box, spilled),
     )

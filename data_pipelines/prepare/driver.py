@@ -91,7 +91,7 @@ def driver_from_video(
     )
     damage: list[str] = []
     shot = _Shot(max_frames, seconds)
-    observations, picture = clips.observe(
+    observations = clips.observe(
         path, landmarker, settings, None, damage.append, on_frame, enough=shot.add, spilled=True
     )
     # What lies before a shot that is enough is no more of a reason against it than what would come behind it.
@@ -101,7 +101,7 @@ def driver_from_video(
         raise UserError(f"{path} cannot be used: {verdict.reason}{verdict.detail}")
     good = begin + _longest_shot(runs, observations[begin:])
     naming = clips.Naming.of(path)
-    (clip,) = clips.cut_out(path, observations, [good], naming, picture, settings, spilled=True)
+    (clip,) = clips.cut_out(path, observations, [good], naming, settings, spilled=True)
     span = np.arange(good[0], good[-1] + 1)
     times = np.array([observations[index].time for index in span])
     seen = np.isin(span, good)

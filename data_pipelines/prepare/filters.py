@@ -42,6 +42,7 @@ class Observation(NamedTuple):
         verdict: one of the reasons above, `GOOD` if none.
         cut: whether a new shot begins here.
         mirror_error: see `mirror_error`; None if it was not asked.
+        picture: width and height of the frame.
     """
 
     time: float
@@ -49,6 +50,7 @@ class Observation(NamedTuple):
     verdict: str
     cut: bool
     mirror_error: float | None
+    picture: tuple[int, int]
 
 
 @dataclasses.dataclass
@@ -143,12 +145,17 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 def is_cut(
     before: Observation,
-    face: detect.Face | None,
-    time: float,
+    seen: Observation,
     difference: float,
     settings: crop.Settings,
 ) -> bool:
-    """Whether a new shot begins: the picture changes, the face jumps, or time does."""
+    """Whether a new shot begins with `seen`: the picture changes, the face jumps, or time does.
+
+    A picture of another size is one as well, as of a call whose connection got better: one box cannot cut both.
+    """
+    face, time = seen.face, seen.time
+    if seen.picture != before.picture:
+        return True
     if time - before.time > settings.max_pause or difference > settings.max_cut_difference:
         return True
     if face is None or before.face is None:

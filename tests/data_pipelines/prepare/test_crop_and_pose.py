@@ -4,9 +4,12 @@ Clips hold float32: tolerances on pixels, degrees and crop coordinates are a few
 where no other reason is given.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from data_pipelines import video
 from data_pipelines.prepare import clips, crop, head_pose
 from dexportrait_jax.errors import UserError
 from tests import fixtures
@@ -123,6 +126,22 @@ def test_pose_does_not_depend_on_the_place_in_the_picture(place):
     np.testing.assert_allclose(
         head_pose.euler_degrees(found), head_pose.euler_degrees(pose), atol=1e-4
     )
+
+
+def test_a_picture_that_changes_its_size_begins_a_clip(monkeypatch):
+    """As in recorded calls: the same face, in a frame that grows by a quarter and keeps its shape."""
+    large = scripted.picture()
+    large = np.pad(large, ((0, 40), (0, 40), (0, 0)), mode="edge")
+    shown = [scripted.picture()] * 6 + [large] * 7
+    frames = [video.Frame(image, number / 25) for number, image in enumerate(shown)]
+    monkeypatch.setattr(video, "read_frames", lambda *_, **__: iter(frames))
+    settings = dataclasses.replace(SETTINGS, min_frames=2)
+    made, verdict = clips.clips_from_video("a.mp4", scripted.ScriptedLandmarker(), settings)
+    small, grown = made
+    assert (len(small), len(grown), verdict.cuts) == (6, 7, 1)
+    assert small.original_size.tolist() == [160, 160]
+    assert grown.original_size.tolist() == [200, 200]
+    assert small.crop_box[2] - small.crop_box[0] <= 160 and (grown.crop_box[2:] <= 200).all()
 
 
 def test_clip_from_image_is_labelled_in_its_crop():

@@ -20,7 +20,7 @@ def _face(x=200.0, y=150.0, size=100.0):
 
 
 def _seen(verdict=filters.GOOD, cut=False, mirror_error=None):
-    return filters.Observation(0.0, _face(), verdict, cut, mirror_error)
+    return filters.Observation(0.0, _face(), verdict, cut, mirror_error, PICTURE)
 
 
 def test_judging_a_frame():
@@ -38,10 +38,11 @@ def test_judging_a_frame():
 
 
 def test_cuts():
-    before = filters.Observation(1.0, _face(), filters.GOOD, False, None)
+    before = _seen()._replace(time=1.0)
 
-    def cut(face=None, time=1.04, difference=0.0):
-        return filters.is_cut(before, face or _face(), time, difference, SETTINGS)
+    def cut(face=None, time=1.04, difference=0.0, picture=PICTURE):
+        seen = before._replace(face=face or _face(), time=time, picture=picture)
+        return filters.is_cut(before, seen, difference, SETTINGS)
 
     assert not cut()
     assert not cut(_face(x=230))
@@ -49,7 +50,8 @@ def test_cuts():
     assert cut(_face(size=160))
     assert cut(difference=0.3)
     assert cut(time=2.0)
-    assert not filters.is_cut(before, None, 1.04, 0.0, SETTINGS)
+    assert cut(picture=(480, 640))
+    assert not filters.is_cut(before, before._replace(face=None, time=1.04), 0.0, SETTINGS)
 
 
 def test_runs_are_split_at_gaps_and_cuts_and_short_ones_dropped():
