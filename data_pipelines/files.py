@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dexportrait_jax.errors import UserError
 
@@ -83,6 +83,20 @@ def staged(path: Path, data: bytes) -> Iterator[None]:
             stream.flush()
             os.fsync(stream.fileno())
         yield
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_stream(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece under a temporary name, renamed once the block has ended without error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,23 +10,38 @@ from __future__ import annotations
 import array
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from data_pipelines import files
+from dexportrait_jax.errors import UserError
 
 CHUNK = 256  # rows of `Rows` that are mapped together
+
+
+class NoRoomError(UserError):
+    """The temporary directory cannot be written: a fault of the machine, and not of what was to be read."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        with files.writing_to(tempfile.gettempdir()):
+            yield
+    except UserError as error:
+        raise NoRoomError(f"{error} (TMPDIR)") from error
 
 
 def zeros(shape: Sequence[int], dtype: np.dtype | type = np.float32) -> np.ndarray:
     """An array on disk, mapped into memory: pages come and go as the system needs.
 
     Raises:
-        UserError: there is no room for it.
+        NoRoomError: there is no room for it.
     """
     dtype = np.dtype(dtype)
-    with files.writing_to(tempfile.gettempdir()), tempfile.TemporaryFile() as stream:
+    with _writing(), tempfile.TemporaryFile() as stream:
         size = max(1, int(np.prod(shape, dtype=np.int64))) * dtype.itemsize
         # Reserved at once: to write into a hole of a full disk would end the process without a word.
         os.posix_fallocate(stream.fileno(), 0, size)
@@ -56,13 +71,13 @@ class Frames(Sequence[bytes]):
     """
 
     def __init__(self) -> None:
-        with files.writing_to(tempfile.gettempdir()):
+        with _writing():
             self._stream = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - as long as a view lives
         self._ends = array.array("q", [0])
         self._shown: range | None = None  # None: all, also those still to come
 
     def append(self, data: bytes) -> None:
-        with files.writing_to(tempfile.gettempdir()):
+        with _writing():
             # One call may write a part: the disk was full, and says so at the next.
             rest, at = memoryview(data), self._ends[-1]
             while rest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,25 @@ def clips_from_video(
     *,
     max_frames: int | None = None,
     naming: Naming | None = None,
-) -> tuple[list[records.Clip], filters.Verdict]:
-    """All usable clips of a video.
+) -> tuple[Iterator[records.Clip], filters.Verdict]:
+    """All usable clips of a video, each made when it is taken.
 
     The video is decoded twice: its frames do not fit into memory and the crop of a clip is known only
-    once all its frames were seen.
+    once all its frames were seen. Of a long video one clip at a time is in memory, and what was seen in
+    its frames is on disk (`spill`).
 
     Raises:
         UserError: it cannot be read as a video at all.
+        spill.NoRoomError: the temporary directory is full.
     """
     naming = naming or Naming.of(path)
     damage: list[str] = []
-    observations = observe(path, landmarker, settings, max_frames, damage.append)
+    observations = observe(path, landmarker, settings, max_frames, damage.append, spilled=True)
     runs, verdict = filters.segments(observations, os.fspath(path), settings)
     verdict.damaged = "; ".join(damage)
     groups = [np.arange(first, last) for first, last in runs]
     clips = cut_out(path, observations, groups, naming, settings)
-    return [background.measured(clip) for clip in clips], verdict
+    return map(background.measured, clips), verdict
 
 
 def cut_out(
@@ -67,33 +69,27 @@ def cut_out(
     settings: crop.Settings,
     *,
     spilled: bool = False,
-) -> list[records.Clip]:
-    """A clip, cut by one box, of each group of frame numbers (n,) int; no frame is in two groups.
+) -> Iterator[records.Clip]:
+    """A clip, cut by one box, of each group of frame numbers (n,) int; groups follow each other in time.
 
     ``spilled``: JPEGs, landmarks and polygons stay on disk (`spill`).
     """
-    boxes = [
-        crop.crop_box(
-            np.stack([observations[index].face.box for index in group]),
-            observations[group[0]].picture,
-            settings,
-        )
-        for group in groups
-    ]
-    owner = {int(index): number for number, group in enumerate(groups) for index in group}
-    jpegs = [spill.Frames() if spilled else [] for _ in groups]
-    last = max(owner, default=-1) + 1
-    for index, frame in enumerate(video.read_frames(path, max_frames=last) if last else ()):
-        if index in owner:
-            number = owner[index]
-            picked = crop.extract(frame.image, boxes[number], settings.size)
-            jpegs[number].append(crop.encode_jpeg(picked, settings.jpeg_quality))
-    clips = []
-    for group, box, frames in zip(groups, boxes, jpegs, strict=True):
+    last = int(groups[-1][-1]) + 1 if groups else 0
+    frames = enumerate(video.read_frames(path, max_frames=last) if last else ())
+    for group in groups:
         seen = [observations[index] for index in group]
+        boxes = np.stack([one.face.box for one in seen])
+        box = crop.crop_box(boxes, seen[0].picture, settings)
+        wanted = set(group.tolist())
+        jpegs = spill.Frames() if spilled else []
+        for index, frame in frames:
+            if index in wanted:
+                picked = crop.extract(frame.image, box, settings.size)
+                jpegs.append(crop.encode_jpeg(picked, settings.jpeg_quality))
+            if index == group[-1]:
+                break
         clip_id = f"{naming.name}-{group[0]:06d}-{group[-1]:06d}"
-        clips.append(_clip(clip_id, naming, path, seen, frames, box, settings, spilled=spilled))
-    return clips
+        yield _clip(clip_id, naming, path, seen, jpegs, box, settings, spilled=spilled)
 
 
 def clip_from_image(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from data_pipelines import files, records
+from data_pipelines import files, records, spill
 from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, detect, filters
 from dexportrait_jax.errors import UserError
@@ -139,21 +139,34 @@ def _end_with_parent() -> None:
 
 
 def _look_at(job: Job) -> filters.Verdict:
+    with files.writing_to(job.folder), files.staged_stream(job.result) as stream:
+        for part in _made(job):
+            if isinstance(part, filters.Verdict):
+                verdict = part
+                stream.seek(0)
+                stream.truncate()
+                part = json.dumps(verdict.as_dict()).encode()
+            stream.write(struct.pack("<Q", len(part)))
+            stream.write(part)
+    return verdict
+
+
+def _made(job: Job) -> Iterator[filters.Verdict | bytes]:
+    """The verdict, then the clips one by one; where one fails, another verdict, in place of all before it."""
     try:
         clips, verdict = clip_making.clips_from_video(
             job.path, _landmarker, job.settings, max_frames=job.max_frames, naming=job.naming
         )
+        yield verdict
+        yield from map(records.encode, clips)
+    except spill.NoRoomError:
+        raise  # the next video would fare no better
     except UserError as error:
         detail = f" ({str(error).removeprefix(job.path).strip()})"
-        clips, verdict = [], filters.Verdict(job.path, False, filters.UNREADABLE, detail)
+        yield filters.Verdict(job.path, False, filters.UNREADABLE, detail)
     except Exception as error:  # one strange video must not end a job of days
         detail = f": {type(error).__name__}: {error}"
-        clips, verdict = [], filters.Verdict(job.path, False, filters.FAILED, detail)
-    parts = [json.dumps(verdict.as_dict()).encode(), *map(records.encode, clips)]
-    data = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
-    with files.writing_to(job.folder):
-        files.write_bytes(job.result, data)
-    return verdict
+        yield filters.Verdict(job.path, False, filters.FAILED, detail)
 
 
 def _parts(result: Path) -> Iterator[bytes]:

@@ -2,11 +2,12 @@
 
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, files, video
+from data_pipelines import dataset, files, records, video
 from data_pipelines.prepare import clips, crop, job, processing
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
@@ -194,6 +195,66 @@ def test_a_strange_video_does_not_end_the_job(videos, tmp_path, monkeypatch):
     _run(videos, tmp_path / "out")
     report = json.loads((tmp_path / "out" / job.REPORT).read_text())
     assert report["funnel"]["videos_dropped"]["failed"] == 1
+
+
+def test_of_a_long_video_one_clip_is_in_memory(videos, tmp_path, monkeypatch):
+    """Its JPEGs are cut when their clip's turn comes, and are gone when the clip is written."""
+    settings = crop.Settings(size=48, min_frames=6, clip_frames=6)
+    alive, most = weakref.WeakSet(), []
+    make, cut_out = records.encode, clips.crop.extract
+
+    def encode(clip):
+        alive.add(clip)
+        most.append(len(alive))
+        return make(clip)
+
+    cut = []
+    monkeypatch.setattr(records.Clip, "__hash__", object.__hash__)
+    monkeypatch.setattr(processing.records, "encode", encode)
+    monkeypatch.setattr(clips.crop, "extract", lambda *a: cut.append(1) or cut_out(*a))
+    made, verdict = clips.clips_from_video(
+        videos / "anna.mp4", scripted.ScriptedLandmarker(), settings
+    )
+    assert verdict.clips == 5 and not cut
+    next(made)
+    assert len(cut) == 6
+    naming = clips.Naming.of(videos / "anna.mp4")
+    one = processing.Job(str(videos / "anna.mp4"), naming, settings, None, tmp_path)
+    assert processing._look_at(one).words() == "kept 30 of 30 frames in 5 clip(s)"
+    assert len(most) == 5 and max(most) <= 2
+    written = list(one.clips())
+    assert [len(clip) for clip in written] == [6] * 5
+    np.testing.assert_allclose(np.concatenate([c.timestamps for c in written]), np.arange(30) / 25)
+
+
+def test_what_fails_half_way_leaves_a_verdict_and_no_clips(videos, tmp_path, monkeypatch):
+    settings = crop.Settings(size=48, min_frames=6, clip_frames=6)
+    naming = clips.Naming.of(videos / "anna.mp4")
+    one = processing.Job(str(videos / "anna.mp4"), naming, settings, None, tmp_path)
+    real, calls = clips.background.measured, []
+
+    def fails_at_the_third(clip):
+        calls.append(clip)
+        if len(calls) == 3:
+            raise ValueError("who knows")
+        return real(clip)
+
+    monkeypatch.setattr(clips.background, "measured", fails_at_the_third)
+    assert processing._look_at(one).words() == "dropped: failed: ValueError: who knows"
+    assert processing._done(one).reason == "failed" and list(one.clips()) == []
+
+
+def test_a_full_temporary_directory_is_no_fault_of_the_video(videos, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match="the disk is full.*TMPDIR"):
+            _run(videos, tmp_path / "out")
+    _run(videos, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    assert report["funnel"]["videos_kept"] == 3
 
 
 def test_user_errors(videos, tmp_path):
