@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -27,7 +28,7 @@ from dexportrait_jax.errors import UserError
 
 _CACHE_VERSION = 2  # raise when the same video and settings would give other clips
 
-_landmarker: detect.Landmarker | None = None  # of a worker process, loaded once
+_landmarker: detect.Landmarker | UserError | None = None  # of a worker process, loaded once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Job:
     max_frames: int | None
     folder: Path
 
-    @property
+    @functools.cached_property
     def result(self) -> Path:
+        """Named after the video as it was when first asked: it may be written to, or gone, when its clips are read."""
         parts = [_CACHE_VERSION, fingerprint(self.path), dataclasses.asdict(self.naming)]
         parts += [dataclasses.asdict(self.settings), self.max_frames]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
@@ -127,7 +129,12 @@ def _start(model: str) -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)  # notes of native code; errors come back as exceptions
     os.close(sink)
-    _landmarker = detect.Landmarker(model)
+    try:
+        _landmarker = detect.Landmarker(model)
+    except (
+        UserError
+    ) as error:  # left to the first video: a pool says nothing of why its processes did not start
+        _landmarker = error
 
 
 def _end_with_parent() -> None:
@@ -139,6 +146,8 @@ def _end_with_parent() -> None:
 
 
 def _look_at(job: Job) -> filters.Verdict:
+    if isinstance(_landmarker, UserError):
+        raise _landmarker
     with files.writing_to(job.folder), files.staged_stream(job.result) as stream:
         for part in _made(job):
             if isinstance(part, filters.Verdict):

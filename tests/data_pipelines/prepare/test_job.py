@@ -3,6 +3,7 @@
 import json
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,6 +256,24 @@ def test_a_full_temporary_directory_is_no_fault_of_the_video(videos, tmp_path, m
     _run(videos, tmp_path / "out")
     report = json.loads((tmp_path / "out" / job.REPORT).read_text())
     assert report["funnel"]["videos_kept"] == 3
+
+
+def test_a_video_that_changes_after_it_was_read_costs_nothing(videos, tmp_path, monkeypatch):
+    look = processing._look_at
+
+    def then_change(one):
+        verdict = look(one)
+        if one.naming.name == "anna":
+            os.utime(one.path, ns=(0, 0))
+        elif one.naming.name == "bert":
+            Path(one.path).unlink()
+        return verdict
+
+    monkeypatch.setattr(processing, "_look_at", then_change)
+    _run(videos, tmp_path / "out")
+    index = dataset.ClipDataset(tmp_path / "out", "train").index
+    held = dataset.ClipDataset(tmp_path / "out", "validation").index
+    assert {"anna", "bert", "carl"} == {*index["identity"], *held["identity"]}
 
 
 def test_user_errors(videos, tmp_path):

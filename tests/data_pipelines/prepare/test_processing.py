@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from data_pipelines.prepare import clips, crop, filters, processing
+from dexportrait_jax.errors import UserError
 
 
 def no_landmarker(model):
@@ -33,6 +36,19 @@ def test_a_dying_process_costs_its_video(tmp_path, monkeypatch):
     assert [verdict.kept for verdict in verdicts] == [True, False, True]
     assert verdicts[1].words() == "dropped: failed: its process died"
     assert len(said) == 3 and said[-1].startswith("3/3")
+
+
+def test_a_landmarker_that_cannot_be_loaded_is_no_fault_of_the_videos(tmp_path):
+    (tmp_path / "broken.task").write_text("half a file")
+    jobs = []
+    for name in ("anna", "bert"):
+        (tmp_path / name).write_text(name)
+        naming = clips.Naming.of(tmp_path / name)
+        jobs.append(processing.Job(str(tmp_path / name), naming, crop.Settings(), None, tmp_path))
+    said = []
+    with pytest.raises(UserError, match="broken.task is not a face landmarker"):
+        processing.process(jobs, str(tmp_path / "broken.task"), 2, said.append)
+    assert said == []
 
 
 _JOB = """
