@@ -126,6 +126,9 @@ def run_prepare(
             f"({first.reason}{first.detail}); give videos of one person whose face is in view"
         )
     _say(f"{out}: {_contents(out)}, made in {time.monotonic() - started:.0f} s")
+    if holdout_fraction and len(dataset.split_names(out)) == 1:
+        why = "there is one person" if holdout == "identity" else "every clip is too short for it"
+        _say(f"nothing is held out for validation: {why}")
 
 
 def _check_flags(

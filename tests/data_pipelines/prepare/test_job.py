@@ -107,6 +107,17 @@ def test_time_holdout(videos, tmp_path):
     assert sum(train["frames"]) + sum(held["frames"]) < 68
 
 
+def test_clips_too_short_to_hold_out_their_end(videos, tmp_path, capsys):
+    """There is no validation then, which is told, and TFDS reads what there is."""
+    import tensorflow_datasets as tfds
+
+    _run(videos, tmp_path / "out", holdout="time", holdout_gap=60)
+    assert dataset.split_names(tmp_path / "out") == ["train"]
+    assert "nothing is held out for validation: every clip is too short" in capsys.readouterr().out
+    source = tfds.builder_from_directory(tmp_path / "out").as_data_source(split="train")
+    assert [len(clip["frames"]) for clip in source] == [30, 20, 10, 8]
+
+
 def test_named_people_are_held_out(videos, tmp_path, capsys):
     _run(videos, tmp_path / "out", holdout_people="bert, carl")
     held = dataset.ClipDataset(tmp_path / "out", "validation").index["identity"]
