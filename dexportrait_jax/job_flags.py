@@ -74,7 +74,8 @@ def prepare(parser: argparse.ArgumentParser) -> None:
         parser,
         "identity",
         "whose video it is: a regular expression searched in each path, with groups named identity, "
-        "session and camera, such as '(?P<identity>id[0-9]+)/' (default: each video is a person)",
+        "session and camera, such as '(?P<identity>id[0-9]+)/'; a session without an identity is a person "
+        "(default: each video is a person)",
         default=None,
     )
     flag(

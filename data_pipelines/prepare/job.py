@@ -65,7 +65,8 @@ def run_prepare(
         overwrite: replace a dataset that is there.
         landmarker_path: `face_landmarker.task`; None for the fetched asset.
         identity: regular expression searched in each path, with groups named identity, session and
-            camera (all optional); without it every video is a person of its own.
+            camera, of which it needs one of the first two: without an identity, a session is a person;
+            without an expression, every video is.
         settings: further constants of crop and filters; `size` and `face_scale` override theirs.
 
     Raises:
@@ -202,6 +203,12 @@ def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]
         expression = re.compile(pattern) if pattern else None
     except re.error as error:
         raise UserError(f"--identity is not a regular expression: {error}") from error
+    if expression and not {"identity", "session"} & expression.groupindex.keys():
+        # Else one person's videos would count as several people's, and be trained on and held out.
+        raise UserError(
+            f"--identity={pattern} has no group named identity or session; name what tells people apart, such as "
+            "'(?P<identity>id[0-9]+)/'"
+        )
     stems = collections.Counter(path.stem for path in paths)
     namings = []
     for path in paths:
@@ -218,7 +225,8 @@ def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]
         namings.append(
             clip_making.Naming(
                 name=name,
-                identity=groups.get("identity") or path.stem,
+                # The cameras of a session see one person.
+                identity=groups.get("identity") or groups.get("session") or path.stem,
                 session=groups.get("session") or name,
                 camera=groups.get("camera") or "0",
             )

@@ -300,6 +300,8 @@ def test_user_errors(videos, tmp_path):
         ({"max_frames": 0}, "--max_frames"),
         ({"identity": "("}, "--identity"),
         ({"identity": "(?P<identity>xyz)"}, "does not match"),
+        ({"identity": "([a-z]+)[.]mp4"}, "no group named identity or session"),
+        ({"identity": "(?P<camera>[a-z]+)[.]mp4"}, "no group named identity or session"),
         ({"landmarker_path": tmp_path / "nowhere"}, "no face landmarker"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
@@ -338,6 +340,23 @@ def test_identity_of_a_rig_comes_from_the_path(videos, tmp_path):
     )
     index = dataset.ClipDataset(tmp_path / "out", "train").index
     assert set(index["identity"]) == {"a", "b", "c"} and "anna" in index["session"]
+
+
+def test_cameras_of_a_session_show_one_person(videos, tmp_path):
+    """Whose name is not given: nobody is held out in one camera's video and trained on in another's."""
+    for name in ("anna", "bert"):
+        (videos / name).mkdir()
+        for camera in ("left", "right"):
+            data = (videos / f"{name}.mp4").read_bytes()
+            (videos / name / f"{camera}.mp4").write_bytes(data)
+    job.run_prepare(
+        f"{videos}/*/*.mp4", tmp_path / "out", size=48, settings=SETTINGS,
+        landmarker_path=tmp_path / "model",
+        identity=r"(?P<session>[a-z]+)/(?P<camera>[a-z]+)\.mp4",
+    )  # fmt: skip
+    for split in ("train", "validation"):
+        index = dataset.ClipDataset(tmp_path / "out", split).index
+        assert len(set(index["identity"])) == 1 and index["camera"] == ["left", "right"]
 
 
 def test_videos_of_one_name_stay_apart(videos, tmp_path):
