@@ -271,12 +271,31 @@ class Examples:
         found: dict[int, records.Clip | None] = {}
         for target, draw, second in zip(targets, draws, seconds, strict=True):
             if target.clip not in found and (second is not None or draw.other_view):
-                found[target.clip] = self._other_view(target.clip, rng)
+                own = [one for one in targets if one.clip == target.clip]
+                found[target.clip] = self._other_view(own, rng)
         return [found.get(target.clip) for target in targets]
 
-    def _other_view(self, number: int, rng: np.random.Generator) -> records.Clip | None:
-        others = self.views.get(number)
-        return self.clips[int(rng.choice(others))] if others else None
+    def _other_view(
+        self, targets: Sequence[Shown], rng: np.random.Generator
+    ) -> records.Clip | None:
+        """A clip of another camera that lasts over some of the targets, all of one clip.
+
+        A long session is several clips of every camera, few of which show the same instants.
+        """
+        others = self.views.get(targets[0].clip)
+        if not others:
+            return None
+        clip, index = self.clips[targets[0].clip], self.clips.index
+        times = clip.timestamps[[frame for _, frame in targets]]
+        slack = 0.5 / max(clip.fps, 1.0)
+
+        def lasts(other: int) -> bool:
+            first = index["start"][other] - slack
+            length = (index["frames"][other] - 1) / max(index["fps"][other], 1e-6)
+            return bool(((times >= first) & (times <= first + length + 2 * slack)).any())
+
+        there = [other for other in others if lasts(other)]
+        return self.clips[int(rng.choice(there))] if there else None
 
     @staticmethod
     def _same_instant(clip, index, other, draw) -> tuple[records.Clip, int] | None:

@@ -306,6 +306,33 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
         )
 
 
+def test_view_change_is_as_frequent_in_long_sessions(tmp_path):
+    """Eight clips of each camera, one after the other: the one that shows the instant is taken, not any of them."""
+
+    def pieces():
+        for camera in (0, 1):
+            whole = fixtures.make_clip(0, 64, 32, camera=camera, session="long")
+            for first in range(0, 64, 8):
+                yield whole.part(first, first + 8, f"{camera}-{first:06d}-{first + 7:06d}")
+
+    directory = builder.write_dataset({"train": pieces}, tmp_path / "data")
+    config = _quiet(_config(directory, cross_view=0.0))
+    config["augment"]["view_change"]["probability"] = 1.0
+    config["augment"]["expression_crop"].update(margin_range=(1.1, 1.1), centre_jitter=0.0)
+    examples = Examples(config)
+    for position in range(16):
+        number = int(examples.order(0)[position])
+        clip, other = examples.clips[number], examples.clips[(number + 8) % 16]
+        np.testing.assert_array_equal(clip.timestamps, other.timestamps)
+        example = examples(position, np.random.default_rng(position))
+        view = network_inputs.inference_inputs(other, range(8), 32, 24, 16, config["augment"])
+        for pose, shown in zip(
+            example["target_head_pose"], example["target_expression_image"], strict=True
+        ):
+            at = int(np.flatnonzero((clip.head_pose == pose).all((1, 2)))[0])
+            np.testing.assert_array_equal(shown, view["expression_image"][at])
+
+
 def test_second_expression_is_another_picture_of_the_instant(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 2, 12, 48, cameras=2)
     config = _quiet(_config(directory, cross_view=0.0)) | {"second_expression": True}
