@@ -128,15 +128,14 @@ def replace_directory(temporary: Path, final: Path) -> None:
 
 
 @contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """The hidden folder beside `out` of what is done, for this process alone: two would spoil each other's work.
+def alone_at(out: Path) -> Iterator[None]:
+    """This process alone makes `out` inside: two would spoil each other's work.
 
     What a killed job left of `out` itself is cleared up.
 
     Raises:
         UserError: it cannot be written, or another process is at it.
     """
-    work = out.with_name(f".{out.name}.work")
     lock = out.with_name(f".{out.name}.lock")
     with ExitStack() as stack:
         with writing_to(out):
@@ -148,6 +147,15 @@ def work_folder(out: Path) -> Iterator[Path]:
                 raise UserError(f"another job is making {out} right now; wait for it") from None
             stack.callback(lock.unlink, missing_ok=True)
             _clear_up(out)
+        yield
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """The hidden folder beside `out` of what is done, for this process alone, as in `alone_at`."""
+    work = out.with_name(f".{out.name}.work")
+    with alone_at(out):
+        with writing_to(out):
             work.mkdir(exist_ok=True)
         yield work
 

@@ -1,4 +1,4 @@
-"""Processes that make batches beside the one that trains: how long they live."""
+"""Processes that make batches beside the one that trains, or draw heads: how long they live."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def signals_held_back() -> Iterator[None]:
 def live_with_the_parent(*_: int) -> None:
     """Of a worker process: it ends when it is told to, or the parent is gone, and not by a signal to the whole group.
 
-    The parent needs batches until it has saved.
+    A parent that trains needs batches until it has saved.
     """
     for sent in _TO_THE_GROUP:
         signal.signal(sent, signal.SIG_IGN)

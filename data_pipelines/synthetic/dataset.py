@@ -15,9 +15,10 @@ from typing import TextIO
 
 import cv2
 
-from data_pipelines import background, records
+from data_pipelines import background, files, records
 from data_pipelines.prepare import crop
 from data_pipelines.synthetic import source
+from data_pipelines.workers import live_with_the_parent
 from dexportrait_jax.errors import UserError
 
 MADE_WITH = "render.json"
@@ -70,7 +71,7 @@ def run_render(
 
     started = time.monotonic()
     progress = _Progress(identities * clips * cameras)
-    with _Renderers(plan, workers or _cores()) as renderers:
+    with files.alone_at(out), _Renderers(plan, workers or _cores()) as renderers:
 
         def split(seeds: list[int]) -> Callable[[], Iterator[records.Clip]]:
             return lambda: map(progress.count, renderers.clips(seeds))
@@ -111,7 +112,7 @@ class _Renderers:
         self.pool = None
         if workers > 1:
             self.pool = concurrent.futures.ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start
             )
 
     def __enter__(self) -> _Renderers:
@@ -140,8 +141,9 @@ def _encoded(plan: source.Plan, seed: int) -> list[bytes]:
     return [records.encode(background.measured(clip)) for clip in plan.clips_of(seed)]
 
 
-def _single_thread() -> None:
+def _start() -> None:
     cv2.setNumThreads(1)  # there is a process for every core already
+    live_with_the_parent()  # a pool whose parent was killed would wait for ever
 
 
 def _cores() -> int:

@@ -2,7 +2,13 @@
 
 import dataclasses
 import itertools
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -98,6 +104,57 @@ def test_cameras_share_session_and_time(directory):
                 for truth in (first, second)
             ]
             np.testing.assert_allclose(turned[0], turned[1], atol=1e-12)
+
+
+_RENDER = """
+import sys
+from data_pipelines.synthetic.dataset import run_render
+if __name__ == "__main__":
+    run_render(sys.argv[1], identities=400, frames=1, size=16, workers=2)
+"""
+
+
+def test_a_killed_job_leaves_no_process_and_no_folder_for_ever(tmp_path):
+    (tmp_path / "job.py").write_text(_RENDER)
+    out = tmp_path / "made" / "out"
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py", out],
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    )
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    _until(lambda: list(tmp_path.glob("made/.out.incomplete-*")) and len(_drawing(children)) == 2)
+    drawing = _drawing(children)
+    job.kill()
+    job.wait()
+    try:
+        _until(lambda: not any(_alive(process) for process in drawing))
+    finally:
+        for process in filter(_alive, drawing):
+            os.kill(process, signal.SIGKILL)
+    run_render(out, identities=2, frames=1, size=16, workers=1)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def _drawing(children):
+    return [n for n in map(int, children.read_text().split()) if b"spawn_main" in _command(n)]
+
+
+def _command(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _alive(process):
+    return bool(_command(process))  # a zombie has none
+
+
+def _until(true, seconds=40.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_workers_and_reading_change_nothing(directory, tmp_path):
