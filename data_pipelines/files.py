@@ -73,6 +73,28 @@ def check_writable(path: str | os.PathLike) -> None:
         )
 
 
+def check_destination(path: str | os.PathLike, example: str) -> None:
+    """UserError, before any work is done, where a finished directory could not be put at `path` at the end.
+
+    Args:
+        path: what --out names.
+        example: the name of a folder to give where `path` itself cannot be replaced.
+    """
+    place, here = Path(path).resolve(), Path.cwd()
+    fixed = {
+        "the folder you are in": place == here,
+        "above the folder you are in": place in here.parents,
+        "a mounted disk": place.is_mount(),
+    }
+    for what, is_so in fixed.items():
+        if is_so:
+            raise UserError(
+                f"--out={path} is {what}, which the finished directory cannot replace; give one below it, such as "
+                f"--out={Path(path) / example}"
+            )
+    check_writable(path)
+
+
 @contextmanager
 def staged(path: Path, data: bytes) -> Iterator[None]:
     """Writes a file under a temporary name, and renames it once the block has ended without error."""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from data_pipelines import dataset, latents, records
+from data_pipelines import dataset, files, latents, records
 from data_pipelines.prepare import latents as writing
 from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
@@ -105,6 +105,7 @@ def run_encode(
             f"encode: {target}: already there, {words}; nothing to do (--overwrite makes it anew)"
         )
         return
+    files.check_destination(target, "latents")
     print(f"encode: {target}: {words}", flush=True)
     sizes = ml_collections.ConfigDict(dict.fromkeys(sharding.AXES, 1) | {"data": -1})
     mesh = sharding.make_mesh(sizes, jax.local_devices())

@@ -251,15 +251,18 @@ def test_the_same_command_again_has_nothing_to_do(places, tmp_path, capfd):
         (["--data=synthetic:identities=2,frames=4,size=64"], "`dexportrait render`"),
         (["--split=test"], "no split 'test'"),
         (["--out={data}"], "holds something else than latents"),
+        (["--out=."], "is the folder you are in, which the finished directory cannot replace"),
     ],
 )
-def test_what_cannot_be_encoded(places, tmp_path, capfd, flags, words):
+def test_what_cannot_be_encoded(places, tmp_path, capfd, monkeypatch, flags, words):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     data, exports = places.data, places.exports
     filled = [flag.format(exports=exports, data=data) for flag in flags]
     assert encode(exports / "autoencoder", data, tmp_path / "out", *filled) == 1
     said = capfd.readouterr().err
     assert words in said and said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_latents_of_another_autoencoder(places, tmp_path):

@@ -92,6 +92,7 @@ def run_prepare(
     out = Path(out).absolute()
     if not overwrite and _finished(out, made_with):
         return
+    files.check_destination(out, "faces")
     model = _landmarker(landmarker_path)
     started = time.monotonic()
     with files.work_folder(out) as work:

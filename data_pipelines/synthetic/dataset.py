@@ -67,6 +67,7 @@ def run_render(
     made_with = json.dumps(plan.made_with, indent=1)
     if not overwrite and _finished(out, made_with):
         return
+    files.check_destination(out, "heads")
     from data_pipelines.prepare import builder  # needs TFDS, which reading does not
 
     started = time.monotonic()

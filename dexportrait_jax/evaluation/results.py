@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.files import check_writable, replace_directory, writing_to
+from data_pipelines.files import check_destination, replace_directory, writing_to
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation.grid import Grid, draw_grid
 from dexportrait_jax.evaluation.report import (
@@ -79,14 +79,7 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
             raise UserError(
                 f"--out={out} holds an evaluation already; add --overwrite to replace it"
             )
-    fixed = {"the folder you are in": place == Path.cwd(), "a mounted disk": place.is_mount()}
-    for what, is_so in fixed.items():
-        if is_so:
-            raise UserError(
-                f"--out={out} is {what}, which the finished directory cannot replace; give one below it, such as "
-                f"--out={out / 'evaluation'}"
-            )
-    check_writable(out)
+    check_destination(out, "evaluation")
 
 
 def write_results(out: Path, about: Mapping[str, Any], found: Findings) -> dict[str, Any]:

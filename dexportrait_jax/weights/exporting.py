@@ -139,15 +139,19 @@ def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bo
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raise UserError unless an export may be written at ``out``."""
+    """Raise UserError, before any work is done, unless an export may and can be written at ``out``."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} is there and is not a directory; give another --out")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / DESCRIPTION).is_file():
-        raise UserError(f"{out} holds something that is not an export; give an empty or new --out")
-    if not overwrite:
-        raise UserError(f"{out} already holds an export; add --overwrite, or give another --out")
+    if out.exists() and any(out.iterdir()):
+        if not (out / DESCRIPTION).is_file():
+            raise UserError(
+                f"{out} holds something that is not an export; give an empty or new --out"
+            )
+        if not overwrite:
+            raise UserError(
+                f"{out} already holds an export; add --overwrite, or give another --out"
+            )
+    files.check_destination(out, "export")
 
 
 def file_sha256(path: Path) -> str:

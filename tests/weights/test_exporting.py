@@ -10,11 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from data_pipelines import files
 from dexportrait_jax import checkpoint
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.weights import exporting
 from dexportrait_jax.weights.exporting import export_groups, run_export
 from dexportrait_jax.weights.importing import load_groups
+from dexportrait_jax.weights.published import run_import
 from tests import fixtures
 
 MODEL = {
@@ -112,6 +114,32 @@ def test_unwritable_place_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         export_groups(blocker / "export", MODEL, _groups())
     assert "\n" not in str(error.value)
+
+
+def test_an_out_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):
+    """Also the folder one is in: replaced, it would be gone from under whoever stands there."""
+    (tmp_path / "file").write_text("mine")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out, message in (
+        (tmp_path / "file" / "below", "file is a file; choose another folder"),
+        (".", "--out=. is the folder you are in.* such as --out=export"),
+        (here, "is the folder you are in"),
+        ("new/..", "is the folder you are in"),
+        ("..", "something that is not an export"),
+    ):
+        for refused in (
+            lambda out: run_export("no_such_run", out, overwrite=True),
+            lambda out: run_import("vae", "no_such_file", out, overwrite=True),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                refused(out)
+            assert "\n" not in str(error.value)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="no permission to write in"):
+        run_export("no_such_run", tmp_path / "out")
+    assert not any(here.iterdir())
 
 
 def test_permissions_follow_the_umask(tmp_path):

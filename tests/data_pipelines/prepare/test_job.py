@@ -10,6 +10,7 @@ import pytest
 
 from data_pipelines import dataset, files, records, video
 from data_pipelines.prepare import clips, crop, job, processing
+from data_pipelines.synthetic.dataset import run_render
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
 from tests.disks import resize, small_disk
@@ -373,6 +374,18 @@ def test_videos_of_one_name_stay_apart(videos, tmp_path):
 def test_two_jobs_for_one_dataset(videos, tmp_path):
     with files.work_folder(tmp_path / "out"), pytest.raises(UserError, match="another job"):
         _run(videos, tmp_path / "out")
+
+
+def test_the_folder_one_is_in_cannot_be_replaced(videos, tmp_path, monkeypatch):
+    """By neither job that makes a dataset."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, message in ((".", "is the folder you are in.* such as"), ("..", "above the folder")):
+        with pytest.raises(UserError, match=message):
+            _run(videos, out, overwrite=True)
+        with pytest.raises(UserError, match=message):
+            run_render(out, identities=1, frames=1, size=32, workers=1, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "model", "videos"}
 
 
 def test_folders_that_cannot_be_written(videos, tmp_path, monkeypatch):
