@@ -55,7 +55,7 @@ class Runner:
         if length == 1:
             count = min(self.max_frames, last)
             return [np.unique(np.round(np.linspace(1, last, count)).astype(int))]
-        stride = self._stride(last - 1, length)
+        stride = self._stride(last - 1, length - 1)
         length = min(length, last)
         reach = (length - 1) * stride
         runs = max(1, min(self.max_frames // length, last // (reach + 1)))
@@ -78,6 +78,7 @@ class Runner:
         if self.model.clip_length == 1:
             return [(wanted, np.arange(len(wanted)))]
         length = min(self.model.clip_length, frames)
+        # As of one step more than a run has: on either side of a frame some are left that make no whole step.
         stride = self._stride(frames - 1, length)
         runs = []
         for frame in wanted:
@@ -87,9 +88,9 @@ class Runner:
             runs.append((frame + stride * (np.arange(length) - place), np.array([place])))
         return runs
 
-    def _stride(self, last: int, length: int) -> int:
-        """Frames from one to the next in a run: as in training, where ``last`` allows it."""
-        return max(1, min(self.model.config.data.frame_stride, last // length))
+    def _stride(self, reach: int, steps: int) -> int:
+        """Frames from one to the next: as in training, where so many steps within ``reach`` frames allow it."""
+        return max(1, min(self.model.config.data.frame_stride, reach // steps))
 
     def pictures(self, clip: Clip, indices: Sequence[int]) -> Frames:
         """Frames of a clip at the model's size."""

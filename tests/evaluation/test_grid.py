@@ -42,6 +42,7 @@ def test_telling_frames_by_hand():
         (40, 1, [1, 3, 5, 7]),
         (40, 39, [33, 35, 37, 39]),
         (5, 4, [1, 2, 3, 4]),  # no room for the stride
+        (7, 3, [1, 2, 3, 4]),  # nor here about frame 3, though frames 0, 2, 4 and 6 would have it
         (3, 1, [0, 1, 2]),
     ],
 )

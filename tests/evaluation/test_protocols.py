@@ -371,6 +371,8 @@ def test_pictures_without_a_face_are_counted_not_measured(dataset, model, tmp_pa
         (1, 99, 4, [[1, 2, 3]]),
         (4, 8, 30, [[1, 3, 5, 7], [23, 25, 27, 29]]),
         (4, 4, 12, [[1, 3, 5, 7]]),
+        (4, 4, 8, [[1, 3, 5, 7]]),  # just room for the stride
+        (4, 4, 7, [[1, 2, 3, 4]]),
         (8, 16, 6, [[1, 2, 3, 4, 5]]),
         (8, 3, 30, [[1, 3, 5, 7, 9, 11, 13, 15]]),  # never shorter than the model's own clips
         (24, 16, 60, [list(range(1, 49, 2))]),
@@ -422,6 +424,7 @@ def test_an_out_that_cannot_be_written_is_found_before_measuring(
         (".", "--out=. is the folder you are in.* such as --out=evaluation"),
         (here, "is the folder you are in"),
         ("new/..", "is the folder you are in"),
+        ("..", "no evaluation"),
         (tmp_path / "new" / ".." / "mine", "no evaluation"),
     ):
         with pytest.raises(UserError, match=message) as error:
