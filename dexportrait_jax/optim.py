@@ -7,6 +7,7 @@ import ml_collections
 import optax
 import optax.contrib
 
+from dexportrait_jax.choices import nearest
 from dexportrait_jax.errors import UserError
 
 
@@ -35,7 +36,16 @@ def make_optimizer(
     decay (constant | cosine), final_fraction, clip_norm (0 = off; global norm over the phase's groups),
     matrix_rms (muon: root mean square of a kernel's update at learning rate 1), multipliers (pairs of the start of
     a parameter's path, "group/module", and a factor of its learning rate; the first that fits holds).
+
+    Raises:
+        UserError: another name or decay, a decay of weights that adam has not, multipliers that are no such pairs. The
+            transformation's init: a multiplier of no group.
     """
+    if config.name == "adam" and config.weight_decay:
+        raise UserError(
+            f"optimizer adam decays no weights, and weight_decay is {config.weight_decay:g}; give name=adamw, or "
+            "weight_decay=0"
+        )
     steps = []
     if config.clip_norm > 0:
         steps.append(optax.clip_by_global_norm(config.clip_norm))
@@ -96,6 +106,22 @@ def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
 
 
 def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    for pair in multipliers:
+        if not isinstance(pair, tuple) or [isinstance(one, str) for one in pair] != [True, False]:
+            raise UserError(
+                f"optimizer multipliers are pairs such as (('denoiser/conv_in',0.1),), not {multipliers}"
+            )
+
+    def init(params):
+        # The group alone: a module may be one that a config leaves out.
+        for group in (start.partition("/")[0] for start, _ in multipliers):
+            if not any(name.startswith(group) for name in params):
+                raise UserError(
+                    f"optimizer multipliers name the group {group!r}, but this phase trains {', '.join(params)}"
+                    f"{nearest(group, params)}"
+                )
+        return optax.EmptyState()
+
     def update(updates, state, params=None):
         del params
 
@@ -106,4 +132,4 @@ def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradient
 
         return jax.tree_util.tree_map_with_path(scale, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)

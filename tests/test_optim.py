@@ -117,7 +117,8 @@ def test_three_updates_of_sharded_weights_are_those_of_whole_ones(name):
     gradients = [
         jax.tree.map(lambda leaf: leaf + np.sign(leaf), _tree(shapes, n)) for n in (1, 2, 3)
     ]
-    config = common.adam(1e-2, name=name, weight_decay=0.1, warmup_steps=2, clip_norm=1.0)
+    decay = 0.0 if name == "adam" else 0.1
+    config = common.adam(1e-2, name=name, weight_decay=decay, warmup_steps=2, clip_norm=1.0)
     optimizer = make_optimizer(config, num_steps=100)
 
     def three(init, update, params, place):
@@ -149,3 +150,25 @@ def test_three_updates_of_sharded_weights_are_those_of_whole_ones(name):
 def test_unknown_name_is_one_line():
     with pytest.raises(UserError, match="'adam', 'adamw' or 'muon', not 'sgd'"):
         make_optimizer(common.adam(1e-2, name="sgd"), 10)
+
+
+def test_a_decay_that_adam_has_not_is_refused():
+    with pytest.raises(
+        UserError, match=r"decays no weights.*weight_decay is 0\.1; give name=adamw"
+    ):
+        make_optimizer(common.adam(1e-2, weight_decay=0.1), num_steps=9)
+
+
+@pytest.mark.parametrize("multipliers", [("pose", 0.1), (("pose",),), ((0.1, "pose"),)])
+def test_multipliers_that_are_no_pairs_are_refused(multipliers):
+    with pytest.raises(UserError, match="multipliers are pairs such as"):
+        make_optimizer(common.adam(1e-2, multipliers=multipliers), num_steps=9)
+
+
+def test_a_multiplier_of_no_group_is_refused():
+    """It would do nothing, in silence; a module may be left out by the config, and its multiplier stays."""
+    params = _tree({"kernel": (2, 2)}, 0)
+    make_optimizer(common.adam(1e-2, multipliers=(("pose/left_out", 0.1),)), 9).init(params)
+    wrong = make_optimizer(common.adam(1e-2, multipliers=(("posse/head", 0.1),)), num_steps=9)
+    with pytest.raises(UserError, match="group 'posse', but this phase trains pose; did you mean"):
+        wrong.init(params)
