@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ class TensorFiles:
     Args:
         source: file or folder.
         folder: of a source that has a folder of this name, that folder is meant.
-        parts: a file whose name holds one of these words gives its keys with that word and a dot in front.
+        parts: a file whose name has one of these words in it gives its keys with that word and a dot in front.
 
     Raises UserError, one line, when there is nothing, a pickle, or a file that is no safetensors.
     """
@@ -153,7 +154,9 @@ class TensorFiles:
             ) from error
 
     def _prefix(self, file: Path) -> str:
-        return next((f"{part}." for part in self.parts if part in file.stem), "")
+        # A word of its own: an autoencoder.safetensors holds both halves.
+        found = (part for part in self.parts if re.search(rf"(?<![a-z]){part}", file.stem.lower()))
+        return next((f"{part}." for part in found), "")
 
     def settings(self, name: str = "config.json") -> dict[str, Any]:
         """The JSON of that name beside the tensors, transformers' and diffusers' config; empty where there is none."""

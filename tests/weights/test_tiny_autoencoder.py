@@ -58,6 +58,13 @@ def as_two_files(model, folder):
     return folder
 
 
+def as_one_file(model, folder):
+    model.save_pretrained(folder / "one")
+    return (folder / "one" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "my_autoencoder.safetensors"
+    )
+
+
 def imported(source, out):
     arguments = ["--kind=tiny_autoencoder", f"--source={source}", f"--out={out}"]
     assert cli.run(["import", *arguments]) == 0
@@ -69,7 +76,7 @@ def loaded(out, **sizes):
     return network, load_groups(out, {"autoencoder": network.abstract})[1]["autoencoder"]
 
 
-@pytest.mark.parametrize("layout", [as_folder, as_two_files])
+@pytest.mark.parametrize("layout", [as_folder, as_two_files, as_one_file])
 def test_equals_diffusers(tmp_path, published, layout):
     told = imported(layout(published, tmp_path), tmp_path / "out")
     assert {name: told[name] for name in ("kind", "latent_channels", "layers_per_block")} == {
