@@ -71,5 +71,9 @@ def build_networks(config: ml_collections.ConfigDict) -> dict[str, Network]:
 
 
 def make_task(config: ml_collections.ConfigDict) -> Task:
-    """The task of the config's stage."""
-    return task_module(config.stage).make(config)
+    """The task of the config's stage; UserError for networks whose sizes do not go together."""
+    module = task_module(config.stage)
+    try:
+        return module.make(config)
+    except ValueError as error:  # what networks say of their sizes
+        raise UserError(f"config.model does not fit together: {error}; give other sizes") from error

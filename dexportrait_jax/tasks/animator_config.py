@@ -26,6 +26,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.sampling.overlap={config.sampling.overlap}: windows of a long video share 0 frames or more"
         )
     _check_image_size(config)
+    attn2, encoder = config.model.attn2, config.model.image_encoder
+    if attn2.attn2 == "clip_image" and attn2.cross_attention_features != encoder.projection:
+        raise UserError(
+            f"config.model.attn2.cross_attention_features={attn2.cross_attention_features}: the image encoder's "
+            f"embedding, which attn2 reads, has {encoder.projection}; give "
+            f"--config.model.attn2.cross_attention_features={encoder.projection} and a UNet of that context, or "
+            "another image encoder"
+        )
     frames, longest = config.data.frames, config.model.temporal.max_frames
     if config.stage == "animator_video" and frames > longest:
         raise UserError(

@@ -23,7 +23,7 @@ from dexportrait_jax.models.animator import (
 )
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
-from dexportrait_jax.tasks import animator, build_networks
+from dexportrait_jax.tasks import animator, build_networks, make_task
 from dexportrait_jax.tasks.animator_config import check_config
 from tests.published import random_like
 from tests.stages import micro
@@ -198,6 +198,34 @@ def test_sizes_of_pictures_that_do_not_fit(size):
     without = [f"data.image_size={size}", "model.denoiser.warp_kernel=0"]
     if size % 64 == 0:
         check_config(configs.load_config(address, without))
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "said"),
+    [
+        (
+            "animator_image",
+            "model.unet.heads=7",
+            "32 channels do not divide into 7 attention heads",
+        ),
+        ("animator_video", "model.unet.groups=7", "do not divide into 7 GroupNorm groups"),
+        ("animator_image", "model.denoiser.expression_tokens=(3,5)", "does not reshape to tokens"),
+        ("autoencoder", "model.autoencoder.groups=5", "do not divide into 5 GroupNorm groups"),
+    ],
+)
+def test_sizes_of_networks_that_do_not_fit_are_no_fault(stage, override, said):
+    """What the networks refuse is for the user to put right: exit code 1, not 70."""
+    config = configs.load_config(f"configs/{stage}.py:tiny", [override])
+    with pytest.raises(UserError, match="config.model does not fit together: ") as error:
+        make_task(config)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_encoder_of_another_embedding_than_attn2_reads():
+    overrides = ["model.attn2.attn2=clip_image", "model.image_encoder.projection=1024"]
+    config = configs.load_config("configs/animator_image.py:tiny", overrides)
+    with pytest.raises(UserError, match=r"attn2\.cross_attention_features=1024 and a UNet of that"):
+        animator.AnimatorTask(config)
 
 
 def test_clips_longer_than_the_temporal_modules_take():
