@@ -119,6 +119,10 @@ def load_start(
     there = description.get("config", {})
     is_import = description.get("stage") == published.STAGE
     if is_import and "unet" in description["groups"]:
+        told = _differing(config, there, ("unet.heads", "unet.groups"))
+        other = {f"model.{knob}": value for knob, value in told.items()}
+        other |= _other_schedule(config, there, path)
+        refuse(path, "its UNet was trained otherwise", other)
         _, groups = load_groups(path, ["unet"])
         latent_channels = config.model.autoencoder.latent_channels
         groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
@@ -151,16 +155,7 @@ def load_start(
         refuse(path, f"its {name} is another one", differing[name])
     if unets:
         other = {knob: value for name in unets for knob, value in differing[name].items()}
-        trained = _trained_schedule(config, there)
-        if config.stage == "animator_video":
-            other |= trained
-        elif trained:
-            # What goes on learning can learn another noise; nobody should do so without knowing.
-            print(
-                f"note: reference and denoiser of {path} were trained with another noise schedule, "
-                f"{_overrides(trained)}, and have to learn this one",
-                file=sys.stderr,
-            )
+        other |= _other_schedule(config, there, path)
         refuse(path, "its reference and denoiser were trained otherwise", other)
     if "expression" in names and "data" in there:
         other = _pictures(config.data, there["data"])
@@ -200,6 +195,22 @@ def _differing(
         if knob in trained and knob in given and not _same(given[knob], trained[knob]):
             found[dotted] = trained[knob]
     return found
+
+
+def _other_schedule(
+    config: ml_collections.ConfigDict, there: Mapping[str, Any], path: str
+) -> dict[str, Any]:
+    """Overrides that give UNets the noise schedule of their training; a note instead where they go on learning."""
+    trained = _trained_schedule(config, there)
+    if config.stage == "animator_video" or not trained:
+        return trained
+    # What goes on learning can learn another noise; nobody should do so without knowing.
+    print(
+        f"note: reference and denoiser of {path} were trained with another noise schedule, {_overrides(trained)}, "
+        "and have to learn this one",
+        file=sys.stderr,
+    )
+    return {}
 
 
 def _trained_schedule(

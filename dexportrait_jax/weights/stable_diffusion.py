@@ -47,20 +47,26 @@ _ALONE = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+# diffusers' words, and config.diffusion.prediction.
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 _MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 
 
 def plan_unet(files: TensorFiles) -> ImportPlan:
     """The plan of `--kind=unet`: one group, unet, with its text attention.
 
-    Sizes are read from names and shapes; how many heads share the channels cannot be, and is the config's
-    (SD1.5: 8). Raises UserError when this is no such UNet.
+    Sizes are read from names and shapes. How many heads share the channels, the groups of GroupNorm and the noise
+    schedule of its training stand in diffusers' JSON beside the weights; without it they are the config's. Raises
+    UserError when this is no such UNet.
     """
     translate = _translation(files)
     sizes = _sizes(files, translate)
     network = _plain(**sizes)
     found, left_out = matched(files, network.abstract, translate)
-    return ImportPlan({GROUP: (network.abstract, found)}, {GROUP: sizes}, left_out)
+    config = {GROUP: sizes, "model": {"unet": _heads_and_groups(files, found)}}
+    if schedule := _schedule(files):
+        config["diffusion"] = schedule
+    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out)
 
 
 def starts(
@@ -80,12 +86,14 @@ def starts(
 
     Raises UserError when sizes differ.
     """
-    tensors = names.to_torch(imported)
+    # Not in PyTorch's layout: that would be a copy of all of it.
+    tensors = {names.torch_key(path): leaf for path, leaf in names.flatten(imported)}
     said = []
-    fits = tensors["conv_in.weight"].shape[1] == latent_channels
+    channels = tensors["conv_in.weight"].shape[-2]
+    fits = channels == latent_channels
     if not fits:
         said.append(
-            f"{where}: its UNet takes latents of {tensors['conv_in.weight'].shape[1]} channels, here they have "
+            f"{where}: its UNet takes latents of {channels} channels, here they have "
             f"{latent_channels}: conv_in and conv_out start fresh"
         )
     groups = {}
@@ -103,12 +111,14 @@ def starts(
                 extra.append(key)
                 continue
             path, leaf = wanted[key]
-            ours = names.from_torch_layout(path[-1], array)
             if path == ("conv_in", "kernel"):
-                ours = _widened(ours, leaf.shape[-2])
-            if ours.shape != tuple(leaf.shape):
-                misshapen.append(f"{key} is {array.shape}, {group} has {tuple(leaf.shape)}")
-            part[path] = ours.astype(leaf.dtype, copy=False)
+                array = _widened(array, leaf.shape[-2])
+            if array.shape != tuple(leaf.shape):
+                theirs, ours = (
+                    names.torch_shape(path[-1], tuple(one.shape)) for one in (array, leaf)
+                )
+                misshapen.append(f"{key} is {theirs}, {group} has {ours}")
+            part[path] = array.astype(leaf.dtype, copy=False)
         names.refuse_misfit(where, [], extra, misshapen)
         groups[group] = names.unflatten(part)
         if not has_text and any(map(_TEXT.match, tensors)):
@@ -156,6 +166,47 @@ def _sizes(files: TensorFiles, translate: Callable[[str], str | None]) -> dict[s
         "out_channels": ours["conv_out.weight"][0],
         "context": ours[text][1],
     }
+
+
+def _heads_and_groups(files: TensorFiles, found: Mapping[str, str]) -> dict[str, int]:
+    """What no shape tells, as far as a config.json beside the weights does.
+
+    Raises UserError for heads that differ from level to level, as those of Stable Diffusion 2 do.
+    """
+    settings = files.settings()
+    # diffusers calls the number of heads by the name of their width.
+    heads = settings.get("num_attention_heads") or settings.get("attention_head_dim")
+    if isinstance(heads, list) and len(set(heads)) == 1:
+        heads = heads[0]
+    # Stable Diffusion 2 has linear layers about its transformers, and heads of 64 channels each at every level.
+    linear = any(
+        len(files.shapes[theirs]) == 2
+        for ours, theirs in found.items()
+        if ours.endswith(".proj_in.weight")
+    )
+    if isinstance(heads, list) or (linear and heads is None):
+        told = f"{heads} heads at its levels" if heads else "linear layers about its transformers"
+        raise UserError(
+            f"{files.source} is a UNet of Stable Diffusion 2 or later, with {told}; here all levels have the same "
+            "number of heads: give the UNet of SD1.5, or of a model that was made of it"
+        )
+    known = {"heads": heads, "groups": settings.get("norm_num_groups")}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _schedule(files: TensorFiles) -> dict[str, Any]:
+    """config.diffusion of the UNet's training, as far as the scheduler beside it in a diffusers pipeline tells it."""
+    settings = files.settings("../scheduler/scheduler_config.json")
+    if settings.get("beta_schedule") != "scaled_linear":
+        return {}
+    known = {
+        "steps": settings.get("num_train_timesteps"),
+        "beta_start": settings.get("beta_start"),
+        "beta_end": settings.get("beta_end"),
+        "prediction": _PREDICTIONS.get(settings.get("prediction_type")),
+        "zero_terminal_snr": settings.get("rescale_betas_zero_snr"),
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _last(pattern: str, keys: Mapping[str | None, Any]) -> int:

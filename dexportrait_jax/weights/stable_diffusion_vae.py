@@ -38,8 +38,8 @@ _ATTENTION = {
 def plan(files: TensorFiles) -> ImportPlan:
     """The plan of `--kind=vae`: one group, autoencoder. Sizes are read from names and shapes.
 
-    The scale of the latents is that of a config.json beside the weights, or SD1.5's. Raises UserError when this is no
-    such autoencoder.
+    The scale of the latents is that of a config.json beside the weights, or SD1.5's, which a note says. Raises
+    UserError when this is no such autoencoder.
     """
     prefix = CHECKPOINT if any(key.startswith(CHECKPOINT) for key in files.shapes) else ""
     levels = _count(rf"{prefix}encoder\.down(?:_blocks)?\.(\d+)\.", files)
@@ -66,7 +66,13 @@ def plan(files: TensorFiles) -> ImportPlan:
     settings = {name: value for name, value in sizes.items() if name != "kind"} | {"groups": 1}
     abstract = Network(lambda rngs: VAE(**settings, rngs=rngs)).abstract
     found, left_out = matched(files, abstract, translate)
-    return ImportPlan({GROUP: (abstract, found)}, {"model": {GROUP: sizes}}, left_out)
+    notes = ()
+    if not files.settings():
+        notes = (
+            f"nothing beside {files.source} tells the scale of its latents; taken is {SCALE}, as of SD1.5's and its "
+            "kin. That of SDXL, whose autoencoder has the same shapes, is 0.13025: put its config.json beside it",
+        )
+    return ImportPlan({GROUP: (abstract, found)}, {"model": {GROUP: sizes}}, left_out, notes)
 
 
 def _count(pattern: str, keys: Any) -> int:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 
 import diffusers
 import jax
@@ -24,8 +25,10 @@ from dexportrait_jax.models.animator.vae import VAE
 from dexportrait_jax.state import Network, filled
 from dexportrait_jax.tasks import build_networks
 from dexportrait_jax.tasks.animator import AnimatorTask
+from dexportrait_jax.weights import stable_diffusion
 from dexportrait_jax.weights.exporting import export_groups
 from dexportrait_jax.weights.importing import load_groups
+from dexportrait_jax.weights.names import flatten
 from tests.models.animator.added_branches import (
     assert_nothing_is_added,
     assert_rays_are_not_read,
@@ -245,6 +248,23 @@ def test_the_names_of_a_whole_checkpoint_are_those_that_diffusers_reads(tmp_path
         torch.testing.assert_close(converted[key], value, rtol=0, atol=0, msg=key)
 
 
+@pytest.mark.parametrize("config", [True, False])
+def test_a_unet_of_stable_diffusion_2_is_refused(tmp_path, config, capsys):
+    """Its shapes are taken for SD1.5's, its heads are another number at every level."""
+    model = published_unet(
+        CHANNELS, LAYERS, heads=(1, 2, 2), context=CONTEXT, groups=4, use_linear_projection=True
+    )
+    model.save_pretrained(tmp_path / "unet")
+    if not config:
+        (tmp_path / "unet" / "config.json").unlink()
+    out = tmp_path / "out"
+    assert cli.run(["import", "--kind=unet", f"--source={tmp_path}", f"--out={out}"]) == 1
+    said = capsys.readouterr().err
+    told = "[1, 2, 2] heads at its levels" if config else "linear layers about its transformers"
+    assert said.count("\n") == 1 and "Stable Diffusion 2 or later" in said and told in said
+    assert not out.exists()
+
+
 def a_vae_alone(folder, unet, vae):
     return write(folder / "vae-ft-mse.safetensors", checkpoint_of_vae(arrays_of(vae), prefix=""))
 
@@ -262,8 +282,10 @@ def a_vae_in_old_words(folder, unet, vae):
         (a_vae_in_old_words, None),
     ],
 )
-def test_autoencoder_equals_diffusers(tmp_path, unet, vae, layout, known_scale):
+def test_autoencoder_equals_diffusers(tmp_path, unet, vae, layout, known_scale, capsys):
     out = imported("vae", layout(tmp_path, unet, vae), tmp_path / "out")
+    # SDXL's has the same shapes and another scale: what was taken is told.
+    assert ("note: nothing beside" in capsys.readouterr().out) == (known_scale is None)
     settings = json.loads((out / "model.json").read_text())["config"]["model"]["autoencoder"]
     assert settings["scale"] == (known_scale or 0.18215)
     assert settings["latent_channels"] == 4 and settings["layers_per_block"] == 1
@@ -453,6 +475,42 @@ def test_other_sizes_are_one_line(tmp_path, unet):
     with pytest.raises(UserError, match="misshapen") as caught:
         AnimatorTask(config).pretrained()
     assert "\n" not in str(caught.value)
+
+
+def test_heads_and_noise_of_a_pipeline_are_told(tmp_path, unet, vae, capsys):
+    """No shape tells them. Other heads are refused; UNets that go on learning may learn another noise."""
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = diffusers.DDIMScheduler(**noise, prediction_type="v_prediction")
+    scheduler.save_pretrained(a_pipeline(tmp_path, unet, vae) / "scheduler")
+    out = imported("unet", tmp_path / "sd15", tmp_path / "unet")
+    told = json.loads((out / "model.json").read_text())["config"]
+    assert told["model"]["unet"] == {"heads": 2, "groups": 4}
+    assert told["diffusion"]["prediction"] == "v" and told["diffusion"]["beta_end"] == 0.012
+    config = sd15_sized(unet, tmp_path, model__unet__heads=4, diffusion__preset="sd15")
+    with pytest.raises(UserError, match=r"give: --config\.model\.unet\.heads=2$"):
+        AnimatorTask(config).pretrained()
+    config.model.unet.heads = 2
+    capsys.readouterr()
+    AnimatorTask(config).pretrained()
+    said = capsys.readouterr().err
+    assert "another noise schedule, --config.diffusion.prediction=v, and have to learn" in said
+    with config.unlocked():
+        config.diffusion.prediction = "v"
+    AnimatorTask(config).pretrained()
+    assert "schedule" not in capsys.readouterr().err
+
+
+def test_both_unets_start_without_a_copy(tmp_path, unet):
+    """SD1.5's is 3.4 GB: a copy for each of them, and one in PyTorch's layout, would be four of it."""
+    task = AnimatorTask(sd15_sized(unet, tmp_path))
+    _, groups = load_groups(tmp_path / "unet", ["unet"])
+    size = sum(leaf.nbytes for _, leaf in flatten(groups["unet"]))
+    stable_diffusion.starts(groups["unet"], task.networks, 4, "warm")
+    tracemalloc.start()
+    stable_diffusion.starts(groups["unet"], task.networks, 4, "import")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 0.3 * size
 
 
 def test_another_scale_of_the_latents_is_refused(tmp_path, unet, vae):
