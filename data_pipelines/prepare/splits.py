@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from data_pipelines import records
 
 HOLDOUTS = ("identity", "time")
 
 Clips = Callable[[], Iterator[records.Clip]]
+
+
+class Held(NamedTuple):
+    """A time of a session that is held out of all its cameras, in seconds.
+
+    Attributes:
+        before: training may go on until here, and including it.
+        first: time of the first frame that is held out.
+        last: time of the last one.
+        after: training may go on behind this.
+    """
+
+    before: float
+    first: float
+    last: float
+    after: float
 
 
 def split(
@@ -25,15 +45,15 @@ def split(
         videos: per video, a function that yields its clips in order; they are read as often as needed.
         holdout: "identity" or "time".
         fraction: how much of it is held out; 0 makes no validation split.
-        gap: frames between training and validation, for "time".
+        gap: frames between training and validation, for "time", where all cameras of a session are cut alike.
         people: who is held out, for "identity", in place of those that `held_out` chooses.
     """
     if holdout == "time":
-        parts = {"train": 0, "validation": 1} if fraction else {"train": 0}
-        return {
-            name: lambda which=which: _in_time(videos, fraction, gap, which)
-            for name, which in parts.items()
-        }
+        times = held_times(videos, fraction, gap) if fraction else {}
+        parts = {"train": lambda: _in_time(videos, times, validation=False)}
+        if times:
+            parts["validation"] = lambda: _in_time(videos, times, validation=True)
+        return parts
     identities = {clip.identity for clips in videos for clip in clips()}
     held = identities & set(people) if people else held_out(identities, fraction)
 
@@ -63,32 +83,89 @@ def held_out(identities: set[str], fraction: float) -> set[str]:
     return set(ordered[: min(max(below, 1), len(ordered) - 1)])
 
 
-def split_in_time(
-    clip: records.Clip, fraction: float, gap: int, *, gap_before: bool = False
-) -> tuple[records.Clip, records.Clip | None]:
-    """(training part, last `fraction` of the frames for validation or None), `gap` frames apart.
+def held_times(
+    videos: Iterable[Clips], fraction: float, gap: int
+) -> dict[tuple[str, str], list[Held]]:
+    """(identity, session) -> the times that are held out: the last `fraction` of the frames of every clip.
 
-    A clip that is too short to give two frames to either side is kept for training whole.
+    Cameras of a session show the same instants, but their clips begin and end where each of them saw the face. So
+    the camera with the most frames decides, and the others do where it has nothing to hold out. A clip that is too
+    short to give two frames to either side holds out nothing.
 
     Args:
-        gap_before: the frames just before this clip were held out: keep the distance to them too.
+        gap: frames left out before and behind what is held out.
     """
-    first = gap if gap_before and len(clip) > gap + 1 else 0
-    held = round(len(clip) * fraction)
-    last = len(clip) - held - gap
-    if held < 2 or last - first < 2:
-        return _part(clip, first, len(clip)), None
-    return _part(clip, first, last), _part(clip, len(clip) - held, len(clip))
-
-
-def _in_time(videos: list[Clips], fraction: float, gap: int, which: int) -> Iterator[records.Clip]:
+    sessions: dict[tuple[str, str], dict[str, list[tuple[np.ndarray, float]]]] = {}
     for clips in videos:
-        gap_before = False  # long runs of frames are several clips, one right after the other
         for clip in clips():
-            parts = split_in_time(clip, fraction, gap, gap_before=gap_before)
-            gap_before = parts[1] is not None
-            if parts[which] is not None:
-                yield parts[which]
+            cameras = sessions.setdefault((clip.identity, clip.session), {})
+            # A copy: the array itself would keep the whole record in memory.
+            timed = clip.timestamps.astype(np.float64), clip.fps
+            cameras.setdefault(clip.camera, []).append(timed)
+    found = {}
+    for key, cameras in sessions.items():
+        ordered = sorted(
+            cameras.values(), key=lambda camera: -sum(len(times) for times, _ in camera)
+        )
+        held: list[Held] = []
+        decided: list[tuple[float, float]] = []
+        for times, fps in itertools.chain(*ordered):
+            if any(times[0] <= last and first <= times[-1] for first, last in decided):
+                continue
+            end = _end(times, fps, fraction, gap, held)
+            if end is not None:
+                held.append(end)
+                decided.append((times[0], times[-1]))
+        if held:
+            found[key] = held
+    return found
+
+
+def _end(times: np.ndarray, fps: float, fraction: float, gap: int, held: list[Held]) -> Held | None:
+    """What a clip of frames at `times` holds out, where others hold out `held`."""
+    count = round(len(times) * fraction)
+    last = len(times) - count - gap
+    if count < 2 or _trainable(times, held)[: max(last, 0)].sum() < 2:
+        return None
+    first = times[len(times) - count]
+    return Held(times[last - 1], first, times[-1], times[-1] + (gap + 0.5) / fps)
+
+
+def _trainable(times: np.ndarray, held: list[Held]) -> np.ndarray:
+    """(frames,) bool: which frames are far enough from all that is held out."""
+    far = np.ones(len(times), bool)
+    for one in held:
+        far &= (times <= one.before) | (times > one.after)
+    return far
+
+
+def _held_out(times: np.ndarray, held: list[Held]) -> np.ndarray:
+    """(frames,) bool: which frames are held out."""
+    inside = np.zeros(len(times), bool)
+    for one in held:
+        inside |= (times >= one.first) & (times <= one.last)
+    return inside
+
+
+def _in_time(
+    videos: list[Clips], held: dict[tuple[str, str], list[Held]], *, validation: bool
+) -> Iterator[records.Clip]:
+    chosen = _held_out if validation else _trainable
+    for clips in videos:
+        for clip in clips():
+            times = clip.timestamps.astype(np.float64)
+            yield from _parts(clip, chosen(times, held.get((clip.identity, clip.session), [])))
+
+
+def _parts(clip: records.Clip, chosen: np.ndarray) -> Iterator[records.Clip]:
+    """The clip whole, or each of its runs of at least two `chosen` (frames,) frames."""
+    if chosen.all():
+        yield clip
+        return
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
+    for first, last in edges.reshape(-1, 2).tolist():
+        if last - first >= 2:
+            yield _part(clip, first, last)
 
 
 def _part(clip: records.Clip, first: int, last: int) -> records.Clip:
