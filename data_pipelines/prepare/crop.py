@@ -69,8 +69,8 @@ def crop_box(boxes: np.ndarray, picture: tuple[int, int], settings: Settings) ->
         picture: width and height of the frames.
 
     Returns:
-        (4,) whole numbers x0 y0 x1 y1 in pixels. It lies inside the picture where it fits; where it is
-        larger than the picture it reaches beyond it, equally on both sides or where the face demands.
+        (4,) whole numbers x0 y0 x1 y1 in pixels. It lies inside the picture where it fits; along an axis
+        where it is larger than the picture it shows all of it, unless the face is too near to the edge.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     face = float(np.median(sides.max(axis=1)))
@@ -80,8 +80,13 @@ def crop_box(boxes: np.ndarray, picture: tuple[int, int], settings: Settings) ->
     fitting = max(settings.minimum_scale * face, needed, float(min(picture)))
     side = math.ceil(min(side, fitting))
     start = (low + high) / 2 + (0.0, settings.vertical_shift * side) - side / 2
+    for axis in range(2):
+        if (
+            side > picture[axis]
+        ):  # what is black is black; the shift must not cost real rows as well
+            start[axis] = np.clip(start[axis], picture[axis] - side, 0)
     margin = (settings.union_margin - 1) / 2 * (high - low)
-    start = np.clip(start, high + margin - side, low - margin)  # the shift must not cut a face off
+    start = np.clip(start, high + margin - side, low - margin)  # nor cut a face off
     for axis in range(2):
         if side <= picture[axis]:
             start[axis] = np.clip(start[axis], 0, picture[axis] - side)

@@ -48,6 +48,20 @@ def test_crop_shrinks_to_fit_but_not_below_the_minimum():
     assert larger[3] - larger[1] == 600 and larger[1] < 0 and larger[3] > 360
 
 
+def test_crop_larger_than_the_picture_shows_all_of_it():
+    """The shift towards the hair costs no rows, and no more is black than has to be."""
+    face = np.array([[200.0, 60, 360, 260]])
+    box = crop.crop_box(face, (640, 360), SETTINGS)
+    assert (box[1], box[3]) == (-40, 360)
+    shown = crop.extract(np.full((360, 640, 3), 255, np.uint8), box, 400)
+    assert (shown == 0).all((1, 2)).sum() == 400 - 360
+    upright = crop.crop_box(np.array([[0.0, 240, 150, 440]]), (360, 640), SETTINGS)
+    assert (upright[0], upright[2]) == (-40, 360)
+    # But for the margin beneath a face at the edge.
+    edge = crop.crop_box(np.array([[200.0, 174, 360, 360]]), (640, 360), SETTINGS)
+    assert (edge[1], edge[3]) == (1, 373)
+
+
 def test_extract_fills_outside_with_black_and_keeps_the_rest():
     image = np.random.default_rng(0).integers(1, 255, (20, 30, 3), np.uint8)
     picked = crop.extract(image, np.array([-5, 2, 15, 22]), 20)
