@@ -7,9 +7,11 @@ job goes on where it was. A process that dies (native code can) costs the video 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +28,10 @@ from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, detect, filters
 from dexportrait_jax.errors import UserError
 
-_CACHE_VERSION = 2  # raise when the same video and settings would give other clips
+# Of clips; datasets say it too. Raise it when the same video and settings would give other ones.
+# 2: pose labels are of the face as its crop shows it.
+# 3: a crop that is larger than the picture shows all of it; times held out are the same for all cameras.
+VERSION = 3
 
 _landmarker: detect.Landmarker | UserError | None = None  # of a worker process, loaded once
 
@@ -44,7 +49,7 @@ class Job:
     @functools.cached_property
     def result(self) -> Path:
         """Named after the video as it was when first asked: it may be written to, or gone, when its clips are read."""
-        parts = [_CACHE_VERSION, fingerprint(self.path), dataclasses.asdict(self.naming)]
+        parts = [VERSION, fingerprint(self.path), dataclasses.asdict(self.naming)]
         parts += [dataclasses.asdict(self.settings), self.max_frames]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
         return self.folder / f"{key}.clips"
@@ -91,14 +96,20 @@ def process(
         number = len(jobs) - len(waiting) + seen
         say(f"{number}/{len(jobs)} {job.naming.name}: {verdict.words()}{note}")
 
-    for job in _run(waiting, model, workers, tell):  # a process died: find out at which video
-        if _run([job], model, 1, tell):
-            tell(job, filters.Verdict(job.path, False, filters.FAILED, ": its process died"))
+    left = waiting
+    while left:
+        for job in _run(left, model, workers, tell):  # a process died: find out at which video
+            if _run([job], model, 1, tell):
+                tell(job, filters.Verdict(job.path, False, filters.FAILED, ": its process died"))
+        left = [job for job in left if verdicts[job] is None]
     return [verdicts[job] for job in jobs]
 
 
 def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
-    """Runs jobs on processes; returns those that were not done because a process died."""
+    """Runs jobs on processes until one of these dies; returns the jobs that were being done then.
+
+    A pool whose process died is of no more use; jobs that were not begun are left to another one.
+    """
     if not jobs:
         return []
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -109,15 +120,24 @@ def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
     )
     try:
         # The longest first, so that no core waits for one big video at the end.
-        ordered = sorted(jobs, key=lambda job: -Path(job.path).stat().st_size)
-        waiting = {pool.submit(_look_at, job): job for job in ordered}
-        broken = []
-        for future in concurrent.futures.as_completed(waiting):
-            try:
-                tell(waiting[future], future.result())
-            except BrokenProcessPool:
-                broken.append(waiting[future])
-        return broken
+        ordered = iter(sorted(jobs, key=lambda job: -Path(job.path).stat().st_size))
+        begun: dict[concurrent.futures.Future, Job] = {}
+        broken: list[Job] = []
+        while True:
+            if not broken:
+                with contextlib.suppress(BrokenProcessPool):  # it broke in between: to the next one
+                    # No more than there are processes, so that what was begun is what was being done.
+                    for job in itertools.islice(ordered, workers - len(begun)):
+                        begun[pool.submit(_look_at, job)] = job
+            if not begun:
+                return broken
+            done, _ = concurrent.futures.wait(begun, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                job = begun.pop(future)
+                try:
+                    tell(job, future.result())
+                except BrokenProcessPool:
+                    broken.append(job)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -38,6 +38,34 @@ def test_a_dying_process_costs_its_video(tmp_path, monkeypatch):
     assert len(said) == 3 and said[-1].startswith("3/3")
 
 
+def test_a_dying_process_leaves_what_was_not_begun_to_another_pool(tmp_path, monkeypatch):
+    monkeypatch.setattr(processing, "_start", no_landmarker)
+    monkeypatch.setattr(processing, "_look_at", dies_at_bert)
+    run, runs = processing._run, []
+
+    def counted(jobs, *arguments):
+        runs.append([job.naming.name for job in jobs])
+        return run(jobs, *arguments)
+
+    monkeypatch.setattr(processing, "_run", counted)
+    jobs = []
+    for name in ("anna", "bert", "carl", "dora", "emil", "fred"):
+        (tmp_path / name).write_text("long" if name == "bert" else "1")  # the longest is first
+        naming = clips.Naming.of(tmp_path / name)
+        jobs.append(processing.Job(str(tmp_path / name), naming, crop.Settings(), None, tmp_path))
+    said = []
+    verdicts = processing.process(jobs, "", 1, said.append)
+    assert [job.naming.name for job, v in zip(jobs, verdicts, strict=True) if not v.kept] == [
+        "bert"
+    ]
+    assert runs == [
+        [job.naming.name for job in jobs],
+        ["bert"],
+        ["anna", "carl", "dora", "emil", "fred"],
+    ]
+    assert len(said) == 6 and said[-1].startswith("6/6")
+
+
 def test_a_landmarker_that_cannot_be_loaded_is_no_fault_of_the_videos(tmp_path):
     (tmp_path / "broken.task").write_text("half a file")
     jobs = []
