@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from data_pipelines import dataset, files, latents, records, transforms
+from data_pipelines import dataset, files, latents, records, shard_reader, transforms
 from dexportrait_jax.errors import UserError
 
 # (n, size, size, 3) uint8 -> (n, 2, h, w, c): mean and log-variance, unscaled; what it returns may still be on its
@@ -63,8 +63,9 @@ def write(
         tell: told how many frames are done.
 
     Raises:
-        UserError: it cannot be written, or another process is at it.
+        UserError: the dataset cannot be read, `out` cannot be written, or another process is at it.
     """
+    clips_of_shards = _clips_of_shards(clips)
     with files.work_folder(out) as work, files.writing_to(out):
         path, text = work / latents.DESCRIPTION, description.as_json()
         if not path.exists() or json.loads(path.read_text()) != text:
@@ -73,7 +74,7 @@ def write(
             files.write_json(path, text)
         done = 0
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for number, numbers in enumerate(_clips_of_shards(clips)):
+            for number, numbers in enumerate(clips_of_shards):
                 shard = work / latents.shard_name(number, len(clips.paths))
                 if not shard.exists():
                     pictures = _pictures(clips, numbers, description, pool)
@@ -85,11 +86,19 @@ def write(
 
 
 def _clips_of_shards(clips: dataset.ClipDataset) -> list[range]:
-    """The clips of every shard of a split."""
-    counts = [
-        len(array_record_data_source.ArrayRecordDataSource([path])) if path.stat().st_size else 0
-        for path in clips.paths
-    ]
+    """The clips of every shard of a split; UserError where one cannot be read."""
+    try:
+        counts = [
+            len(array_record_data_source.ArrayRecordDataSource([path]))
+            if path.stat().st_size
+            else 0
+            for path in clips.paths
+        ]
+    except shard_reader.ERRORS as error:
+        raise UserError(
+            f"the dataset {clips.directory} cannot be read ({' '.join(str(error).split())}); "
+            "prepare it again with --overwrite"
+        ) from error
     edges = [0, *itertools.accumulate(counts)]
     return [range(first, last) for first, last in itertools.pairwise(edges)]
 

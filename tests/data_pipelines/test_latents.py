@@ -210,6 +210,18 @@ def test_damaged_frames_have_no_latents_and_are_replaced(tmp_path, capfd):
         np.testing.assert_array_equal(encode(one["source_image"]), other["source_latents"])
 
 
+def test_a_torn_shard_is_said_in_one_line(tmp_path):
+    directory = fixtures.make_dataset(tmp_path / "data", 2, 6, 32, validation_clips=0)
+    (shard,) = dataset.shards(directory)["train"]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(
+        UserError, match="cannot be read.*prepare it again with --overwrite"
+    ) as caught:
+        make(directory, tmp_path / "latents")
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def one_line(values, *words):
     with pytest.raises(UserError) as caught:
         loading.make_loader(values, seed=0)
