@@ -246,21 +246,27 @@ def _say_clips(shown: list[tuple[str, Any, int]], say: Say) -> list[tuple[str, A
 
 
 def _write_sheet(pictures: list[tuple[str, Any]], target: Path) -> None:
-    """One row a clip, frames evenly spaced in time, mask polygons drawn on them."""
+    """One row a clip, frames evenly spaced in time, mask polygons drawn on them; damaged ones are blank."""
     import cv2
 
+    from data_pipelines.records import RecordError
+    from data_pipelines.transforms import decode_frame
+
     cell = _SHEET_CELL
+    blank = np.zeros((cell, cell, 3), np.uint8)
     rows = []
     for caption, clip in pictures:
         frames = []
         for t in _spread(len(clip), _SHEET_FRAMES):
-            encoded = np.frombuffer(clip.frames[t], np.uint8)
-            picture = cv2.resize(cv2.imdecode(encoded, cv2.IMREAD_COLOR), (cell, cell))
+            try:
+                picture = cv2.resize(decode_frame(clip, t), (cell, cell))[..., ::-1].copy()
+            except RecordError:
+                frames.append(blank)
+                continue
             for points in clip.mask_polygons.values():
                 pixels = np.round((points[t] + 1) / 2 * cell - 0.5).astype(np.int32)
                 cv2.polylines(picture, [pixels], True, (90, 220, 90), 1, cv2.LINE_AA)
             frames.append(picture)
-        blank = np.zeros((cell, cell, 3), np.uint8)
         frames += [blank] * (_SHEET_FRAMES - len(frames))
         strip = np.full((18, cell * _SHEET_FRAMES, 3), 32, np.uint8)
         cv2.putText(

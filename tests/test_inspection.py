@@ -1,5 +1,6 @@
 """Everything the project makes can be named; everything else is one line."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inspection import run_inspect
 from dexportrait_jax.weights.exporting import export_groups
@@ -41,6 +43,19 @@ def test_dataset_in_words_and_pictures(drawn, tmp_path, capsys):
     assert picture.shape == (3 * (160 + 18), 6 * 160, 3) and picture.std() > 20
     assert "already" in _fails(drawn, out=str(sheet))
     assert ".png" in _fails(drawn, out=str(tmp_path / "sheet.txt"))
+
+
+def test_a_frame_that_is_no_picture_is_blank_in_the_sheet(tmp_path):
+    clip = fixtures.make_clip(0, 6, 64)
+    frames = [*clip.frames[:2], b"no jpeg", clip.frames[3][:500], *clip.frames[4:]]
+    clip = dataclasses.replace(clip, frames=frames)
+    directory = builder.write_dataset({"train": lambda: [clip]}, tmp_path / "data")
+    run_inspect(str(directory), str(tmp_path / "sheet.png"))
+    row = cv2.imread(str(tmp_path / "sheet.png"))[18:]
+    cells = [row[:, 160 * n : 160 * (n + 1)] for n in range(6)]
+    assert [bool(cell.any()) for cell in cells] == [True, True, False, False, True, True]
+    drawn = cv2.resize(cv2.imdecode(np.frombuffer(frames[0], np.uint8), 1), (160, 160))
+    np.testing.assert_array_equal(cells[0][:20], drawn[:20])  # above the head: blue is blue
 
 
 def test_export_is_checked(export, capsys):
