@@ -188,7 +188,11 @@ class ClipDataset:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no record {number} of {len(self)}")
         with self._lock:  # Grain reads from several threads
-            return self._get(int(number))
+            try:
+                return self._get(int(number))
+            except records.RecordError as error:
+                error.clip_id = self.index["clip_id"][number]  # its bytes may not say it
+                raise
 
     def _get(self, number: int) -> records.Clip:
         if number in self._cache:

@@ -120,7 +120,11 @@ class Examples:
             "prepare it again"
         )
 
-    def _report(self, clip: int, error: Exception) -> None:
+    def _report(self, clip: int, error: records.RecordError) -> None:
+        """Says once which record is damaged: that of `clip`, or another camera's that its example shows."""
+        ids = self.clips.index["clip_id"]
+        if error.clip_id in ids:
+            clip = ids.index(error.clip_id)
         try:
             (self.reported / str(clip)).touch(exist_ok=False)
         except FileExistsError:

@@ -118,6 +118,7 @@ class Latents:
         self._check_pictures(config)
         self._check_dataset(clips)
         self._starts = np.concatenate([[0], np.cumsum(clips.frames)])
+        self._clip_ids = clips.index["clip_id"]
         count = len(self.description.shards)
         paths = [self.directory / shard_name(number, count) for number in range(count)]
         self._records = shard_reader.ShardReader(paths)
@@ -130,15 +131,16 @@ class Latents:
             records.RecordError: it is damaged, or its picture was when it was to be encoded.
         """
         number = int(self._starts[clip] + frame) * self.description.sets + int(flip)
+        clip_id = self._clip_ids[clip]
         try:
             data = self._records[number]
         except records.RecordError as error:
-            raise records.RecordError(f"latents of {self.directory}: {error}") from error
+            raise records.RecordError(f"latents of {self.directory}: {error}", clip_id) from error
         if not data:
-            raise records.RecordError(f"{self.directory} has no latent of frame {frame}")
+            raise records.RecordError(f"{self.directory} has no latent of frame {frame}", clip_id)
         values = np.frombuffer(data, f"<{np.dtype(self.description.dtype).str[1:]}")
         if values.size != np.prod(self.description.record_shape):
-            raise records.RecordError(f"latent {number} of {self.directory} is cut short")
+            raise records.RecordError(f"latent {number} of {self.directory} is cut short", clip_id)
         return values.reshape(self.description.record_shape)
 
     def _check_pictures(self, config: Mapping[str, Any]) -> None:

@@ -59,7 +59,15 @@ _TEXTS = ("clip_id", "identity", "session", "camera", "source", "settings")
 
 
 class RecordError(ValueError):
-    """Bytes that are not a clip record."""
+    """Bytes that are not a clip record.
+
+    Attributes:
+        clip_id: which clip's they are; "" where it is not known.
+    """
+
+    def __init__(self, text: str, clip_id: str = ""):
+        super().__init__(text)
+        self.clip_id = clip_id
 
 
 @dataclasses.dataclass

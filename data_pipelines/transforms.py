@@ -95,7 +95,9 @@ def _decode(clip: records.Clip, index: int, flag: int, side: int) -> np.ndarray:
     if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     if picture is None or picture.shape[:2] != (side, side):
-        raise records.RecordError(f"clip {clip.clip_id}: frame {index} is not a whole picture")
+        raise records.RecordError(
+            f"clip {clip.clip_id}: frame {index} is not a whole picture", clip.clip_id
+        )
     return picture
 
 

@@ -12,6 +12,7 @@ from configs import animator_image, animator_video, motion
 from data_pipelines import augment, cross_view, dataset, loading, network_inputs
 from data_pipelines.cross_view import Shown
 from data_pipelines.examples import Examples
+from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
 from tests.data_pipelines.batches import assert_same, take
@@ -226,3 +227,25 @@ def test_configs_whose_figures_were_measured_without_have_none():
 def test_a_share_that_cannot_be_is_one_line(share):
     with pytest.raises(UserError, match=f"data.cross_view is {share}"):
         Examples(_config(RENDERED, cross_view=share))
+
+
+@pytest.mark.parametrize("kind", ["frames", "record"])
+def test_the_record_of_the_camera_that_is_damaged_is_the_one_that_is_named(tmp_path, capfd, kind):
+    """Not that of the clip whose turn it is, though its examples are what cannot be made."""
+
+    def clips():
+        for camera in range(3):
+            clip = fixtures.make_clip(0, 12, 32, camera=camera, session="rig")
+            if camera == 1 and kind == "frames":
+                clip = dataclasses.replace(clip, frames=[frame[:99] for frame in clip.frames])
+            yield clip
+        yield fixtures.make_clip(1, 12, 32)  # what is left to be shown
+
+    directory = builder.write_dataset({"train": clips}, tmp_path / "data")
+    if kind == "record":
+        fixtures.remove_masks(directory, keep=(0, 2, 3))
+    examples = Examples(_config(directory, cross_view=1.0))
+    for position in range(12):
+        examples(position, np.random.default_rng(position))
+    said = capfd.readouterr().err
+    assert said.count("is damaged") == 1 and "record 1 is damaged and left out" in said
