@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -180,6 +180,13 @@ def work_folder(out: Path) -> Iterator[Path]:
         with writing_to(out):
             work.mkdir(exist_ok=True)
         yield work
+
+
+def clear_work_folder(out: Path) -> None:
+    """Removes what a job that was killed at its very end left of its `work_folder`; another job's is left alone."""
+    if out.with_name(f".{out.name}.work").exists():
+        with suppress(UserError), work_folder(out) as work:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _clear_up(out: Path) -> None:

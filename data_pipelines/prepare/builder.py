@@ -105,7 +105,7 @@ def write_dataset(
     splits: Mapping[str, Callable[[], Iterable[records.Clip]]],
     out: str | Path,
     *,
-    reports: Mapping[str, str] | None = None,
+    reports: Mapping[str, str | Callable[[], str]] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes a dataset directory that `dataset` and `tfds.builder_from_directory` read.
@@ -114,7 +114,7 @@ def write_dataset(
         splits: split name -> function that yields its clips (only one clip is held at a time).
             Empty ones are left out.
         out: the directory to make.
-        reports: further text files of the directory, name -> content.
+        reports: further text files of the directory, name -> content, or what gives it once all clips are written.
         overwrite: replace a directory that is there.
 
     Raises:
@@ -131,7 +131,8 @@ def write_dataset(
             temporary.mkdir()
             directory = _prepare(splits, temporary)
             for name, content in (reports or {}).items():
-                files.write_bytes(directory / name, content.encode())
+                text = content if isinstance(content, str) else content()
+                files.write_bytes(directory / name, text.encode())
             for split in dataset.split_names(directory):
                 index, motion = dataset.build_index(directory, split)
                 text = json.dumps(index)

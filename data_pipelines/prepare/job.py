@@ -16,16 +16,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import dataset, files
+from data_pipelines import dataset, files, records
 from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, filters, processing, splits
 from dexportrait_jax.errors import UserError
 
 REPORT, MADE_WITH = "drop_report.json", "prepare.json"
+BETWEEN = "between training and validation"  # why frames are left out, with holdout="time"
+VERSION = "version"  # of the clips, in MADE_WITH; datasets made before it was written there lack it
 
 
 def run_prepare(
@@ -55,7 +57,8 @@ def run_prepare(
         face_scale: side of the crop in face boxes, before the clip's movement widens it; None for
             that of `settings`. Below their `minimum_scale` it lowers that as well.
         holdout: what validation keeps: "identity", some people chosen by a hash of their name (or
-            named, see `holdout_people`), or "time", the end of every clip.
+            named, see `holdout_people`), or "time", the end of every clip, at the same times for all
+            cameras of a session.
         holdout_fraction: how much of it.
         holdout_gap: frames left out between training and validation with holdout="time".
         holdout_people: names of the people of validation, separated by commas, in place of those
@@ -88,6 +91,7 @@ def run_prepare(
         "max_frames": max_frames,
         "identity": identity,
         "settings": dataclasses.asdict(settings),
+        VERSION: processing.VERSION,
     }
     out = Path(out).absolute()
     if not overwrite and _finished(out, made_with):
@@ -95,31 +99,31 @@ def run_prepare(
     files.check_destination(out, "faces")
     model = _landmarker(landmarker_path)
     started = time.monotonic()
+    written: collections.Counter[str] = collections.Counter()
     with files.work_folder(out) as work:
         jobs = [
             processing.Job(os.fspath(path), naming, settings, max_frames, work)
             for path, naming in zip(paths, namings, strict=True)
         ]
         verdicts = processing.process(jobs, os.fspath(model), workers or _cores(), _say)
-        summary = _funnel(verdicts)
-        _say_funnel(summary)
         kept = [job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.kept]
         if kept:
             _check_sides({job.naming.identity for job in kept}, people)
             from data_pipelines.prepare import builder  # needs TFDS, which reading does not
 
-            report = {"funnel": summary, "videos": [verdict.as_dict() for verdict in verdicts]}
+            parts = splits.split(
+                [job.clips for job in kept], holdout, holdout_fraction, holdout_gap, people
+            )
             builder.write_dataset(
-                splits.split(
-                    [job.clips for job in kept], holdout, holdout_fraction, holdout_gap, people
-                ),
+                {name: _counted(clips, written) for name, clips in parts.items()},
                 out,
                 reports={
-                    REPORT: json.dumps(report, indent=1),
+                    REPORT: lambda: _report(verdicts, written),
                     MADE_WITH: json.dumps(made_with, indent=1),
                 },
                 overwrite=True,
             )
+        _say_funnel(_funnel(verdicts, written))
         shutil.rmtree(work, ignore_errors=True)
     if not kept:
         first = verdicts[0]
@@ -194,6 +198,8 @@ def _matching(pattern: str) -> list[Path]:
 
 def _glob(pattern: str) -> set[Path]:
     home = os.path.expanduser(pattern)  # noqa: PTH111 - unlike Path's, leaves unknown users alone
+    if os.path.isfile(home):  # noqa: PTH113 - a name with brackets; unlike Path's, takes any length
+        return {Path(home)}
     matches = glob.glob(home, recursive=True)  # noqa: PTH207
     return {Path(path) for path in matches if Path(path).is_file()}
 
@@ -247,12 +253,23 @@ def _finished(out: Path, made_with: dict[str, Any]) -> bool:
         raise UserError(
             f"{out} holds something else than a dataset; choose another --out or pass --overwrite"
         ) from None
-    changed = [key for key, value in made_with.items() if before.get(key) != value]
+    changed = [
+        key for key, value in made_with.items() if key != VERSION and before.get(key) != value
+    ]
     if changed:
         raise UserError(
             f"{out} is a dataset made with other {', '.join(changed)}; "
             "choose another --out or pass --overwrite"
         )
+    if before.get(VERSION) != made_with[VERSION]:
+        made = f"version {before[VERSION]}" if VERSION in before else "an older version"
+        _say(
+            f"{out}: already prepared, {_contents(out)}, but by {made}, whose clips may differ from those of version "
+            f"{made_with[VERSION]}; it is left as it is (--overwrite makes it anew)"
+        )
+        return True
+    # Only here: of another version, it may be of a job with --overwrite that goes on.
+    files.clear_work_folder(out)
     _say(f"{out}: already prepared, {_contents(out)}; nothing to do (--overwrite makes it anew)")
     return True
 
@@ -279,20 +296,40 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _funnel(verdicts: list[filters.Verdict]) -> dict[str, Any]:
+def _counted(clips: splits.Clips, written: collections.Counter[str]) -> splits.Clips:
+    """The same clips, which are counted in `written` as they are taken."""
+
+    def counted() -> Iterator[records.Clip]:
+        for clip in clips():
+            written.update(clips=1, frames=len(clip))
+            yield clip
+
+    return counted
+
+
+def _report(verdicts: list[filters.Verdict], written: collections.Counter[str]) -> str:
+    videos = [verdict.as_dict() for verdict in verdicts]
+    return json.dumps({"funnel": _funnel(verdicts, written), "videos": videos}, indent=1)
+
+
+def _funnel(verdicts: list[filters.Verdict], written: collections.Counter[str]) -> dict[str, Any]:
+    """What became of all videos and frames; `written` are the clips and frames of the dataset."""
     reasons = collections.Counter(verdict.reason for verdict in verdicts if not verdict.kept)
     kept = [verdict for verdict in verdicts if verdict.kept]
     lost: collections.Counter[str] = collections.Counter()
     for verdict in kept:
         lost.update(verdict.dropped_frames)
+    between = sum(verdict.kept_frames for verdict in kept) - written["frames"]
+    if between:
+        lost[BETWEEN] = between
     return {
         "videos": len(verdicts),
         "videos_kept": len(kept),
         "videos_dropped": dict(reasons.most_common()),
         "frames": sum(verdict.frames for verdict in kept),
-        "frames_kept": sum(verdict.kept_frames for verdict in kept),
+        "frames_kept": written["frames"],
         "frames_dropped": dict(lost.most_common()),
-        "clips": sum(verdict.clips for verdict in kept),
+        "clips": written["clips"],
         "cuts": sum(verdict.cuts for verdict in kept),
     }
 

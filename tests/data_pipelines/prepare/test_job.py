@@ -105,7 +105,12 @@ def test_time_holdout(videos, tmp_path):
     train = dataset.ClipDataset(tmp_path / "out", "train").index
     held = dataset.ClipDataset(tmp_path / "out", "validation").index
     assert "anna-000000-000018" in train["clip_id"] and "anna-000021-000029" in held["clip_id"]
-    assert sum(train["frames"]) + sum(held["frames"]) < 68
+    written = sum(train["frames"]) + sum(held["frames"])
+    assert written < 68
+    funnel = json.loads((tmp_path / "out" / job.REPORT).read_text())["funnel"]
+    assert funnel["frames_kept"] == written and funnel["frames"] == 30 + 20 + 21
+    assert funnel["clips"] == len(train["frames"]) + len(held["frames"])
+    assert funnel["frames_dropped"] == {"no face found": 3, job.BETWEEN: 68 - written}
 
 
 def test_clips_too_short_to_hold_out_their_end(videos, tmp_path, capsys):
@@ -160,6 +165,48 @@ def test_a_second_run_says_it_is_done(videos, tmp_path, capsys, landmarker):
         _run(videos, tmp_path / "out", size=64)
     _run(videos, tmp_path / "out", size=64, overwrite=True)
     assert dataset.ClipDataset(tmp_path / "out", "train")[0].size == 64
+
+
+def test_a_dataset_of_an_older_version_is_said_to_be_one(videos, tmp_path, capsys):
+    _run(videos, tmp_path / "out")
+    path = tmp_path / "out" / job.MADE_WITH
+    made_with = json.loads(path.read_text())
+    for before, words in ((2, "by version 2"), (None, "by an older version")):
+        made_with.pop(job.VERSION)
+        path.write_text(json.dumps(made_with | ({job.VERSION: before} if before else {})))
+        made_with = made_with | {job.VERSION: before}
+        (tmp_path / ".out.work").mkdir(exist_ok=True)  # of a job with --overwrite, perhaps
+        capsys.readouterr()
+        _run(videos, tmp_path / "out")
+        (said,) = capsys.readouterr().out.splitlines()
+        assert words in said and "already prepared" in said and "--overwrite" in said
+        assert (tmp_path / ".out.work").exists()
+    _run(videos, tmp_path / "out", overwrite=True)
+    capsys.readouterr()
+    _run(videos, tmp_path / "out")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_a_job_killed_at_its_very_end_left_is_cleared_up(videos, tmp_path, capsys):
+    _run(videos, tmp_path / "out")
+    left = tmp_path / ".out.work"
+    left.mkdir()
+    (left / "0123.clips").write_text("as large as the dataset")
+    with files.alone_at(tmp_path / "out"):  # another job is at work
+        _run(videos, tmp_path / "out")
+        assert left.exists()
+    _run(videos, tmp_path / "out")
+    assert capsys.readouterr().out.count("already prepared") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
+
+
+def test_a_name_with_brackets_is_found(videos, tmp_path):
+    (videos / "anna.mp4").rename(videos / "talk [id],1.mp4")
+    job.run_prepare(
+        f"{videos}/talk [id],1.mp4", tmp_path / "out", size=48, settings=SETTINGS,
+        landmarker_path=tmp_path / "model",
+    )  # fmt: skip
+    assert dataset.ClipDataset(tmp_path / "out", "train").index["identity"] == ["talk [id],1"]
 
 
 def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkeypatch):
