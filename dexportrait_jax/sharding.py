@@ -92,16 +92,10 @@ def make_mesh(
     # An axis may take a part of a row or column of chips. JAX's own make_mesh lets it on v5e alone, and then a row of
     # 16 cannot be 2 x 8.
     part = {"devices": devices, "allow_split_physical_axes": True}
-    try:
-        if slices == 1:
-            placed = mesh_utils.create_device_mesh(inside, **part)
-        else:
-            placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), **part)
-    except (NotImplementedError, ValueError) as error:
-        wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(
-            f"config.mesh ({wanted}) cannot be laid over these {len(devices)} chips; choose axes that are powers of two"
-        ) from error
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(inside, **part)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), **part)
     return Mesh(placed, AXES, axis_types=automatic)
 
 

@@ -240,7 +240,7 @@ TABLE = [
         Choice("4.7", stage, f"optim.denoise.{name}", value, (other,), traces.optimizer)
         for stage in (IMAGE, VIDEO)
         for name, value, other in (
-            ("name", "adamw", "adam"),
+            ("name", "adamw", "muon"),
             ("learning_rate", 1e-5, 1e-4),
             ("b1", 0.9, 0.5),
             ("b2", 0.999, 0.99),

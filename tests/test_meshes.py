@@ -105,15 +105,6 @@ def test_every_mesh_can_be_laid_over_its_chips(stage, where):
     assert np.all(parts == parts[:, :1, :1, :1]) and np.all(np.diff(parts[:, 0, 0, 0]) >= 0)
 
 
-def test_a_mesh_that_no_chips_can_be_laid_under():
-    """Six rows of chips in a grid of four columns."""
-    config = configs.load_config("configs/motion.py:full", ["mesh.data=3", "mesh.fsdp=8"])
-    with pytest.raises(
-        UserError, match=r"mesh \(data=3, fsdp=8, .*\) cannot be laid over these 24"
-    ):
-        sharding.make_mesh(config.mesh, [*devices_of("v6e:4x4"), *devices_of("v6e:2x4")])
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("where", SLICES)
 def test_every_slice_shares_the_batch(stage, where):
