@@ -96,21 +96,6 @@ def check_destination(path: str | os.PathLike, example: str) -> None:
 
 
 @contextmanager
-def staged(path: Path, data: bytes) -> Iterator[None]:
-    """Writes a file under a temporary name, and renames it once the block has ended without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def staged_stream(path: Path) -> Iterator[BinaryIO]:
     """A file to write piece by piece under a temporary name, renamed once the block has ended without error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -122,6 +107,16 @@ def staged_stream(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(path: Path, data: bytes) -> Iterator[None]:
+    """Writes a file under a temporary name, and renames it once the block has ended without error."""
+    with staged_stream(path) as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())  # a disk that is full says so before the block and not after it
+        yield
 
 
 def write_bytes(path: Path, data: bytes) -> None:
