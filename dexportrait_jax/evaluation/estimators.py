@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 
 from data_pipelines.prepare import masks
 from data_pipelines.prepare.detect import Landmarker
-from data_pipelines.prepare.head_pose import euler_degrees, rotation_from_transform
+from data_pipelines.prepare.head_pose import euler_degrees, rotation_as_seen
 from data_pipelines.records import BLENDSHAPES
 from dexportrait_jax import assets
 from dexportrait_jax.face_clips import enlarge
@@ -107,10 +107,14 @@ def open_estimator(estimator: FaceEstimator | None = None) -> Iterator[FaceEstim
 
 
 def read_face(landmarker: Landmarker, picture: UInt8[np.ndarray, "n n 3"]) -> Estimate | None:
-    """The largest face of a square picture by MediaPipe; None where it finds none."""
+    """The largest face of a square picture by MediaPipe; None where it finds none.
+
+    Its angles are read as those of the dataset are, wherever in the picture the face is.
+    """
     found = landmarker.detect(enlarge(picture))
     if not found:
         return None
-    rotation = rotation_from_transform(found[0].transform)
-    opened = openings(masks.polygons(found[0].landmarks[None]))[0]
+    landmarks = found[0].landmarks[None]
+    (rotation,) = rotation_as_seen(landmarks, found[0].transform[None])
+    opened = openings(masks.polygons(landmarks))[0]
     return Estimate(euler_degrees(rotation), found[0].blendshapes[MOVING], opened)
