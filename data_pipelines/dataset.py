@@ -22,6 +22,7 @@ from array_record.python import array_record_data_source
 from data_pipelines import background, files, records, shard_reader
 from dexportrait_jax.errors import UserError
 
+INFO, NAME = "dataset_info.json", "portrait_clips"  # where TFDS says what a dataset is, and ours
 _ENDS = 1 << 16  # bytes of a shard that its fingerprint looks at, at both ends
 _SHARD = re.compile(r".+-(?P<split>[A-Za-z0-9_]+)\.array_record(-\d+-of-\d+)?")
 
@@ -46,6 +47,14 @@ def shards(directory: str | Path) -> dict[str, list[Path]]:
 
 def split_names(directory: str | Path) -> list[str]:
     return list(shards(directory))
+
+
+def is_dataset(directory: Path) -> bool:
+    """Whether a folder is a dataset that `prepare`, `render` or `builder.write_dataset` made."""
+    try:
+        return json.loads((directory / INFO).read_text())["name"] == NAME
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def available_splits(path: str | Path) -> list[str]:

@@ -7,8 +7,10 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +29,8 @@ _WORDS = {
     errno.EFBIG: ("the file grew larger than the system allows", "choose another folder"),
     errno.EMFILE: ("too many files are open", "raise `ulimit -n`"),
 }
+# What flock says where the file system has no locks: buckets that are mounted, NFS without its lock service.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def explain(error: BaseException, path: str | os.PathLike) -> UserError | None:
@@ -73,6 +77,38 @@ def check_writable(path: str | os.PathLike) -> None:
         )
 
 
+def already_there(out: Path, what: str, is_one: Callable[[Path], bool]) -> bool:
+    """Whether `out` holds a finished directory of ours, which `--overwrite` may replace.
+
+    What a killed job left of it is cleared up before it is looked at, see `alone_at`.
+
+    Args:
+        out: what --out names.
+        what: what it should be, with its article, such as "a dataset".
+        is_one: whether a directory is one.
+
+    Returns:
+        False where there is nothing, or an empty folder.
+
+    Raises:
+        UserError: anything else is there. It is somebody's, and never replaced.
+    """
+    place = out.resolve()  # what is written; `gone/../out` is not there as long as `gone` is not
+    if any(_left_by_killed_jobs(place)):
+        with suppress(UserError), alone_at(place):  # another job's is left alone
+            pass
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{out} is a file and not a folder; choose another --out")
+    with writing_to(out):
+        names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+        if names and not is_one(place):
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise UserError(
+                f"{out} holds something else than {what} ({listed}), which is left as it is; give an empty or new --out"
+            )
+    return bool(names)
+
+
 def check_destination(path: str | os.PathLike, example: str) -> None:
     """UserError, before any work is done, where a finished directory could not be put at `path` at the end.
 
@@ -82,6 +118,7 @@ def check_destination(path: str | os.PathLike, example: str) -> None:
     """
     place, here = Path(path).resolve(), Path.cwd()
     fixed = {
+        "a link": Path(path).is_symlink(),
         "the folder you are in": place == here,
         "above the folder you are in": place in here.parents,
         "a mounted disk": place.is_mount(),
@@ -93,6 +130,11 @@ def check_destination(path: str | os.PathLike, example: str) -> None:
                 f"--out={Path(path) / example}"
             )
     check_writable(path)
+
+
+def hidden_name(path: Path, kind: str) -> Path:
+    """A name beside `path` that no other process takes, on this host or on another that shares the disk."""
+    return path.with_name(f".{path.name}.{kind}-{secrets.token_hex(4)}")
 
 
 @contextmanager
@@ -131,8 +173,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_directory(temporary: Path, final: Path) -> None:
-    """Puts a finished directory in place; an older one is moved aside first, removed last."""
-    aside = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+    """Puts a finished directory in place; an older one is moved aside first, removed last.
+
+    A process that is killed in between leaves it aside, where `alone_at` finds it.
+    """
+    aside = hidden_name(final, "replaced")
     if final.exists():
         final.rename(aside)
     try:
@@ -141,14 +186,41 @@ def replace_directory(temporary: Path, final: Path) -> None:
         if aside.exists():
             aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        # Under another name first, or half of it could be taken for one to be put back.
+        removed = hidden_name(final, "incomplete")
+        aside.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A folder to fill, by this process alone, that takes the place of `out` once the block has ended without error.
+
+    Until then what is at `out` stays as it is; after an error nothing else is left.
+
+    Raises:
+        UserError: it cannot be written, or another process is at it.
+    """
+    temporary = hidden_name(out, "incomplete")
+    with alone_at(out), writing_to(out):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            replace_directory(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def alone_at(out: Path) -> Iterator[None]:
     """This process alone makes `out` inside: two would spoil each other's work.
 
-    What a killed job left of `out` itself is cleared up.
+    What a killed job left of `out` itself is cleared up, and told on stderr: what it had moved aside and not replaced
+    is put back. Where files cannot be locked that is a warning, and nothing is cleared up: it may be another job's.
 
     Raises:
         UserError: it cannot be written, or another process is at it.
@@ -158,12 +230,22 @@ def alone_at(out: Path) -> Iterator[None]:
         with writing_to(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             stream = stack.enter_context(lock.open("w"))
+            locked = True
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another job is making {out} right now; wait for it") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                locked = False
+                _note(
+                    f"warning: {out} lies where files cannot be locked ({error.strerror}); nothing keeps a second job "
+                    "from making it too"
+                )
             stack.callback(lock.unlink, missing_ok=True)
-            _clear_up(out)
+            if locked:
+                _clear_up(out)
         yield
 
 
@@ -184,12 +266,30 @@ def clear_work_folder(out: Path) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def _left_by_killed_jobs(out: Path) -> Iterator[Path]:
+    for kind in ("replaced", "incomplete"):
+        yield from out.parent.glob(f".{glob.escape(out.name)}.{kind}-*")
+
+
 def _clear_up(out: Path) -> None:
     """Removes what a killed job left; what it had moved aside and not replaced is put back."""
-    for aside in out.parent.glob(f".{glob.escape(out.name)}.replaced-*"):
-        if out.exists():
-            shutil.rmtree(aside)
+    # The newest first: it is the one to put back.
+    left = sorted(_left_by_killed_jobs(out), key=lambda path: path.lstat().st_mtime, reverse=True)
+    for path in left:
+        if ".replaced-" in path.name.removeprefix(f".{out.name}") and _empty(out):
+            if out.exists():
+                out.rmdir()
+            path.rename(out)
+            _note(f"note: put back {out}, which a killed job had moved aside to replace it")
         else:
-            aside.rename(out)
-    for unfinished in out.parent.glob(f".{glob.escape(out.name)}.incomplete-*"):
-        shutil.rmtree(unfinished)
+            remove = Path.unlink if path.is_symlink() else shutil.rmtree
+            remove(path)
+            _note(f"note: removed {path.name}, which a killed job had left beside {out}")
+
+
+def _empty(place: Path) -> bool:
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

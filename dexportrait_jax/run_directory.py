@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import secrets
@@ -21,14 +20,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from data_pipelines.files import write_json, writing_to
+from data_pipelines.files import NO_LOCKS, write_json, writing_to
 from dexportrait_jax import checkpoint, distributed, environment, metrics
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 
-# What flock says where the file system has no locks: buckets that are mounted, NFS without its lock service.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that

@@ -115,19 +115,18 @@ def write_dataset(
             Empty ones are left out.
         out: the directory to make.
         reports: further text files of the directory, name -> content, or what gives it once all clips are written.
-        overwrite: replace a directory that is there.
+        overwrite: replace a dataset that is there.
 
     Raises:
-        UserError: `out` is there already, or cannot be written.
+        UserError: `out` is there already, is no dataset, or cannot be written.
     """
     out = Path(out).absolute()
-    if out.exists() and not overwrite:
+    if files.already_there(out, "a dataset", dataset.is_dataset) and not overwrite:
         raise UserError(f"{out} exists already; choose another --out or pass --overwrite")
-    temporary = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
+    temporary = files.hidden_name(out, "incomplete")
     try:
         with files.writing_to(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             directory = _prepare(splits, temporary)
             for name, content in (reports or {}).items():

@@ -94,7 +94,7 @@ def run_prepare(
         VERSION: processing.VERSION,
     }
     out = Path(out).absolute()
-    if not overwrite and _finished(out, made_with):
+    if _finished(out, made_with, overwrite):
         return
     files.check_destination(out, "faces")
     model = _landmarker(landmarker_path)
@@ -241,17 +241,16 @@ def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]
     return namings
 
 
-def _finished(out: Path, made_with: dict[str, Any]) -> bool:
-    """Whether the very dataset is there already; anything else in its place is an error."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the very dataset is there already; UserError where anything else is that may not be replaced."""
+    if not files.already_there(out, "a dataset", dataset.is_dataset) or overwrite:
         return False
-    if not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --out")
     try:
         before = json.loads((out / MADE_WITH).read_text())
     except (OSError, ValueError):
         raise UserError(
-            f"{out} holds something else than a dataset; choose another --out or pass --overwrite"
+            f"{out} is a dataset that `prepare` did not make, or whose {MADE_WITH} is damaged; "
+            "choose another --out or pass --overwrite"
         ) from None
     changed = [
         key for key, value in made_with.items() if key != VERSION and before.get(key) != value

@@ -29,10 +29,8 @@ Encode = Callable[[np.ndarray], "np.ndarray"]
 
 def finished(out: Path, description: latents.Description, overwrite: bool) -> bool:
     """Whether these very latents are there already; UserError where anything else is that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not files.already_there(out, "latents", _are_latents):
         return False
-    if not (out / latents.DESCRIPTION).is_file():
-        raise UserError(f"{out} holds something else than latents; choose another --out")
     if not overwrite:
         before = latents.read_description(out).as_json()
         now = description.as_json()
@@ -43,6 +41,10 @@ def finished(out: Path, description: latents.Description, overwrite: bool) -> bo
                 f"{out} holds latents made with other {', '.join(changed)}; choose another --out or pass --overwrite"
             )
     return not overwrite
+
+
+def _are_latents(directory: Path) -> bool:
+    return (directory / latents.DESCRIPTION).is_file()
 
 
 def write(

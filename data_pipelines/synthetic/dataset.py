@@ -15,7 +15,7 @@ from typing import TextIO
 
 import cv2
 
-from data_pipelines import background, files, records
+from data_pipelines import background, dataset, files, records
 from data_pipelines.prepare import crop
 from data_pipelines.synthetic import source
 from data_pipelines.workers import live_with_the_parent
@@ -65,7 +65,7 @@ def run_render(
         raise UserError(f"--workers is {workers}; it must be at least 1")
     out = Path(out).absolute()
     made_with = json.dumps(plan.made_with, indent=1)
-    if not overwrite and _finished(out, made_with):
+    if _finished(out, made_with, overwrite):
         return
     files.check_destination(out, "heads")
     from data_pipelines.prepare import builder  # needs TFDS, which reading does not
@@ -91,16 +91,18 @@ def run_render(
     )
 
 
-def _finished(out: Path, made_with: str) -> bool:
-    """Whether the very dataset is there already; anything else in its place is an error."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _finished(out: Path, made_with: str, overwrite: bool) -> bool:
+    """Whether the very dataset is there already; UserError where anything else is that may not be replaced."""
+    if not files.already_there(out, "a dataset", dataset.is_dataset) or overwrite:
         return False
     try:
         same = (out / MADE_WITH).read_text() == made_with
     except OSError:
         same = False
     if not same:
-        raise UserError(f"{out} exists already; choose another --out or pass --overwrite")
+        raise UserError(
+            f"{out} is another dataset than this; choose another --out or pass --overwrite"
+        )
     _say(f"{out}: already rendered; nothing to do (--overwrite makes it anew)")
     return True
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.files import check_destination, replace_directory, writing_to
+from data_pipelines import files
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation.grid import Grid, draw_grid
 from dexportrait_jax.evaluation.report import (
@@ -67,19 +65,13 @@ class Findings:
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
     """Raises UserError, before any work is done, unless an evaluation may and can be written at ``out``."""
-    place = out.resolve()  # what is written; `gone/../out` is not there as long as `gone` is not
-    if out.is_symlink() or (place.exists() and not place.is_dir()):
-        raise UserError(f"--out={out} is there and is not a directory; give another")
-    if place.exists() and any(place.iterdir()):
-        if not (place / RESULT).is_file():
-            raise UserError(
-                f"--out={out} holds something that is no evaluation; give a new directory"
-            )
-        if not overwrite:
-            raise UserError(
-                f"--out={out} holds an evaluation already; add --overwrite to replace it"
-            )
-    check_destination(out, "evaluation")
+    if files.already_there(out, "an evaluation", _is_evaluation) and not overwrite:
+        raise UserError(f"--out={out} holds an evaluation already; add --overwrite to replace it")
+    files.check_destination(out, "evaluation")
+
+
+def _is_evaluation(directory: Path) -> bool:
+    return all((directory / name).is_file() for name in (RESULT, REPORT))
 
 
 def write_results(out: Path, about: Mapping[str, Any], found: Findings) -> dict[str, Any]:
@@ -89,19 +81,12 @@ def write_results(out: Path, about: Mapping[str, Any], found: Findings) -> dict[
     """
     grids = {name: grid.described() for name, grid in found.grids.items()}
     result = {**about, **found.values, **({"grids": grids} if grids else {}), "items": found.items}
-    with writing_to(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            (temporary / RESULT).write_text(json.dumps(result, indent=2) + "\n")
-            write_png(temporary / SAMPLES, sample_grid(found.rows))
-            for name, grid in found.grids.items():
-                write_png(temporary / f"{name}.png", draw_grid(grid))
-            write_report(temporary / REPORT, _page(temporary, result, found))
-            temporary.chmod(0o755)
-            replace_directory(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with files.whole_directory(out) as directory:
+        (directory / RESULT).write_text(json.dumps(result, indent=2) + "\n")
+        write_png(directory / SAMPLES, sample_grid(found.rows))
+        for name, grid in found.grids.items():
+            write_png(directory / f"{name}.png", draw_grid(grid))
+        write_report(directory / REPORT, _page(directory, result, found))
     return result
 
 

@@ -14,9 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +90,7 @@ def _export(
     lacking = sorted({"stage", "config", "step", "ema", "crop"} - set(model))
     if lacking:
         raise ValueError(f"the description of an export lacks {', '.join(lacking)}")
-    with _written_whole(out) as directory:
+    with files.whole_directory(out) as directory:
         described = {}
         for name in groups:
             file = directory / f"{name}.safetensors"
@@ -140,43 +138,23 @@ def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bo
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
     """Raise UserError, before any work is done, unless an export may and can be written at ``out``."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out} is there and is not a directory; give another --out")
-    if out.exists() and any(out.iterdir()):
-        if not (out / DESCRIPTION).is_file():
-            raise UserError(
-                f"{out} holds something that is not an export; give an empty or new --out"
-            )
-        if not overwrite:
-            raise UserError(
-                f"{out} already holds an export; add --overwrite, or give another --out"
-            )
+    if files.already_there(out, "an export", _is_export) and not overwrite:
+        raise UserError(f"{out} already holds an export; add --overwrite, or give another --out")
     files.check_destination(out, "export")
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        described = json.loads((directory / DESCRIPTION).read_text(encoding="utf-8"))
+        return described["format"].startswith(FORMAT.rstrip("0123456789"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of ``out`` when all went well, else vanishes."""
-    temporary = None
-    try:
-        with files.writing_to(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            yield temporary
-            for file in temporary.iterdir():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            temporary.chmod(0o777 & ~_umask())
-            files.replace_directory(temporary, out)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _crop_settings(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -195,12 +173,6 @@ def _crop_settings(config: dict[str, Any]) -> dict[str, Any] | None:
     # What is true of a rendered clip's frames is no constant of its crop.
     settings = {name: value for name, value in clip.settings.items() if name != "synthetic"}
     return settings | {"size": clip.size}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _versions() -> dict[str, str]:

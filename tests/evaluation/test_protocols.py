@@ -398,9 +398,12 @@ def test_refusals(dataset, model, tmp_path):
     assert not out.exists()
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="no evaluation"):
+    with pytest.raises(UserError, match="something else than an evaluation"):
         run(dataset, out, "self", overwrite=True)
     (out / "thesis.txt").rename(out / "metrics.json")
+    with pytest.raises(UserError, match="something else than an evaluation"):
+        run(dataset, out, "self", overwrite=True)  # other programs write one too
+    (out / "report.html").write_text("mine")
     with pytest.raises(UserError, match="--overwrite"):
         run(dataset, out, "self")
     assert (out / "metrics.json").read_text() == "mine"
@@ -424,8 +427,8 @@ def test_an_out_that_cannot_be_written_is_found_before_measuring(
         (".", "--out=. is the folder you are in.* such as --out=evaluation"),
         (here, "is the folder you are in"),
         ("new/..", "is the folder you are in"),
-        ("..", "no evaluation"),
-        (tmp_path / "new" / ".." / "mine", "no evaluation"),
+        ("..", "something else than an evaluation"),
+        (tmp_path / "new" / ".." / "mine", "something else than an evaluation"),
     ):
         with pytest.raises(UserError, match=message) as error:
             run(dataset, out, "self", overwrite=True)

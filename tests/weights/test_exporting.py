@@ -1,5 +1,6 @@
 """What an export directory holds, and that writing one is all or nothing."""
 
+import errno
 import json
 import os
 
@@ -87,11 +88,46 @@ def test_an_export_is_replaced_only_on_request(tmp_path):
 def test_other_peoples_directories_and_files_are_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.json").write_text('{"format": "layers-model"}')
     (tmp_path / "file").write_text("x")
-    for name in ("photos", "file"):
-        with pytest.raises(UserError):
+    for name, words in (("photos", r"\(a\.jpg\)"), ("theirs", "model.json"), ("file", "a file")):
+        with pytest.raises(UserError, match=words) as caught:
             export_groups(tmp_path / name, MODEL, _groups(), overwrite=True)
+        assert "--overwrite" not in str(caught.value)
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
+    assert (tmp_path / "theirs" / "model.json").exists()
+
+
+def test_an_export_that_a_killed_job_had_moved_aside_is_put_back(tmp_path, capsys):
+    """Killed between the two renames it is the only whole one, and nothing is at its place."""
+    out = export_groups(tmp_path / "export", MODEL, _groups())
+    whole = (out / "model.json").read_bytes()
+    out.rename(tmp_path / ".export.replaced-7")
+    (tmp_path / ".export.incomplete-7").mkdir()
+    with pytest.raises(UserError, match="already holds an export; add --overwrite"):
+        run_export(tmp_path / "no_such_run", out)
+    said = capsys.readouterr().err
+    assert f"put back {out}" in said and "removed .export.incomplete-7" in said
+    assert (out / "model.json").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    out.rename(tmp_path / ".export.replaced-7")
+    export_groups(out, {**MODEL, "step": 8}, _groups(6), overwrite=True)
+    assert json.loads((out / "model.json").read_text())["step"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_where_files_cannot_be_locked_an_export_is_written_and_nothing_cleared_up(
+    tmp_path, monkeypatch, capsys
+):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    (tmp_path / ".export.incomplete-7").mkdir()
+    export_groups(tmp_path / "export", MODEL, _groups())
+    assert "files cannot be locked" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"export", ".export.incomplete-7"}
 
 
 def test_a_failure_leaves_nothing_behind_and_the_old_export_whole(tmp_path, monkeypatch):
@@ -127,7 +163,7 @@ def test_an_out_that_cannot_be_written_is_found_before_any_work(tmp_path, monkey
         (".", "--out=. is the folder you are in.* such as --out=export"),
         (here, "is the folder you are in"),
         ("new/..", "is the folder you are in"),
-        ("..", "something that is not an export"),
+        ("..", "something else than an export"),
     ):
         for refused in (
             lambda out: run_export("no_such_run", out, overwrite=True),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import dataset, files, records, video
-from data_pipelines.prepare import clips, crop, job, processing
+from data_pipelines.prepare import builder, clips, crop, job, processing
 from data_pipelines.synthetic.dataset import run_render
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
@@ -235,9 +235,9 @@ def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkey
 def test_what_a_killed_job_left_is_cleared_up(videos, tmp_path):
     (tmp_path / ".out.incomplete-1").mkdir()
     (tmp_path / ".out.replaced-1").mkdir()
-    (tmp_path / ".out.replaced-1" / "old").write_text("the dataset that was to be replaced")
+    (tmp_path / ".out.replaced-1" / dataset.INFO).write_text('{"name": "portrait_clips"}')
     with files.work_folder(tmp_path / "out"):
-        assert (tmp_path / "out" / "old").exists()
+        assert (tmp_path / "out" / dataset.INFO).exists()
     (tmp_path / ".out.replaced-1").mkdir()
     _run(videos, tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
@@ -418,6 +418,60 @@ def test_videos_of_one_name_stay_apart(videos, tmp_path):
     assert len(set(index["clip_id"])) == 2 and set(index["identity"]) == {"anna"}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_dataset_is_left_alone(videos, tmp_path, overwrite):
+    """Neither job that makes datasets replaces it, or says how it could be replaced."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg", "prepare.json", "render.json"):
+        (photos / name).write_text("{}")
+    options = {"overwrite": overwrite}
+    for make in (
+        lambda: _run(videos, photos, **options),
+        lambda: run_render(photos, identities=1, frames=1, size=32, workers=1, **options),
+        lambda: builder.write_dataset({}, photos, **options),
+    ):
+        with pytest.raises(UserError, match="something else than a dataset") as caught:
+            make()
+        assert "(a.jpg, b.jpg, c.jpg and 2 more)" in str(caught.value)
+        assert "--overwrite" not in str(caught.value)
+    assert len(list(photos.iterdir())) == 5
+
+
+def test_a_dataset_of_the_other_job_is_replaced_on_request(videos, tmp_path):
+    plan = {"identities": 1, "frames": 1, "size": 32, "holdout_fraction": 0.0, "workers": 1}
+    run_render(tmp_path / "out", **plan)
+    with pytest.raises(UserError, match="`prepare` did not make.*--overwrite"):
+        _run(videos, tmp_path / "out")
+    _run(videos, tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match="another dataset than this.*--overwrite"):
+        run_render(tmp_path / "out", **plan)
+
+
+def test_a_link_is_not_replaced(videos, tmp_path):
+    _run(videos, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    _run(videos, tmp_path / "link")  # which is there already
+    with pytest.raises(UserError, match="link is a link, .* such as .*link/faces"):
+        _run(videos, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_dataset_that_a_killed_job_had_moved_aside_is_not_replaced_unasked(
+    videos, tmp_path, capsys
+):
+    _run(videos, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced-7")
+    (tmp_path / "out").mkdir()  # by whoever looked for it
+    (tmp_path / ".out.replaced-6").mkdir()  # of an older one
+    os.utime(tmp_path / ".out.replaced-6", (1, 1))
+    _run(videos, tmp_path / "out")
+    said = capsys.readouterr()
+    assert "already prepared" in said.out
+    assert "note: put back" in said.err and "removed .out.replaced-6" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
+
+
 def test_two_jobs_for_one_dataset(videos, tmp_path):
     with files.work_folder(tmp_path / "out"), pytest.raises(UserError, match="another job"):
         _run(videos, tmp_path / "out")
@@ -427,7 +481,7 @@ def test_the_folder_one_is_in_cannot_be_replaced(videos, tmp_path, monkeypatch):
     """By neither job that makes a dataset."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for out, message in ((".", "is the folder you are in.* such as"), ("..", "above the folder")):
+    for out, message in ((".", "is the folder you are in.* such as"), ("..", "something else")):
         with pytest.raises(UserError, match=message):
             _run(videos, out, overwrite=True)
         with pytest.raises(UserError, match=message):
