@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -63,7 +64,9 @@ def read_frames(
 
     Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, and
     times are those of the file, so a variable rate is told truthfully. A file that is damaged in
-    the middle, or cut off, ends there, and `on_damage` is told so in words.
+    the middle, or cut off, ends there, and `on_damage` is told so in words. That it is cut off is known by the
+    number of frames or the duration in its header, or by a last frame that is not whole: not of a stream that was
+    recorded without either (live Matroska, MPEG-TS), nor of a fragmented MP4 that ends with a fragment.
 
     Raises:
         UserError: it is missing, not a video, or not one frame can be decoded.
@@ -72,19 +75,21 @@ def read_frames(
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate, aspect = _rate(stream), stream.sample_aspect_ratio
-        number, first, last, end = 0, None, -1.0, 0.0
+        number, first, last, end, torn = 0, None, -1.0, 0.0, False
         try:
-            for frame in container.decode(stream):
-                if max_frames is not None and number >= max_frames:
-                    return
-                time = frame.time if frame.time is not None else number / rate
-                first, end = time if first is None else first, time
-                time = time - first
-                if time <= last:  # some files repeat or drop time stamps
-                    time = last + 1 / rate
-                last = time
-                yield Frame(_upright(frame, aspect), time)
-                number += 1
+            for packet in container.demux(stream):
+                torn = packet.is_corrupt or torn and packet.size == 0  # the one at the end is empty
+                for frame in packet.decode():
+                    if max_frames is not None and number >= max_frames:
+                        return
+                    time = frame.time if frame.time is not None else number / rate
+                    first, end = time if first is None else first, max(time, end)
+                    time = time - first
+                    if time <= last:  # some files repeat or drop time stamps
+                        time = last + 1 / rate
+                    last = time
+                    yield Frame(_upright(frame, aspect), time)
+                    number += 1
         except av.error.FFmpegError as error:
             if number == 0:
                 raise _undecodable(path, error) from error
@@ -93,10 +98,9 @@ def read_frames(
         else:
             if number == 0:
                 raise UserError(f"{path} holds no video frames")
-            if on_damage is not None and number != max_frames and _cut_off(stream, number, end):
-                on_damage(
-                    f"the file is cut off after frame {number - 1}: its header tells of {stream.frames} frames"
-                )
+            why = _cut_off(stream, number, end) or ("its last frame is not whole" if torn else "")
+            if on_damage is not None and number != max_frames and why:
+                on_damage(f"the file is cut off after frame {number - 1}: {why}")
 
 
 def read_frame(path: str | os.PathLike, number: int) -> np.ndarray:
@@ -296,17 +300,41 @@ def _open(path: str | os.PathLike):
     return container
 
 
-def _cut_off(stream, number: int, end: float) -> bool:
-    """Whether the header tells of more than the ``number`` frames that came, the last of them at ``end`` seconds.
+def _cut_off(stream, number: int, end: float) -> str:
+    """What the header tells of beyond ``number`` frames, the last of them at ``end`` seconds, in words; "" if nothing.
 
-    It must tell of frames and of time: what an edit list hides is counted, but takes no time.
+    Where there can be an edit list it must tell of frames and of time: what the list hides is counted, but takes no
+    time. Where it does not count the frames, or only those of a first fragment, time must do.
     """
-    if stream.frames - number <= SLACK:
-        return False
-    if stream.duration is None:
-        return True
-    promised = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
-    return (promised - end) * _rate(stream) > 1 + SLACK  # the last frame takes its time, too
+    lacking = stream.frames - number
+    if 0 <= lacking <= SLACK:
+        return ""
+    promised = _promised_end(stream, counted=lacking > 0)
+    # The last frame takes its time, too.
+    late = promised is not None and (promised - end) * _rate(stream) > 1 + SLACK
+    if lacking > 0:
+        edited = "mov" in stream.container.format.name.split(",") and promised is not None
+        return "" if edited and not late else f"its header tells of {stream.frames} frames"
+    return f"its header tells of {promised:.2f} seconds" if late else ""
+
+
+def _promised_end(stream, counted: bool) -> float | None:
+    """When the last frame ends by the header, in seconds as of frames' times; None where it does not tell."""
+    if stream.duration is not None:
+        # Of fragments FFmpeg tells the time where the last one ends, and not how long they take together.
+        start = (stream.start_time or 0) if counted else 0
+        return float((start + stream.duration) * stream.time_base)
+    # Only Matroska has tags of a stream, and the duration of all beside them, which is right after a cut, too.
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    whole = stream.container.duration
+    if whole is None:
+        return None
+    if tag:
+        hours, minutes, seconds = map(float, tag.groups())
+        return min(3600 * hours + 60 * minutes + seconds, whole / av.time_base)
+    # Of several streams another may be the longest; with a bit rate it may be reckoned from the file's size.
+    alone = len(stream.container.streams) == 1 and not stream.codec_context.bit_rate
+    return whole / av.time_base if alone else None
 
 
 def _undecodable(path: str | os.PathLike, error: av.error.FFmpegError) -> UserError:

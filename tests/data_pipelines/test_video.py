@@ -156,6 +156,75 @@ def test_max_frames_and_damage(tmp_path):
     assert not said  # all that was asked for is there
 
 
+def _noise_file(path, codec, options, sound):
+    """60 frames of noise in groups of 10, and so many seconds of silence; where the bytes of each packet end."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.gop_size = 10
+        if sound:
+            silence = container.add_stream("aac", rate=16000)
+        for image in np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+        if sound:
+            samples = np.zeros((1, int(16000 * sound)), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(silence.encode(frame))
+            container.mux(silence.encode())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        return sorted(packet.pos + packet.size for packet in packets)
+
+
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "sound", "words"),
+    [
+        ("a.mkv", "libx264", {}, 0, "2.40 seconds"),
+        ("sound.mkv", "libx264", {}, 6, "2.40 seconds"),
+        ("a.webm", "libvpx", {}, 0, "2.40 seconds"),
+        ("a.mp4", "libx264", FRAGMENTS, 0, "1.44 seconds"),
+        ("sound.mp4", "libx264", FRAGMENTS, 6, "1.44 seconds"),
+        ("first_counted.mp4", "libx264", {"movflags": "frag_keyframe"}, 0, "1.44 seconds"),
+        ("index.mp4", "libx264", {"movflags": "dash+frag_keyframe+global_sidx"}, 0, "2.48 seconds"),
+        ("a.flv", "flv1", {}, 0, "2.40 seconds"),
+        ("a.avi", "libx264", {}, 0, "60 frames"),
+    ],
+)
+def test_cut_off_where_no_frames_are_counted(tmp_path, name, codec, options, sound, words):
+    """In the middle of a frame and behind one: the header's duration tells it, and of a whole file nothing."""
+    path, said = tmp_path / name, []
+    ends = _noise_file(path, codec, options, sound)
+    assert len(list(video.read_frames(path, on_damage=said.append))) == 60 and not said
+    data = path.read_bytes()
+    for cut in (ends[28] + 100, ends[28]):
+        path.write_bytes(data[:cut])
+        came = len(list(video.read_frames(path, on_damage=said.append)))
+        assert 20 < came < 31
+        assert said == [f"the file is cut off after frame {came - 1}: its header tells of {words}"]
+        said.clear()
+
+
+def test_a_last_frame_that_is_not_whole(tmp_path):
+    """So near the end that frames which an edit list or a decoder drops would look alike."""
+    path, said = tmp_path / "a.mp4", []
+    ends = _noise_file(path, "libx264", FRAGMENTS, 0)
+    path.write_bytes(path.read_bytes()[: ends[-1] - 300])
+    came = len(list(video.read_frames(path, on_damage=said.append)))
+    assert said == [f"the file is cut off after frame {came - 1}: its last frame is not whole"]
+
+
+def test_a_stream_that_tells_no_duration_is_not_taken_for_one_cut_off(tmp_path):
+    path, said = tmp_path / "live.mkv", []
+    ends = _noise_file(path, "libx264", {"live": "1"}, 0)
+    path.write_bytes(path.read_bytes()[: ends[28] + 100])
+    assert len(list(video.read_frames(path, on_damage=said.append))) > 20 and not said
+
+
 @pytest.mark.parametrize("begin", [0, 10])
 def test_what_an_edit_list_hides_is_no_damage(tmp_path, begin):
     """Trimmed as phones do it: 40 frames lie in the file, and 20 of them, from ``begin``, are to be shown."""
