@@ -140,7 +140,7 @@ def hidden_name(path: Path, kind: str) -> Path:
 @contextmanager
 def staged_stream(path: Path) -> Iterator[BinaryIO]:
     """A file to write piece by piece under a temporary name, renamed once the block has ended without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = hidden_name(path, "tmp")
     try:
         with temporary.open("wb") as stream:
             yield stream

@@ -197,7 +197,7 @@ class VideoWriter:
         self._rate = Fraction(fps).limit_denominator(60000)
         self._metadata = dict(metadata or {})
         self._quality = quality
-        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}.tmp.mp4")
+        self._temporary = files.hidden_name(self.path, "tmp")
         self._container = None
         self._stream = None
         self._shape: tuple[int, ...] | None = None

@@ -72,6 +72,24 @@ def test_a_failing_writer_leaves_nothing(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == before
 
 
+@pytest.mark.parametrize("other", ["a.MP4", "a.mp4"])
+def test_two_writers_at_once_do_not_meet(tmp_path, other):
+    """Of one stem in one process, or of one file in two containers, whose processes have the same number."""
+    frames = _frames(1)[0], 255 - _frames(1)[0]
+    with (
+        video.VideoWriter(tmp_path / other, 25, quality=4) as second,
+        video.VideoWriter(tmp_path / "a.mp4", 25, quality=4) as first,
+    ):
+        for _ in range(100):  # more than the encoder keeps before it writes
+            first.write(frames[0])
+            second.write(frames[1])
+    names = {"a.mp4": 0} | {other: 1}  # the later of one file replaces the other
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    for name, number in names.items():
+        read = [frame.image for frame in video.read_frames(tmp_path / name)]
+        assert len(read) == 100 and np.abs(read[99].astype(int) - frames[number]).mean() < 3
+
+
 def test_writer_refuses_other_endings_and_bad_folders(tmp_path):
     with pytest.raises(UserError, match="ends in .mp4"):
         video.VideoWriter(tmp_path / "a.gif", 25)

@@ -515,6 +515,16 @@ def test_a_full_disk(videos, tmp_path):
         assert sorted(path.name for path in disk.iterdir()) == ["filler", "out"]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Processes of two containers that share a disk may have the same number."""
+    path = tmp_path / "a.json"
+    with files.staged_stream(path) as one:
+        one.write(b"the first")
+        files.write_bytes(path, b"the second")
+    assert path.read_bytes() == b"the first"
+    assert {one.name for one in tmp_path.iterdir()} == {"a.json", "model"}
+
+
 def test_words_of_system_errors(tmp_path):
     assert files.explain(ValueError("something else"), tmp_path) is None
     native = RuntimeError("RESOURCE_EXHAUSTED: No space left on device; writing x")
