@@ -2,8 +2,8 @@
 
 A record is a serialized `tf.train.Example`, so TFDS (`tfds.builder_from_directory`) and any other reader of that
 format can use it. Training must not import TensorFlow or TFDS, and a record of 300 frames must not cost a Python loop
-over half a million floats, so this module reads and writes the wire format itself: packed floats become arrays without
-a copy, and JPEG frames stay bytes until somebody wants them.
+over half a million floats, so this module reads and writes the wire format itself: packed floats become arrays at
+once, and JPEG frames stay bytes until somebody wants them.
 """
 
 from __future__ import annotations
@@ -313,9 +313,8 @@ def _feature(view: memoryview) -> list[bytes] | np.ndarray:
             return [bytes(item) for _, item in _fields(content)]
         chunks = [item for _, item in _fields(content)]
         if number == 2:
-            if len(chunks) == 1:
-                return np.frombuffer(chunks[0], "<f4")
-            return np.frombuffer(b"".join(bytes(chunk) for chunk in chunks), "<f4")
+            # Copied: a view would keep the bytes of the whole record beside the frames that are cut out of them.
+            return np.frombuffer(b"".join(chunks), "<f4")
         if number == 3:
             values = []
             for chunk in chunks:

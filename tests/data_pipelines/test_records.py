@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,23 @@ def _assert_same(one, other):
 
 def test_encode_decode_is_the_identity(clip):
     _assert_same(records.decode(records.encode(clip)), clip)
+
+
+def test_cached_clips_take_the_memory_that_is_counted(tmp_path):
+    """Without the bytes of the record, which hold the same frames once more."""
+    fixtures.make_dataset(tmp_path / "data", clips=5, frames=20, size=128, validation_clips=0)
+    clips = dataset.ClipDataset(tmp_path / "data", "train")
+    budget = 3 * len(clips._records[0]) + 1000  # three of five, alike but for their faces
+    clips = dataset.ClipDataset(tmp_path / "data", "train", cache_bytes=budget)
+    clips[0], clips[1]  # files are opened
+    clips._forget()
+    tracemalloc.start()
+    for number in range(5):
+        clips[number]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(clips._cache) in (2, 3)
+    assert 0.9 * clips._cached < held < 1.1 * clips._cached <= 1.1 * budget
 
 
 def test_tfds_understands_our_bytes(clip):
