@@ -238,12 +238,12 @@ def test_users_get_one_line(directory, tmp_path, capsys):
         dataset.open_clips(PATH, "test")
     with pytest.raises(UserError, match="but 30 are needed"):
         Examples(_config(PATH, mode="video", frames=30))
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="another dataset than this"):
         run_render(directory, identities=5, workers=1)
     with pytest.raises(UserError, match="workers is 0"):
         run_render(tmp_path / "x", workers=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="is a file"):
         run_render(tmp_path / "file", identities=2, frames=2, size=32, workers=1)
     assert run(["render", f"--out={tmp_path / 'y'}", "--size=9"]) == 1
     error = capsys.readouterr().err
