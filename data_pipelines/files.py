@@ -233,6 +233,9 @@ def alone_at(out: Path) -> Iterator[None]:
             locked = True
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The job before may have ended, and taken its file away, after this one had opened it.
+                if not (lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat())):
+                    raise BlockingIOError
             except BlockingIOError:
                 raise UserError(f"another job is making {out} right now; wait for it") from None
             except OSError as error:

@@ -200,6 +200,20 @@ def test_what_a_job_killed_at_its_very_end_left_is_cleared_up(videos, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
 
 
+def test_a_lock_that_was_taken_away_after_it_was_opened_is_none(tmp_path, monkeypatch):
+    """Another job could hold the file that is there now."""
+    lock = files.fcntl.flock
+
+    def the_job_before_ends_now(stream, how):
+        lock(stream, how)
+        (tmp_path / ".out.lock").unlink()
+        (tmp_path / ".out.lock").touch()
+
+    monkeypatch.setattr(files.fcntl, "flock", the_job_before_ends_now)
+    with pytest.raises(UserError, match="another job is making"), files.alone_at(tmp_path / "out"):
+        pass
+
+
 def test_a_name_with_brackets_is_found(videos, tmp_path):
     (videos / "anna.mp4").rename(videos / "talk [id],1.mp4")
     job.run_prepare(
