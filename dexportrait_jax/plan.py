@@ -32,7 +32,7 @@ from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_clip import plan_clip
 from dexportrait_jax.plan_report import in_words, summary
 from dexportrait_jax.platforms import planned_for
-from dexportrait_jax.programs import build
+from dexportrait_jax.programs import build, jit_on
 from dexportrait_jax.state import parameter_count
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.pictures import shown_data
@@ -196,7 +196,7 @@ def _evaluation(task, config, mesh, effort: str, label: str) -> dict[str, Any]:
     batch = placed(batch, jax.tree.map(lambda _: sharding.replicated(mesh), batch))
     params = abstract["params"] | abstract["ema"]
     with jax.set_mesh(mesh):
-        needs = compiled(lambda: jax.jit(task.preview).lower(params, batch), label, effort)
+        needs = compiled(lambda: jit_on(mesh, task.preview).lower(params, batch), label, effort)
     unpaid = {"share": 0.0, "model_tflops": 0.0, "rematerialised_tflops": 0.0}
     return {"events": ["evaluation"], **unpaid, **needs}
 

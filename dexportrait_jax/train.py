@@ -34,7 +34,7 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
-from dexportrait_jax.programs import build, first_state, try_programs
+from dexportrait_jax.programs import build, first_state, jit_on, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
 from dexportrait_jax.train_checks import check, check_shares
@@ -107,7 +107,7 @@ def train(
             checkpoints.set_aside_after(done)
             evaluations.take_away_after(workdir, done)
             owed = evaluations.is_owed(config, workdir, done)
-        preview = jax.jit(task.preview)
+        preview = jit_on(mesh, task.preview)
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         if done >= config.num_steps:
             if owed:

@@ -15,7 +15,7 @@ from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.attention import attention_backend
 from dexportrait_jax.models.convolution import convolution_backend
 from dexportrait_jax.platforms import planned_for
-from dexportrait_jax.programs import abstract_state
+from dexportrait_jax.programs import abstract_state, jit_on
 from dexportrait_jax.state import Network, parameter_count
 from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
 from dexportrait_jax.tasks import make_task
@@ -49,7 +49,7 @@ def plan_unet(images: int, remat: str, effort: str) -> dict:
         "text": jax.ShapeDtypeStruct((rows, 77, 768), jnp.float32),
     }
     places = sharding.state_shardings(state, mesh)
-    run = jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
+    run = jit_on(mesh, step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
     with planned_for("tpu"):
         with convolution_backend("xla"), attention_backend("plain"):
             work = flops.count(step, state, batch, {})
