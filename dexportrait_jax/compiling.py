@@ -1,29 +1,51 @@
-"""XLA's compiler asked what a program needs on devices that are not there."""
+"""XLA's compiler asked what a program needs on devices that are not there.
+
+What it took minutes to say is kept under `~/.cache/dexportrait/programs`, by the program's own text: a plan that was
+broken off goes on where it was, and code that changes something else costs nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
 import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from dexportrait_jax import chips
+from data_pipelines.files import write_json
+from dexportrait_jax import chips, compiled_program, hlo
 from dexportrait_jax.compiled_program import Program, read_program
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.platforms import TPU_OPTIONS
 
 # XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time.
 EFFORTS = {"quick": "O0", "exact": None}
 
 
-def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any]:
+def compiled(
+    lower: Callable[[], Any],
+    label: str,
+    effort: str,
+    mesh: jax.sharding.Mesh | None = None,
+    again: bool = False,
+) -> dict[str, Any]:
     """One program: what it needs where it fits, and what it lacks where it does not.
 
     Args:
       lower: makes the jax.stages.Lowered.
       label: what is told while it compiles.
       effort: one of EFFORTS.
+      mesh: what the program is for; without it what is found is not kept.
+      again: compiles also what was compiled before.
 
     Returns:
       `fits`, `hbm_gib_per_device` (at the moment when most is in use, with the program; None where it does not fit
@@ -33,16 +55,26 @@ def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any
     """
     started = time.monotonic()
     with _told(label), _effort(effort):
-        try:
-            program = lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return {
-                "fits": False,
-                "hbm_gib_per_device": _needed_gib(str(error)),
-                "compile_seconds": round(time.monotonic() - started, 1),
-            }
+        program = lower()
+        kept = None if mesh is None else _program_file(program, mesh, effort)
+        found = None if kept is None or again else read_kept(kept)
+        if found is None:
+            found = _compiled(program)
+            found["compile_seconds"] = round(time.monotonic() - started, 1)
+            if kept:
+                write_kept(kept, found)
+        else:
+            print(f"{label}: compiled before, from {kept}", flush=True)
+    return found
+
+
+def _compiled(lowered: Any) -> dict[str, Any]:
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False, "hbm_gib_per_device": _needed_gib(str(error))}
     memory = program.memory_analysis()
     buffers = (
         memory.argument_size_in_bytes
@@ -60,9 +92,54 @@ def compiled(lower: Callable[[], Any], label: str, effort: str) -> dict[str, Any
         "buffers_gib_per_device": round((buffers + code) / chips.GIB, 3),
         "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
         "argument_gib_per_device": round(memory.argument_size_in_bytes / chips.GIB, 3),
-        "compile_seconds": round(time.monotonic() - started, 1),
         **_figures(read_program(program.as_text())),
     }
+
+
+# --- what is kept -------------------------------------------------------------------------
+
+
+def cache_file(folder: str, asked: Any) -> Path:
+    """Where in the cache is what depends on `asked`, on the packages that compile, and on their flags."""
+    versions = [package_version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")]
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    name = hashlib.sha256(json.dumps([asked, versions, flags]).encode()).hexdigest()[:24]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "dexportrait" / folder / f"{name}.json"
+
+
+def package_version(package: str) -> str:
+    """As installed, or "absent"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def read_kept(kept: Path) -> dict[str, Any] | None:
+    """What `write_kept` wrote; None where there is nothing that can be read."""
+    try:
+        return json.loads(kept.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_kept(kept: Path, found: dict[str, Any]) -> None:
+    """Not worth failing for: it can be found again."""
+    with contextlib.suppress(OSError, UserError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, found)
+
+
+def _program_file(lowered: Any, mesh: jax.sharding.Mesh, effort: str) -> Path:
+    """By the program's text and options, by which device has which part of the mesh, and by what reads the result."""
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    places = [str(getattr(device, "coords", device)) for device in mesh.devices.flat]
+    slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
+    kinds = sorted({device.device_kind for device in mesh.devices.flat})
+    readers = [inspect.getsource(module) for module in (hlo, compiled_program)]
+    where = [dict(mesh.shape), places, slices, kinds]
+    return cache_file("programs", [text, TPU_OPTIONS, where, effort, readers])
 
 
 def placed(tree: Any, places: Any) -> Any:

@@ -10,11 +10,6 @@ Nothing is run.
 from __future__ import annotations
 
 import collections
-import contextlib
-import hashlib
-import importlib.metadata
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +21,20 @@ from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.code_version import code_sha256
-from dexportrait_jax.compiling import compiled, placed
+from dexportrait_jax.compiling import (
+    cache_file,
+    compiled,
+    package_version,
+    placed,
+    read_kept,
+    write_kept,
+)
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_clip import plan_clip
 from dexportrait_jax.plan_report import in_words, summary
-from dexportrait_jax.platforms import planned_for
-from dexportrait_jax.programs import build, jit_on
+from dexportrait_jax.platforms import jit_on, planned_for
+from dexportrait_jax.programs import build
 from dexportrait_jax.state import parameter_count
 from dexportrait_jax.tasks import make_task
 from dexportrait_jax.tasks.pictures import shown_data
@@ -64,22 +66,21 @@ def run_plan(
         print(changed)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"
     kept = _cache_file(settings, job, topology, slices, effort)
-    found = None if again else _planned_before(kept)
+    found = None if again else read_kept(kept)
     if found:
         print(f"{name}: planned before, from {kept} (--again compiles once more)")
     else:
         make = {"train": plan, "animate": plan_clip}[job]
-        found = make(settings, topology, slices, effort, name) | {
-            "versions": {package: _version(package) for package in ("jax", "jaxlib", "libtpu")},
+        found = make(settings, topology, slices, effort, name, again) | {
+            "versions": {
+                package: package_version(package) for package in ("jax", "jaxlib", "libtpu")
+            },
             "compiled_not_run": True,
         }
     print(in_words(found), flush=True)
     if json_file:
         write_json(Path(json_file), found)
-    # Last, and not worth failing for: what took minutes has been said by now.
-    with contextlib.suppress(OSError, UserError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
+    write_kept(kept, found)  # last: what took minutes has been said by now
 
 
 def _where(config: str, topology: str | None, slices: int | None) -> tuple[str, int]:
@@ -112,7 +113,12 @@ def _refused(config, overrides: list[str], topology: str, slices: int) -> bool:
 
 
 def plan(
-    config: ml_collections.ConfigDict, topology: str, slices: int, effort: str, name: str
+    config: ml_collections.ConfigDict,
+    topology: str,
+    slices: int,
+    effort: str,
+    name: str,
+    again: bool = False,
 ) -> dict[str, Any]:
     """What a training step of `config` needs on a topology, as `--json` writes it.
 
@@ -130,11 +136,12 @@ def plan(
         found = []
         for events, share in programs.items():
             label = f"{name}: {', '.join(sorted(events)) or 'step'}"
-            found.append(_compiled(task, config, mesh, events, effort, label) | {"share": share})
+            needs = _compiled(task, config, mesh, events, label, effort, again)
+            found.append(needs | {"share": share})
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         if evaluates and all(program["fits"] for program in found):
             beside = max(program["argument_gib_per_device"] for program in found)
-            needs = _evaluation(task, config, mesh, effort, f"{name}: evaluation")
+            needs = _evaluation(task, config, mesh, f"{name}: evaluation", effort, again)
             if needs["fits"]:  # by itself; optimizer state and constants are there as well
                 needs["hbm_gib_per_device"] += beside - needs["argument_gib_per_device"]
                 needs["fits"] = needs["hbm_gib_per_device"] <= chip.hbm_gib
@@ -169,7 +176,7 @@ def _event_sets(task, config) -> dict[frozenset[str], float]:
 
 
 def _compiled(
-    task, config, mesh, events: frozenset[str], effort: str, label: str
+    task, config, mesh, events: frozenset[str], label: str, effort: str, again: bool
 ) -> dict[str, Any]:
     """One program: what it needs where it fits, and what it lacks where it does not."""
     abstract, _, step = build(task, config, mesh)
@@ -185,41 +192,24 @@ def _compiled(
     }
     with jax.set_mesh(mesh):
         return result | compiled(
-            lambda: step.lower(abstract, batch, constants, events), label, effort
+            lambda: step.lower(abstract, batch, constants, events), label, effort, mesh, again
         )
 
 
-def _evaluation(task, config, mesh, effort: str, label: str) -> dict[str, Any]:
+def _evaluation(task, config, mesh, label: str, effort: str, again: bool) -> dict[str, Any]:
     """The program that makes samples between steps, and is part of none."""
     abstract, _, _ = build(task, config, mesh)
     batch = abstract_batch(shown_data(config.data))
     batch = placed(batch, jax.tree.map(lambda _: sharding.replicated(mesh), batch))
     params = abstract["params"] | abstract["ema"]
     with jax.set_mesh(mesh):
-        needs = compiled(lambda: jit_on(mesh, task.preview).lower(params, batch), label, effort)
+        needs = compiled(
+            lambda: jit_on(mesh, task.preview).lower(params, batch), label, effort, mesh, again
+        )
     unpaid = {"share": 0.0, "model_tflops": 0.0, "rematerialised_tflops": 0.0}
     return {"events": ["evaluation"], **unpaid, **needs}
 
 
-def _planned_before(kept: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(kept.read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:
-    """Named by everything that the plan depends on: config, job, topology, code, versions, the compiler's flags."""
-    versions = [_version(package) for package in ("jax", "jaxlib", "libtpu", "flax", "optax")]
-    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    asked = [config.to_json(), job, topology, slices, effort, code_sha256(), versions, flags]
-    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "dexportrait" / "plans" / f"{name}.json"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
+    """Named by everything that the plan depends on."""
+    return cache_file("plans", [config.to_json(), job, topology, slices, effort, code_sha256()])

@@ -24,7 +24,12 @@ from dexportrait_jax.state import parameter_count
 
 
 def plan_clip(
-    config: ml_collections.ConfigDict, topology: str, slices: int, effort: str, name: str
+    config: ml_collections.ConfigDict,
+    topology: str,
+    slices: int,
+    effort: str,
+    name: str,
+    again: bool = False,
 ) -> dict[str, Any]:
     """What a clip needs on one chip of a topology; keys as of a training step, a clip in its place.
 
@@ -49,7 +54,10 @@ def plan_clip(
         params = {group: network.abstract for group, network in networks.items()}
         model = kind({"stage": config.stage}, config, networks, params)
         frames, programs, kept = model.clip_programs(Sampling())
-        found = [_planned(program, mesh, effort, f"{name}: {program.name}") for program in programs]
+        found = [
+            _planned(program, mesh, f"{name}: {program.name}", effort, again)
+            for program in programs
+        ]
     resident = (nbytes(params) + kept) / chips.GIB
     for each in found:
         if each["fits"]:  # by itself; the weights of the others are there as well
@@ -72,7 +80,9 @@ def plan_clip(
     }
 
 
-def _planned(program: ClipProgram, mesh: jax.sharding.Mesh, effort: str, label: str) -> dict:
+def _planned(
+    program: ClipProgram, mesh: jax.sharding.Mesh, label: str, effort: str, again: bool
+) -> dict:
     # As the networks define the work, without a backend's detours.
     with convolution_backend("xla"), attention_backend("plain"):
         work = flops.count(program.function.__wrapped__, *program.arguments)
@@ -80,7 +90,7 @@ def _planned(program: ClipProgram, mesh: jax.sharding.Mesh, effort: str, label: 
         program.arguments, jax.tree.map(lambda _: sharding.replicated(mesh), program.arguments)
     )
     with jax.set_mesh(mesh):
-        needs = compiled(lambda: program.function.lower(*arguments), label, effort)
+        needs = compiled(lambda: program.function.lower(*arguments), label, effort, mesh, again)
     return {
         "name": program.name,
         "share": program.times,

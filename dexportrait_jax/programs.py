@@ -15,21 +15,10 @@ import numpy as np
 from data_pipelines import loading
 from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.state import filled
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import Task
-
-
-# XLA for TPUs cuts a product with weights that lie in parts into as many products, so as to send one part round a ring
-# while another is multiplied. Sixteenths of SD1.5's kernels, 20 of 320 features, leave most of the matrix unit idle, and
-# every part's sum goes to memory and back. Where an operand has fewer MiB than this, parts are gathered instead.
-_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": str(2**20)}
-
-
-def jit_on(mesh: jax.sharding.Mesh, function: Callable, **how) -> Callable:
-    """`jax.jit` of what runs on the whole mesh, with weights that may lie there in parts."""
-    on_tpus = mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(function, compiler_options=_TPU_OPTIONS if on_tpus else None, **how)
 
 
 def build(

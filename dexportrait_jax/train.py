@@ -34,7 +34,8 @@ from dexportrait_jax import config as configs
 from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
-from dexportrait_jax.programs import build, first_state, jit_on, try_programs
+from dexportrait_jax.platforms import jit_on
+from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
 from dexportrait_jax.train_checks import check, check_shares

@@ -144,17 +144,46 @@ def test_too_much_by_nobody_says_how_much():
 
 
 def test_memory_that_ran_out_in_other_words():
-    def lower():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no more, in some other words")
-
-    found = compiling.compiled(lower, "name", "quick")
+    found = compiling.compiled(
+        lambda: Lowered("RESOURCE_EXHAUSTED: no more, in some other words"), "name", "quick"
+    )
     assert found["fits"] is False and found["hbm_gib_per_device"] is None
-
-    def broken():
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compiling.compiled(broken, "name", "quick")
+        compiling.compiled(lambda: Lowered("INTERNAL: something else"), "name", "quick")
+
+
+class Lowered:
+    """A program that does not compile."""
+
+    def __init__(self, message, text="module @step"):
+        self.message, self.text, self.compiled = message, text, 0
+
+    def as_text(self):
+        return self.text
+
+    def compile(self):
+        self.compiled += 1
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_program_is_compiled_once(tmp_path, monkeypatch, capsys):
+    """Kept by its text, where it runs, and how: a plan that was broken off goes on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "x")
+    turned = jax.sharding.Mesh(jax.devices()[1::-1], "x")
+    lowered = Lowered("RESOURCE_EXHAUSTED: Used 19.40G of 15.75G hbm")
+
+    def ask(lowered=lowered, effort="quick", mesh=mesh, again=False):
+        found = compiling.compiled(lambda: lowered, "name", effort, mesh, again)
+        assert found["hbm_gib_per_device"] == 19.4 and found["compile_seconds"] >= 0
+        return lowered.compiled
+
+    assert [ask(), ask(), ask()] == [1, 1, 1]
+    assert capsys.readouterr().out.count("name: compiled before") == 2
+    assert ask(again=True) == 2 and ask(effort="exact") == 3 and ask(mesh=turned) == 4
+    assert ask(Lowered(lowered.message, "module @other_step")) == 1
+    monkeypatch.setattr(compiling, "TPU_OPTIONS", {})
+    assert ask() == 5
 
 
 def test_while_it_compiles_it_says_so(capsys):
@@ -221,7 +250,7 @@ def test_a_mesh_that_is_left_open_is_that_of_the_topology(job, tmp_path, monkeyp
     """Of a batch that the chips cannot share one source each; the address to train with is said."""
     asked = []
 
-    def made_up(config, topology, slices, effort, name):
+    def made_up(config, topology, slices, effort, name, again):
         asked.append((config.data.batch_size, dict(config.mesh)))
         rest = {"programs": [], "effort": effort, "job": "train"}
         return summary([program()], CHIPS["v5e"], 4) | NAMES | rest
@@ -301,7 +330,7 @@ def test_planned_before(tmp_path, monkeypatch, capsys):
     """Kept by config, topology, effort and the compiler's flags; written to --json each time."""
     asked = []
 
-    def made_up(config, topology, slices, effort, name):
+    def made_up(config, topology, slices, effort, name, again):
         asked.append((config.num_steps, topology, effort))
         return summary([program()], CHIPS["v5e"], 4) | NAMES | {"programs": [], "effort": effort}
 
@@ -347,7 +376,7 @@ def test_a_plan_is_kept_under_all_that_it_depends_on(monkeypatch):
     assert kept() == names[0]
     monkeypatch.setattr(plan, "code_sha256", lambda: "0" * 64)
     names.append(kept())
-    monkeypatch.setattr(plan, "_version", lambda package: f"{package} 9.9")
+    monkeypatch.setattr(compiling, "package_version", lambda package: f"{package} 9.9")
     names.append(kept())
     assert len(set(names)) == len(names)
 

@@ -14,8 +14,8 @@ from dexportrait_jax.compiling import compiled, placed
 from dexportrait_jax.models.animator.unet import UNet
 from dexportrait_jax.models.attention import attention_backend
 from dexportrait_jax.models.convolution import convolution_backend
-from dexportrait_jax.platforms import planned_for
-from dexportrait_jax.programs import abstract_state, jit_on
+from dexportrait_jax.platforms import jit_on, planned_for
+from dexportrait_jax.programs import abstract_state
 from dexportrait_jax.state import Network, parameter_count
 from dexportrait_jax.step import Outputs, Phase, init_optimizers, make_step
 from dexportrait_jax.tasks import make_task
