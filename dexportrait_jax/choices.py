@@ -1,5 +1,5 @@
 """What flags and config keys that choose a way of doing something may be: one table for the command line, files of
-jobs and configs.
+jobs and configs. `config_values.py` has them in its table of all keys.
 
 Imports nothing heavy: the command line reads it for its help.
 """
@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from dexportrait_jax.errors import UserError
 
 Choices = Mapping[str, tuple[Any, ...]]
 
@@ -41,8 +39,13 @@ _TYPES = ("float32", "bfloat16", "float16")
 _COMMON: Choices = {
     "dtype": _TYPES,
     "frozen_dtype": _TYPES,
+    "data.mode": ("pairs", "video"),
     "data.augment.similarity.border": ("reflect", "replicate", "black"),
 }
+# Of every optimizer.
+OPTIMIZER: Choices = {"name": ("adam", "adamw", "muon"), "decay": ("constant", "cosine")}
+_REMAT: Choices = {"remat": ("none", "products", "blocks")}
+_AUTOENCODER: Choices = {"model.autoencoder.kind": ("vae", "tiny")}
 # Those of every stage that has the encoders.
 _ENCODERS: Choices = {
     **_COMMON,
@@ -55,10 +58,11 @@ _ENCODERS: Choices = {
 }
 _PERCEPTUAL = ("vgg16", "alexnet")
 # Keys of the autoencoder's config.
-AUTOENCODER: Choices = {**_COMMON, "loss.perceptual": _PERCEPTUAL}
+AUTOENCODER: Choices = {**_COMMON, **_AUTOENCODER, "loss.perceptual": _PERCEPTUAL}
 # Keys of the motion trainer's config.
 MOTION: Choices = {
     **_ENCODERS,
+    **_REMAT,
     "model.appearance.norm": _NORMS,
     "model.generator.norm": _NORMS,
     "model.generator.flatten_stride": ("last", "first"),
@@ -71,6 +75,8 @@ MOTION: Choices = {
 # Keys of an animator's config.
 ANIMATOR: Choices = {
     **_ENCODERS,
+    **_REMAT,
+    **_AUTOENCODER,
     "model.attn2.attn2": ("none", "null_text", "clip_image"),
     "model.reference.raymap": _RAYMAPS,
     "model.reference.raymap_w": (1, 0),
@@ -96,20 +102,6 @@ ANIMATOR: Choices = {
     "diffusion.prediction": ("epsilon", "v", "sample", None),
     **{f"sampling.{name}": values for name, values in SAMPLING.items()},
 }
-
-
-def check_choices(config: Mapping[str, Any], choices: Choices) -> None:
-    """UserError for the first key, such as "sampling.start", that is none of its values; it names the nearest."""
-    for dotted, values in choices.items():
-        *sections, key = dotted.split(".")
-        node = config
-        for section in sections:
-            node = node[section]
-        if key in node and node[key] not in values:
-            names = ", ".join(str(value) for value in values if value is not None)
-            raise UserError(
-                f"config.{dotted} is one of {names}, not {node[key]!r}{nearest(str(node[key]), map(str, values))}"
-            )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,7 +3,8 @@
 `configs/motion.py:full@v5e:16x16` spreads it over such a slice (see `configs/meshes.py`).
 
 Every knob of a run stands in one ConfigDict. Overrides come from the command line as `--config.a.b=value`;
-a key that does not exist or a value of another type is an error that names the nearest key.
+a key that does not exist or a value of another type is an error that names the nearest key. What values a key may have
+is in `config_values.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 import ml_collections
 
 from configs import meshes
+from dexportrait_jax import config_values
 from dexportrait_jax.choices import nearest
 from dexportrait_jax.errors import UserError
 
 ABSENT: Any = object()
+ADDRESS_KEYS = ("stage", "variant")  # what file and variant are, and no key's own
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,6 +64,7 @@ def load_config(address: str, overrides: list[str] | None = None) -> ml_collecti
     for override in overrides or []:
         apply_override(config, override)
     if topology:
+        config_values.check(config)  # its sizes are computed with
         given = {override.partition("=")[0] for override in overrides or []}
         meshes.set_mesh(config, topology, given)
     return config
@@ -116,33 +120,24 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
         raise UserError(
             f"--config.{dotted} is a group of keys; set one of {', '.join(sorted(old.keys()))}"
         )
-    node[parts[-1]] = _read(text, old, dotted)
+    if dotted in ADDRESS_KEYS:
+        raise UserError(
+            f"--config.{dotted}={text}: it is {old!r} by the address, --config=FILE.py:VARIANT; give another address"
+        )
+    value = _read(text, old, dotted)
+    with node.ignore_type():  # which it knows from the old value alone, where that may be None
+        node[parts[-1]] = value
 
 
 def _read(text: str, old: Any, dotted: str) -> Any:
-    if isinstance(old, str):
+    rule = config_values.rule_of(dotted)
+    if isinstance(old, str) and not (rule and None in rule.words and text.lower() == "none"):
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    if old is None or value is None:
-        return value
-    if isinstance(old, bool):
-        if isinstance(value, bool):
-            return value
-    elif isinstance(old, float):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(old, int):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(old, tuple | list):
-        if isinstance(value, tuple | list):
-            return type(old)(value)
-    elif isinstance(value, type(old)):
-        return value
-    raise UserError(f"--config.{dotted}={text}: expected {type(old).__name__}, like {old!r}")
+    return config_values.as_kind(dotted, value, old)
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -32,6 +32,7 @@ DATA_FILE = "data.json"
 # are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
 # it again). What the backward pass keeps changes numbers by rounding alone. A batch in other parts is the same samples
 # into the same State, but each part draws its own noise, and losses that compare samples see those of their part.
+# How an export is sampled is no part of what is learned.
 FREE_KEYS = (
     "num_steps",
     "log_every",
@@ -47,6 +48,7 @@ FREE_KEYS = (
     "accumulate",
     "optim.",
     "init.",
+    "sampling.",
 )
 # Keys that came later than the first runs: what a run did before there was the key. Without an entry here, those who
 # update the code cannot go on with the runs they have.
@@ -70,9 +72,6 @@ BEFORE_THE_KEY = {
     "model.pose.scale_limit": 2.0,
     "model.reference.raymap_points": "centres",
     "model.temporal.norm": "clip",
-    "sampling.window_ends": "open",
-    "sampling.window_offset": "none",
-    "sampling.window_weights": "triangular",
 }
 
 

@@ -6,28 +6,13 @@ import jax
 import ml_collections
 
 from data_pipelines import loading
-from dexportrait_jax import metric_sinks, sharding
+from dexportrait_jax import config_values, metric_sinks
 from dexportrait_jax.errors import UserError
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for values that no stage can work with."""
-    numbers = {
-        "num_steps": (config.num_steps, 1),
-        "accumulate": (config.accumulate, 1),
-        "log_every": (config.log_every, 1),
-        "seed": (config.seed, 0),
-        "data.batch_size": (config.data.batch_size, 1),
-    }
-    for key, (value, least) in numbers.items():
-        if value < least:
-            raise UserError(f"config.{key}={value} is out of range; it is {least} or more")
-    for axis in sharding.AXES:
-        if config.mesh[axis] < 1 and config.mesh[axis] != -1:
-            raise UserError(
-                f"config.mesh.{axis}={config.mesh[axis]} is out of range; it is 1 or more, or -1 for "
-                "all devices that are left"
-            )
+    config_values.check(config)
     if config.data.latents and not config.stage.startswith("animator"):
         raise UserError(
             f"stage {config.stage!r} learns from pictures: config.data.latents is for the animator's stages; "

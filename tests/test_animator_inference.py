@@ -16,7 +16,6 @@ from dexportrait_jax.diffusion.windows import window_frames
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Drive, Sampling
 from dexportrait_jax.models.animator.branches import NullReading
-from dexportrait_jax.tasks.animator_config import check_config
 from tests.tasks.test_animator import Stub
 
 FRAMES, SIDE = 3, 16
@@ -206,13 +205,10 @@ def test_windows_that_cannot_be_are_refused(stage, flags, message):
 
 
 def test_overlap_of_a_config_is_that_of_its_windows():
-    """More than the clips of training have room for was always cut to what fits; less than none is refused."""
+    """An older export may ask for more than its windows have, which is cut to what fits; a config says what fits."""
     model = Stubbed("data.frames=3", "sampling.overlap=9", stage="video")
     list(model.animate(PICTURE, drive_of(5), Sampling(steps=1, hybrid_steps=0, guidance=1.0)))
     assert [len(conditions.expression) for conditions in model.seen] == [3, 3, 3]
-    config = configs.load_config("configs/animator_video.py:tiny", ["sampling.overlap=-1"])
-    with pytest.raises(UserError, match="^config.sampling.overlap=-1: .* 0 frames or more$"):
-        check_config(config)
 
 
 @pytest.mark.parametrize("moving", [False, True])

@@ -32,7 +32,7 @@ def test_overrides_keep_the_type():
     [
         ("num_step=7", "did you mean 'num_steps'"),
         ("optim.generator.learning_rat=1", "did you mean 'learning_rate'"),
-        ("num_steps=many", "expected int"),
+        ("num_steps=many", "expected int, 1 or more"),
         ("num_steps=1.5", "expected int"),
         ("num_steps", "has no value"),
         ("optim.generator=3", "is a group of keys"),

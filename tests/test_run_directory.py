@@ -120,6 +120,13 @@ def test_what_saves_memory_may_change(tmp_path):
     check_same_run(tmp_path, less)
 
 
+def test_how_an_export_is_sampled_may_change(tmp_path):
+    """A run whose config had an overlap that is refused now has to be able to go on."""
+    config = configs.load_config("configs/animator_video.py:tiny", [])
+    started_with(tmp_path, config, sampling__overlap=8, sampling__window_ends=None)
+    check_same_run(tmp_path, config)
+
+
 def test_a_schedule_is_the_same_by_name_and_by_keys(tmp_path):
     """As runs from before there were presets gave it."""
     config = configs.load_config("configs/animator_image.py:tiny", [])

@@ -1,15 +1,13 @@
-"""What an animator's config may say: words that are known, numbers that are finite, sizes that go together.
+"""What an animator's config may say: values that are known (`config_values.py`), and that go together.
 
 A misspelt word would train another model in silence; a size that does not fit would end while the step is traced.
 """
 
 from __future__ import annotations
 
-import math
-
 import ml_collections
 
-from dexportrait_jax.choices import ANIMATOR, check_choices
+from dexportrait_jax import config_values
 from dexportrait_jax.errors import UserError
 
 LARGEST = 1024  # pixels up to which sizes that fit are named, at least
@@ -17,13 +15,13 @@ LARGEST = 1024  # pixels up to which sizes that fit are named, at least
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """UserError in one line for the first thing that is wrong about a config of either animator stage."""
-    check_choices(config, ANIMATOR)
-    for name, value in config.sampling.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.sampling.{name}={value:g} is no number; give a finite one")
-    if config.sampling.overlap < 0:
+    config_values.check(config)
+    _check_sampling(config)
+    dropped = sum(config.dropout[name] for name in ("everything", "expression", "pose"))
+    if dropped > 1 + 1e-9:  # sums round
         raise UserError(
-            f"config.sampling.overlap={config.sampling.overlap}: windows of a long video share 0 frames or more"
+            f"config.dropout: everything, expression and pose are dropped one or the other, but their shares are "
+            f"{dropped:g} together; give 1 or less"
         )
     _check_image_size(config)
     attn2, encoder = config.model.attn2, config.model.image_encoder
@@ -34,8 +32,39 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"--config.model.attn2.cross_attention_features={encoder.projection} and a UNet of that context, or "
             "another image encoder"
         )
+    if config.stage == "animator_video":
+        _check_clips(config)
+
+
+def _check_sampling(config: ml_collections.ConfigDict) -> None:
+    """What `animate` would refuse of an export's own settings, said before it is trained."""
+    sampling = config.sampling
+    if 2 * sampling.hybrid_steps > sampling.steps:
+        raise UserError(
+            f"config.sampling.hybrid_steps={sampling.hybrid_steps}: at most half of "
+            f"config.sampling.steps={sampling.steps}, which is {sampling.steps // 2}"
+        )
+    if sampling.expression_guidance is not None and sampling.reading != "three_scale":
+        raise UserError(
+            f"config.sampling.expression_guidance={sampling.expression_guidance:g} needs "
+            "--config.sampling.reading=three_scale; give that, or None"
+        )
+
+
+def _check_clips(config: ml_collections.ConfigDict) -> None:
+    if config.data.mode != "video":
+        raise UserError(
+            f"config.data.mode={config.data.mode!r}: the temporal modules learn from clips; give "
+            "--config.data.mode=video, or train animator_image"
+        )
     frames, longest = config.data.frames, config.model.temporal.max_frames
-    if config.stage == "animator_video" and frames > longest:
+    if config.sampling.overlap >= frames:
+        raise UserError(
+            f"config.sampling.overlap={config.sampling.overlap}: windows of a long video have "
+            f"config.data.frames={frames} frames, so two can share 0 to {frames - 1}; give "
+            f"--config.sampling.overlap={frames - 1} or fewer"
+        )
+    if frames > longest:
         raise UserError(
             f"config.data.frames={frames}: the temporal modules take clips of at most {longest} frames; give "
             f"--config.data.frames={longest} or fewer, or --config.model.temporal.max_frames={frames}"

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from data_pipelines.survey import Survey
-from dexportrait_jax.choices import AUTOENCODER, check_choices
+from dexportrait_jax import config_values
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.animator.tiny_autoencoder import TinyAutoencoder
 from dexportrait_jax.models.animator.vae import VAE
@@ -76,7 +76,7 @@ class AutoencoderTask:
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
-        check_choices(config, AUTOENCODER)
+        config_values.check(config)
         self.config = config
         self.networks = build_networks(config)
         self.perceptual = Network(lambda rngs: PerceptualNetwork(config.loss.perceptual, rngs=rngs))

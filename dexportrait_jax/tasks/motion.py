@@ -16,8 +16,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from data_pipelines.survey import Survey
-from dexportrait_jax import geometry
-from dexportrait_jax.choices import MOTION, check_choices
+from dexportrait_jax import config_values, geometry
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.models.perceptual import PerceptualNetwork
 from dexportrait_jax.optim import make_optimizer, with_lazy_penalty
@@ -51,7 +50,7 @@ class MotionTask:
     """The motion trainer for `train.py`."""
 
     def __init__(self, config: ml_collections.ConfigDict):
-        check_choices(config, MOTION)
+        config_values.check(config)
         data = config.data
         # Both losses compare the samples of what is computed at once.
         sources = data.batch_size // config.accumulate
@@ -70,10 +69,6 @@ class MotionTask:
             raise UserError(
                 "config.loss.invariance compares two expression pictures of an instant: give "
                 "--config.data.second_expression=True, or --config.loss.invariance=0"
-            )
-        if config.loss.r1_every < 1:
-            raise UserError(
-                f"config.loss.r1_every={config.loss.r1_every}: at least 1; --config.loss.r1_gamma=0 is without R1"
             )
         self.config = config
         self.networks = build_networks(config)

@@ -180,6 +180,36 @@ def test_numbers_of_sampling_are_finite(name):
         animator.AnimatorTask(config)
 
 
+@pytest.mark.parametrize(
+    ("stage", "overrides", "said"),
+    [
+        ("image", ["dropout.everything=0.5", "dropout.pose=0.5"], "their shares are 1.1 together"),
+        (
+            "image",
+            ["sampling.hybrid_steps=5"],
+            "at most half of config.sampling.steps=8, which is 4",
+        ),
+        (
+            "image",
+            ["sampling.expression_guidance=2"],
+            "needs --config.sampling.reading=three_scale",
+        ),
+        ("video", ["data.mode=pairs"], "give --config.data.mode=video"),
+        ("video", ["sampling.overlap=8"], "data.frames=8 .* --config.sampling.overlap=7 or fewer"),
+        ("video", ["data.frames=2"], "so two can share 0 to 1; give"),
+    ],
+)
+def test_settings_that_do_not_go_together(stage, overrides, said):
+    config = configs.load_config(f"configs/animator_{stage}.py:tiny", overrides)
+    with pytest.raises(UserError, match=f"^config.*{said}") as caught:
+        check_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_alone_need_no_windows():
+    check_config(configs.load_config("configs/animator_image.py:tiny", ["sampling.overlap=99"]))
+
+
 @pytest.mark.parametrize("size", [64, 100, 384])
 def test_sizes_of_pictures_that_do_not_fit(size):
     """SD1.5's widths at 384 pixels: a grid of 48, of depth 24, which does not divide 320; at 64 one of depth 0."""

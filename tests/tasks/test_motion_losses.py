@@ -283,7 +283,7 @@ def test_plain_features_as_the_supplement_prints_them():
     ("override", "said"),
     [
         ("loss.invariance=8.0", "config.data.second_expression=True"),
-        ("loss.r1_every=0", "config.loss.r1_every=0: at least 1"),
+        ("loss.r1_every=0", "config.loss.r1_every=0 is out of range"),
         # Of 28 sources with 4 targets, 14 in each part and none alone.
         ("loss.person_leak=1.0 accumulate=28", "in each of the config.accumulate=28 parts"),
         ("loss.pose_leak=1.0 data.targets=3 accumulate=28", "28 parts of a batch, not 3; give"),
