@@ -119,6 +119,9 @@ def get_config(variant: str = "full") -> ConfigDict:
         discriminator = common.adam(1e-4, b1=0.5, warmup_steps=1000, clip_norm=0.0)
     # StyleGAN2's rate and betas for a penalty that comes in every r1_every-th step alone (optim.with_lazy_penalty).
     discriminator.lazy_correction = not tiny
+    # Its decay takes the steps from loss.adversarial_start on. False: as many as the generator's, so that a late start
+    # leaves it above final_fraction at the end.
+    discriminator.decay_ends_with_run = True
     pretraining = common.adam(2e-3)
     config.optim = ConfigDict(
         {"pretraining": pretraining, "generator": generator, "discriminator": discriminator}

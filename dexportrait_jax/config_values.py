@@ -88,6 +88,7 @@ TABLE: dict[str, Rule] = {
     "optim.*.matrix_rms": POSITIVE,
     "optim.*.multipliers": MULTIPLIERS,
     "optim.*.lazy_correction": SWITCH,
+    "optim.*.decay_ends_with_run": SWITCH,
     # --- data
     "data.path": TEXT,
     "data.latents": TEXT,
@@ -152,14 +153,14 @@ TABLE: dict[str, Rule] = {
     "model.autoencoder.scale": POSITIVE,
     "model.denoiser.expression_heads": or_none(SIZE),
     "model.denoiser.expression_linear": SWITCH,
-    "model.denoiser.expression_tokens": several(SIZE, 2, 2),
+    "model.denoiser.expression_tokens": several(SIZE, exactly=2),
     "model.expression.dropout": DECAY,
     "model.expression.leak": real(least=0, most=1),
     "model.generator.expression_gain": real(),
     "model.generator.expression_mixing": real(),
     "model.generator.mapping_features": or_none(SIZE),
     "model.generator.rgb_channels": or_none(SIZES),
-    "model.generator.volume_shape": several(SIZE, 3, 3),
+    "model.generator.volume_shape": several(SIZE, exactly=3),
     "model.generator.down_channels": SIZES,
     "model.generator.up_channels": SIZES,
     "model.generator.appearance_*": SIZES,
@@ -232,7 +233,8 @@ def check(config: Mapping[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{key}={value:g} is no number; give a finite one")
         if not rule.contains(value):
-            raise UserError(f"config.{key}={value} is out of range; it is {rule.range}")
+            none = ", or None" if rule.is_kind(None) else ""
+            raise UserError(f"config.{key}={value} is out of range; it is {rule.range}{none}")
 
 
 def _expected(rule: Rule) -> str:

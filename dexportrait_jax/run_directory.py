@@ -50,6 +50,7 @@ FREE_KEYS = (
     "init.",
     "sampling.",
 )
+DISCRIMINATOR_DECAY = "optim.discriminator.decay_ends_with_run"
 # Keys that came later than the first runs: what a run did before there was the key. Without an entry here, those who
 # update the code cannot go on with the runs they have.
 BEFORE_THE_KEY = {
@@ -72,6 +73,7 @@ BEFORE_THE_KEY = {
     "model.pose.scale_limit": 2.0,
     "model.reference.raymap_points": "centres",
     "model.temporal.norm": "clip",
+    DISCRIMINATOR_DECAY: False,
 }
 
 
@@ -174,11 +176,18 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
 def compared(values: dict[str, Any]) -> dict[str, Any]:
     """The config as runs are compared by: of a noise schedule what it is, not whether a preset's name says so.
 
-    Runs from before there were presets gave every key of it.
+    Runs from before there were presets gave every key of it. Where a discriminator's decay ends means nothing to one
+    that has none, or that starts with the generator: then it is as in runs from before there was the key.
     """
-    if "diffusion" not in values:
-        return values
-    return values | {"diffusion": dataclasses.asdict(noise_schedule(values["diffusion"]))}
+    if "diffusion" in values:
+        values = values | {"diffusion": dataclasses.asdict(noise_schedule(values["diffusion"]))}
+    optimizers, start = values.get("optim", {}), values.get("loss", {}).get("adversarial_start", 0)
+    discriminator = optimizers.get("discriminator", {})
+    *_, key = DISCRIMINATOR_DECAY.split(".")
+    if key in discriminator and (discriminator["decay"] == "constant" or not start):
+        discriminator = discriminator | {key: BEFORE_THE_KEY[DISCRIMINATOR_DECAY]}
+        values = values | {"optim": optimizers | {"discriminator": discriminator}}
+    return values
 
 
 def check_nothing_lost(workdir: Path) -> None:
@@ -240,9 +249,11 @@ def _goes_on(key: str, old: Any, new: Any) -> bool:
         key == "data.latents"
     ):  # they move with the dataset, whose latents they are is checked; others are other inputs
         return bool(old) and old is not configs.ABSENT and bool(new)
+    if old is configs.ABSENT and key in BEFORE_THE_KEY:
+        return BEFORE_THE_KEY[key] == new
     if key.startswith(FREE_KEYS):
         return old is configs.ABSENT or not _changes_optimizer_state(key, old, new)
-    return old is configs.ABSENT and BEFORE_THE_KEY.get(key, configs.ABSENT) == new
+    return False
 
 
 def _what_changed(file: Path, key: str, old: Any, new: Any, more: str) -> str:

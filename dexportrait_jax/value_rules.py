@@ -75,28 +75,25 @@ def real(**bounds: float) -> Rule:
     return Rule("float", is_number, *_bounds(**bounds))
 
 
-def several(rule: Rule, least: int = 1, most: int | None = None) -> Rule:
+def several(rule: Rule, least: int = 1, exactly: int | None = None) -> Rule:
     """A tuple of so many values, each as `rule` has it."""
-    count = (
-        f"{least}"
-        if least == most
-        else f"{least} or more"
-        if most is None
-        else f"{least} to {most}"
-    )
+    said = f"{least} or more values" if exactly is None else f"{exactly} values"
+
+    def contains(value: tuple) -> bool:
+        enough = len(value) >= least if exactly is None else len(value) == exactly
+        return enough and all(map(rule.contains, value))
+
     return Rule(
         f"tuple of {rule.kind}",
         lambda value: isinstance(value, tuple | list) and all(map(rule.is_kind, value)),
-        f"a tuple of {count}" + (f", each {rule.range}" if rule.range else ""),
-        lambda value: (
-            least <= len(value) <= (most or len(value)) and all(map(rule.contains, value))
-        ),
+        said + (f", each {rule.range}" if rule.range else ""),
+        contains,
     )
 
 
 def interval(**bounds: float) -> Rule:
     """Two numbers, from the smaller to the larger."""
-    pair = several(real(**bounds), 2, 2)
+    pair = several(real(**bounds), exactly=2)
     return dataclasses.replace(
         pair,
         range=f"{pair.range}, the smaller first",
@@ -109,7 +106,7 @@ def or_none(rule: Rule) -> Rule:
     return Rule(
         f"{rule.kind} or None",
         lambda value: value is None or rule.is_kind(value),
-        f"{rule.range or rule.kind}, or None",
+        rule.range,
         lambda value: value is None or rule.contains(value),
     )
 

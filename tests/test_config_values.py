@@ -57,7 +57,7 @@ KINDS = [
     ("motion", "model.pose.dims=('a',)", "expected tuple of int"),
     ("motion", "model.pose.dims=(1.5,)", "expected tuple of int"),
     ("motion", "model.pose.dims=64", "expected tuple of int"),
-    ("motion", "model.pose.translation_limit=far", "expected float or None, above 0, or None"),
+    ("motion", "model.pose.translation_limit=far", "expected float or None, above 0, like None"),
     ("motion", "model.generator.rgb_channels=3", "expected tuple of int or None"),
     ("motion", "model.generator.mapping_features=wide", "expected int or None"),
     ("motion", "optim.generator.multipliers=('pose',0.1)", "expected tuple of (str, float)"),
@@ -96,7 +96,7 @@ RANGES = [
     ("motion", "loss.pose_label.floor=-1", "0 or more"),
     ("motion", "loss.landmark_maps=69", "1 to 68"),
     ("motion", "model.pose.dims=(0,48,96,128)", "each 1 or more"),
-    ("motion", "model.pose.dims=()", "a tuple of 1 or more"),
+    ("motion", "model.pose.dims=()", "it is 1 or more values, each 1 or more"),
     ("motion", "model.expression.dropout=1.0", "below 1"),
     ("motion", "data.augment.similarity.scale=(1.25,0.8)", "the smaller first"),
     ("motion", "data.augment.similarity.scale=(0.0,1.0)", "above 0"),
@@ -118,7 +118,11 @@ RANGES = [
     ("animator_image", "sampling.steps=0", "1 or more"),
     ("animator_image", "sampling.eta=1.5", "1 or less"),
     ("animator_video", "data.frames=0", "1 or more"),
-    ("animator_video", "model.denoiser.expression_tokens=(4,16,2)", "a tuple of 2"),
+    (
+        "animator_video",
+        "model.denoiser.expression_tokens=(4,16,2)",
+        "it is 2 values, each 1 or more",
+    ),
 ]
 
 

@@ -113,6 +113,25 @@ def test_a_run_goes_on_in_a_version_that_has_more_keys(tmp_path):
     )
 
 
+@pytest.mark.parametrize("idle", [[], ["loss.adversarial_start=5"], "cosine"])
+def test_where_the_decay_of_a_discriminator_ends_stays_as_it_was(tmp_path, idle):
+    """A run from before there was the key keeps its rate; one that it means nothing to just goes on."""
+    cosine = ["optim.discriminator.decay=cosine"]
+    config = configs.load_config("configs/motion.py:tiny", cosine if idle == "cosine" else idle)
+    started_with(tmp_path, config, optim__discriminator__decay_ends_with_run=None)
+    check_same_run(tmp_path, config)
+    late = [*cosine, "loss.adversarial_start=5"]
+    config = configs.load_config("configs/motion.py:tiny", late)
+    started_with(tmp_path, config, optim__discriminator__decay_ends_with_run=None)
+    key = "config.optim.discriminator.decay_ends_with_run"
+    with pytest.raises(UserError, match=f"before there was {key}, which is as False, .*--{key}="):
+        check_same_run(tmp_path, config)
+    as_before = configs.load_config("configs/motion.py:tiny", [*late, key[7:] + "=False"])
+    check_same_run(tmp_path, as_before)
+    started_with(tmp_path, as_before)
+    check_same_run(tmp_path, config)  # a rate that somebody wants to change may change
+
+
 def test_what_saves_memory_may_change(tmp_path):
     config = configs.load_config("configs/animator_image.py:tiny", [])
     started_with(tmp_path, config)

@@ -78,6 +78,9 @@ class MotionTask:
         discriminator = config.optim.discriminator
         if discriminator.lazy_correction:
             discriminator = with_lazy_penalty(discriminator, config.loss.r1_every)
+        judging_steps = joint_steps
+        if discriminator.decay_ends_with_run:  # its optimizer counts from its own start
+            judging_steps -= config.loss.adversarial_start
         pretraining = ()
         if config.pretraining.steps:
             pretraining = (
@@ -102,7 +105,7 @@ class MotionTask:
                 "discriminator",
                 ("discriminator",),
                 self.discriminator_loss,
-                make_optimizer(discriminator, joint_steps),
+                make_optimizer(discriminator, judging_steps),
                 when="adversarial",
             ),
         )

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from dexportrait_jax import config as configs
+from dexportrait_jax import optim
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import build_networks, motion
 from dexportrait_jax.tasks.motion import MotionTask
 from tests.published import random_like
+from tests.stages import handful_of_numbers
 
 LATENT, SIDE = 52, 8
 IMAGE = 2 * SIDE * SIDE * 3  # numbers in the pictures of both targets
@@ -293,6 +295,34 @@ def test_losses_that_cannot_be_computed_are_refused(override, said):
     address = "configs/motion.py:full" if "accumulate" in override else "configs/motion.py:tiny"
     with pytest.raises(UserError, match=said):
         MotionTask(configs.load_config(address, override.split()))
+
+
+def test_the_decay_of_a_discriminator_that_starts_late_ends_with_the_run(monkeypatch):
+    """Its optimizer counts its own steps: 60 in all, 20 of pretraining, 10 of the generator alone, 30 of both."""
+    handful_of_numbers(monkeypatch)
+    lengths = {}
+
+    def make_optimizer(config, num_steps):
+        lengths[config.final_fraction] = optim.learning_rate_schedule(config, num_steps)
+        return optim.make_optimizer(config, num_steps)
+
+    monkeypatch.setattr(motion, "make_optimizer", make_optimizer)
+    rate = [
+        f"optim.discriminator.{key}"
+        for key in ("decay=cosine", "final_fraction=0.25", "warmup_steps=3")
+    ]
+    steps = ["num_steps=60", "pretraining.steps=20", "loss.adversarial_start=10"]
+    given = [*rate, *steps, "optim.discriminator.learning_rate=1.0"]
+    task = MotionTask(configs.load_config("configs/motion.py:tiny", given))
+    judged = sum("adversarial" in task.events(step) for step in range(60))
+    assert judged == 30
+    assert float(lengths[0.25](judged)) == pytest.approx(0.25)
+    assert float(lengths[0.25](judged - 5)) > 0.26
+    # As runs had it that were started before.
+    before = "optim.discriminator.decay_ends_with_run=False"
+    MotionTask(configs.load_config("configs/motion.py:tiny", [*given, before]))
+    assert float(lengths[0.25](40)) == pytest.approx(0.25)
+    assert float(lengths[0.25](judged)) > 0.3
 
 
 def test_without_a_weight_the_penalty_is_not_computed():
