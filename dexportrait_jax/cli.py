@@ -24,7 +24,7 @@ from dexportrait_jax.jobs import JOBS, Job
 USAGE_ERROR, FAILED, FAULT, INTERRUPTED, NO_READER = 2, 1, 70, 130, 141
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that complains in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -99,7 +99,7 @@ def _leave(code: int) -> None:
 
 
 def _parse(name: str, job: Job, arguments: list[str]) -> tuple[dict, bool]:
-    parser = _Parser(
+    parser = Parser(
         prog=f"dexportrait {name}",
         description=job.summary,
         epilog=f"example: {job.example}",

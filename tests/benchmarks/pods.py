@@ -22,13 +22,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from configs import meshes
 from data_pipelines.files import write_json
-from dexportrait_jax import chips
+from dexportrait_jax import chips, choices
 from dexportrait_jax import config as configs
+from dexportrait_jax.cli import Parser
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.jobs import JOBS
 
 STAGES = ("motion", "animator_image", "animator_video")
@@ -46,7 +48,7 @@ VERSIONS = ("jax", "libtpu", "flax", "optax", "orbax-checkpoint")
 
 def main(arguments: list[str]) -> None:
     parts = {"plans": plans, "scaling": scaling, "unet": unet, "sharded": sharded, "save": save}
-    parser = argparse.ArgumentParser(prog="tests.benchmarks pods")
+    parser = Parser(prog="tests.benchmarks pods")
     parser.add_argument("--parts", default=",".join(parts), help=", ".join(parts))
     parser.add_argument("--out", type=Path, default=Path("runs/pods"))
     parser.add_argument("--stages", default="", help="those alone (default: all of a part)")
@@ -56,11 +58,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--topologies", default="", help="of `plans` and `scaling`, those alone")
     parser.add_argument("--save_variant", default="tiny", help="of the configs that `save` saves")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     chosen = options.parts.split(",")
-    unknown = sorted(set(chosen) - set(parts))
-    if unknown:
-        parser.error(f"there is no part {', '.join(unknown)}, only {', '.join(parts)}")
+    _refuse_unknown(parser, "parts", chosen, list(parts))
+    _check(parser, options, chosen)
+    options.out.mkdir(parents=True, exist_ok=True)
     _refuse_other_versions(parser, options.out)
     for part in chosen:
         options.dates = set()  # on which what a part tells was measured
@@ -262,6 +263,30 @@ def save(options) -> None:
 
 
 # --- what the parts share -----------------------------------------------------------------
+
+
+def _check(parser: argparse.ArgumentParser, options, parts: list[str]) -> None:
+    """Ends in one line where a list of a flag holds what there is not: parts take minutes, and tell what they know."""
+    # How the autoencoder's batch would grow with the chips is not said.
+    known = STAGES if "scaling" in parts else ("autoencoder", *STAGES)
+    _refuse_unknown(parser, "stages", options.stages.split(",") if options.stages else [], known)
+    _refuse_unknown(parser, "remat", options.remat.split(","), choices.ANIMATOR["remat"])
+    for images in options.images.split(","):
+        if not images.isdecimal() or int(images) < 1:
+            parser.error(f"--images={options.images}: {images!r} is no whole number from 1")
+    for where in options.topologies.split(",") if options.topologies else ():
+        try:
+            meshes.address(where)
+        except UserError as error:
+            parser.error(f"--topologies={options.topologies}: {error}")
+
+
+def _refuse_unknown(parser, flag: str, given: list[str], known: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        parser.error(
+            f"--{flag}: there is no {unknown[0]!r}, only {', '.join(known)}{choices.nearest(unknown[0], known)}"
+        )
 
 
 def _stages(options, known: tuple[str, ...] = STAGES) -> list[str]:
