@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipelines import loading
 from dexportrait_jax import sharding
+from dexportrait_jax.compiling import placed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.state import filled
@@ -55,23 +56,31 @@ def build(
 
 
 def try_programs(task: Task, config, step_function, abstract: Any, mesh, done: int) -> None:
-    """Goes through the steps that come later by shape alone: they must not fail after hours of others.
+    """Goes through all kinds of steps by shape alone: the later ones must not fail after hours of others.
+
+    Those that come now are not traced again when they are compiled.
 
     Raises:
       UserError: a phase cannot be built with the config's sizes.
     """
     now = task.events(done)
     later = {task.events(step) for step in range(done, config.num_steps)} - {now}
+    kinds = [now, *sorted(later, key=sorted)]
     shapes = loading.batch_shapes(config.data)
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    # JAX remembers a trace by shapes and places.
+    batch = placed(batch, sharding.batch_shardings(batch, mesh))
+    constants = task.abstract_constants()
+    constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
     with jax.set_mesh(mesh):
-        for events in sorted(later, key=sorted):
+        for events in kinds:
             try:
-                step_function.eval_shape(abstract, batch, task.abstract_constants(), events)
-            except (TypeError, ValueError) as error:
+                step_function.eval_shape(abstract, batch, constants, events)
+            except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+                steps = f"steps with {', '.join(sorted(events))}" if events else "its steps"
                 raise UserError(
-                    f"{config.stage}: steps with {', '.join(sorted(events))} cannot be built: sizes in config.model do "
-                    f"not fit together ({' '.join(str(error).split())[:300]}); --debug shows where"
+                    f"{config.stage}: {steps} cannot be built: sizes in config.model and config.data do not fit "
+                    f"together ({' '.join(str(error).split())[:300]}); --debug shows where"
                 ) from error
 
 

@@ -15,7 +15,7 @@ from dexportrait_jax import config as configs
 from dexportrait_jax import run_directory
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.programs import first_state
-from dexportrait_jax.tasks import animator, make_task
+from dexportrait_jax.tasks import animator, make_task, motion
 from dexportrait_jax.train import RESUME_ME, _mesh, run_train, train
 from tests.stages import handful_of_numbers, micro
 
@@ -68,6 +68,39 @@ def test_what_fails_only_after_pretraining_is_said_before_it(places, tmp_path):
     ) as caught:
         train(micro("motion", *places, **changes), tmp_path / "run")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model__expression__widths": "(3,3,3)"},
+            "config.model does not fit together: .*division",
+        ),
+        (
+            {"data__pose_size": 7},
+            "steps with pretraining cannot be built: .* and config.data do not fit",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_the_first_step_are_no_fault(changes, words, places, tmp_path):
+    changes = {"pretraining__steps": 3, **changes}
+    with pytest.raises(UserError, match=words):
+        train(micro("motion", *places, **changes), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_is_traced_once(places, tmp_path, monkeypatch, one_device):
+    """By shape and for its program alike; of a large network that takes a while."""
+    handful_of_numbers(monkeypatch)
+    traced, loss = [], motion.MotionTask.generator_loss
+    monkeypatch.setattr(
+        motion.MotionTask,
+        "generator_loss",
+        lambda *given: traced.append(given) or loss(*given),
+    )
+    train(micro("motion", *places, num_steps=2), tmp_path / "run")
+    assert len(traced) == 1
 
 
 def test_forgotten_weights_leave_nothing_behind(places, tmp_path):

@@ -75,5 +75,5 @@ def make_task(config: ml_collections.ConfigDict) -> Task:
     module = task_module(config.stage)
     try:
         return module.make(config)
-    except ValueError as error:  # what networks say of their sizes
+    except (ArithmeticError, ValueError) as error:  # what networks say of their sizes
         raise UserError(f"config.model does not fit together: {error}; give other sizes") from error
