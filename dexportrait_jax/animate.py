@@ -239,6 +239,9 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         pasted_back=job.paste_back,
         paste=job.paste_settings if job.paste_back else None,
     )
+    idle = model.idle_flags(job.sampling, len(plan.drive))
+    if idle:
+        print(f"note: {job.out}: {idle}", file=sys.stderr)
     metadata = provenance.container_metadata(record)
     source = model_inputs(model, plan.source, np.array([0]))["image"][0]
     progress = Progress(f"animate {Path(job.out).name}", len(plan.drive), unit="frame")

@@ -28,6 +28,7 @@ from dexportrait_jax.animator_windows import (
     DenoiserPrograms,
     check_windows,
     grid_options,
+    idle_flags,
     null_reading,
     warps,
 )
@@ -140,6 +141,9 @@ class AnimatorModel(PortraitModel):
         self.plan(sampling)
         # All of it: a picture is not to be had again from the steps and the scale alone.
         return self._chosen(sampling)
+
+    def idle_flags(self, sampling: Sampling, frames: int) -> str | None:
+        return idle_flags(sampling, frames, self.window)
 
     # --- compiled parts ---------------------------------------------------------------
 

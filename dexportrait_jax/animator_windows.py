@@ -50,9 +50,8 @@ def warps(branch: Branch, reading: NullReading) -> bool:
 
 def check_windows(sampling: Sampling, length: int, *, temporal: bool) -> None:
     """UserError for flags that the windows of a model, of so many frames, cannot follow."""
-    given = {name: value for name, value in asdict(sampling).items() if name in WINDOW_KNOBS}
-    for name, value in given.items():
-        if value is not None and not temporal:
+    for name in _given(sampling):
+        if not temporal:
             raise UserError(
                 f"--{name} is for the video stage: an export of the image stage makes each frame alone; leave it "
                 "out, or give an export of the video stage"
@@ -62,6 +61,19 @@ def check_windows(sampling: Sampling, length: int, *, temporal: bool) -> None:
         raise UserError(
             f"--overlap={overlap}: windows of this model have {length} frames, so two can share 0 to {length - 1}"
         )
+
+
+def idle_flags(sampling: Sampling, frames: int, length: int) -> str | None:
+    """A line where flags of windows were given and a clip of so many frames fits one window of ``length``."""
+    given = ", ".join(f"--{name}" for name in _given(sampling))
+    if not given or frames > length:
+        return None
+    return f"{given} had no effect: the video's {frames} frames fit one window of {length}"
+
+
+def _given(sampling: Sampling) -> list[str]:
+    """Flags of windows that were given."""
+    return [name for name in WINDOW_KNOBS if asdict(sampling)[name] is not None]
 
 
 def grid_options(settings: dict[str, Any], length: int, *, temporal: bool) -> dict[str, Any]:

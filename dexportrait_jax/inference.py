@@ -120,6 +120,11 @@ class PortraitModel(abc.ABC):
         """
         return {"steps": None, "seed": sampling.seed}
 
+    def idle_flags(self, sampling: Sampling, frames: int) -> str | None:
+        """What to tell of flags that change nothing about a clip of so many frames; None where there are none."""
+        del sampling, frames
+        return None
+
     def encode(
         self,
         pose_images: UInt8[np.ndarray, "n hp hp 3"],

@@ -42,6 +42,7 @@ class StubModel:
         self.drives = []
 
     settings = PortraitModel.settings
+    idle_flags = PortraitModel.idle_flags
 
     def encode(self, pose_images, expression_images):
         """The mean colour tells the frames apart well enough."""
@@ -344,6 +345,20 @@ def test_several_jobs_of_a_file(model, files, tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             animate.run_animate("weights", jobs=str(path))
+
+
+def test_flags_that_change_nothing_are_told(model, files, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def idle_flags(sampling, frames):
+        asked.append((sampling.overlap, frames))
+        return "--overlap had no effect"
+
+    monkeypatch.setattr(model, "idle_flags", idle_flags)
+    out, job = tmp_path / "1.mp4", {"source": str(files / "a.png"), "overlap": 3, "max_frames": 2}
+    animate.run_animate("weights", driving=str(files / "b.mp4"), out=str(out), **job)
+    assert asked == [(3, 2)]
+    assert f"note: {out}: --overlap had no effect\n" in capsys.readouterr().err
 
 
 def test_a_bad_entry_of_a_file_does_not_stop_the_others(

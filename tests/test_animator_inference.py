@@ -174,6 +174,16 @@ def test_windows_are_those_of_flags_and_config(monkeypatch, by_flag):
     assert GRID.items() <= model.settings(given).items()
 
 
+def test_flags_of_windows_that_a_short_clip_does_not_have():
+    model = Stubbed(stage="video")
+    said = model.idle_flags(Sampling(overlap=2, window_ends="closed"), 24)
+    assert (
+        said == "--overlap, --window_ends had no effect: the video's 24 frames fit one window of 24"
+    )
+    assert model.idle_flags(Sampling(overlap=2), 25) is None
+    assert model.idle_flags(Sampling(steps=3), 24) is None
+
+
 def test_windows_of_an_export_from_before_the_keys(monkeypatch):
     model = Stubbed(stage="video")
     model.config.unlock()

@@ -2,7 +2,7 @@
 
 Weights that do not fit are refused in one line that says which option to give: other shapes, other pictures for the
 frozen encoders, another scale of the latents, another noise schedule. Where published weights are in use under both
-settings, as AnimateDiff's are, a line says it.
+settings, as AnimateDiff's are, a line says it. What has no effect in either config is not compared.
 """
 
 from __future__ import annotations
@@ -93,7 +93,29 @@ _MODEL = {
         "image_encoder.activation",
     ),
 }
-# Of these: what of an import is for the user to choose, because others run the same weights otherwise.
+# Of _MODEL: what has no effect where another is one of these values, in the weights' training and here.
+_IDLE = {
+    "reference.raymap": ("reference.raymap_reference", (False,)),
+    "reference.raymap_w": ("reference.raymap_reference", (False,)),
+    "reference.raymap_points": ("reference.raymap_reference", (False,)),
+    "denoiser.raymap_w": ("denoiser.raymap", ("none",)),
+    "denoiser.raymap_points": ("denoiser.raymap", ("none",)),
+    "denoiser.drop_attn2": ("attn2.attn2", ("none",)),
+    "denoiser.warp_padding": ("denoiser.warp_kernel", (0,)),
+    "denoiser.volume_order": ("denoiser.warp_kernel", (0,)),
+    "denoiser.expression_heads": ("denoiser.expression_injector", ("none",)),
+    "denoiser.expression_place": ("denoiser.expression_injector", ("none", "xnemo")),
+    "denoiser.expression_tokens": ("denoiser.expression_injector", ("none",)),
+    "denoiser.expression_linear": ("denoiser.expression_injector", ("none",)),
+    "denoiser.expression_positions": ("denoiser.expression_injector", ("none",)),
+    "denoiser.expression_null": ("denoiser.expression_injector", ("none",)),
+}
+# The same of the encoders' pictures, of data.augment: without the former the latter do nothing.
+_WITHOUT = {
+    "pose_mask.applied": ("pose_mask.dilation", "pose_mask.minimum_height", "pose_mask.fill"),
+    "expression_crop.applied": ("expression_crop.margin", "expression_crop.upright"),
+}
+# Of _MODEL: what of an import is for the user to choose, because others run the same weights otherwise.
 _CHOSEN = ("model.temporal.norm",)
 
 
@@ -192,9 +214,21 @@ def _differing(
         # The config of a run may be older than the key; that of an import tells what it knows.
         if "stage" in there and key in BEFORE_THE_KEY:
             trained = {knob: BEFORE_THE_KEY[key], **trained}
-        if knob in trained and knob in given and not _same(given[knob], trained[knob]):
+        if knob not in trained or knob not in given or _idle(config, there, dotted):
+            continue
+        if not _same(given[knob], trained[knob]):
             found[dotted] = trained[knob]
     return found
+
+
+def _idle(config: ml_collections.ConfigDict, there: Mapping[str, Any], dotted: str) -> bool:
+    """Whether a knob of config.model does nothing, neither in the weights' config, as far as that is told, nor here."""
+    if dotted not in _IDLE:
+        return False
+    switch, values = _IDLE[dotted]
+    section, name = switch.split(".")
+    here = config.model[section][name]
+    return here in values and there.get("model", {}).get(section, {}).get(name, here) in values
 
 
 def _other_schedule(
@@ -241,10 +275,17 @@ def _refuse_other_autoencoder(
 
 def _pictures(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
     """What of the encoders' pictures differs: overrides that make it the same."""
-    trained = neutral_knobs(there["augment"])
+    ours, trained = (neutral_knobs(one["augment"]) for one in (here, there))
+    idle = {
+        knob
+        for switch, knobs in _WITHOUT.items()
+        if not (ours[switch] or trained[switch])
+        for knob in knobs
+    }
     pairs = {
         f"data.augment.{name}": (value, trained[name])
-        for name, value in neutral_knobs(here["augment"]).items()
+        for name, value in ours.items()
+        if name not in idle
     } | {f"data.{size}": (here[size], there[size]) for size in ("pose_size", "expression_size")}
     return {name: theirs for name, (ours, theirs) in pairs.items() if not _same(ours, theirs)}
 

@@ -23,7 +23,7 @@ from dexportrait_jax.models.animator import (
 )
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
-from dexportrait_jax.tasks import animator, build_networks, make_task
+from dexportrait_jax.tasks import animator, animator_start, build_networks, make_task
 from dexportrait_jax.tasks.animator_config import check_config
 from tests.published import random_like
 from tests.stages import micro
@@ -83,7 +83,7 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     assert "denoiser" in animator.AnimatorTask(config).pretrained()
     config.diffusion.update(beta_end=0.02, prediction="epsilon", zero_terminal_snr=False)
     config.model.unet.heads = 2
-    config.model.reference.raymap_w = 0
+    config.model.reference.raymap_w = 0  # whose UNet has no ray map: not worth a word
     config.model.denoiser.update(raymap_w=0, warp_padding="border", expression_heads=2)
     config.model.denoiser.update(volume_order="depth_channel", expression_linear=False)
     with pytest.raises(UserError) as caught:
@@ -92,7 +92,6 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     assert "\n" not in said and said.startswith(f"{export} does not fit this config")
     assert said.split("give: ", 1)[1].split() == [
         "--config.model.unet.heads=1",
-        "--config.model.reference.raymap_w=1",
         "--config.model.denoiser.raymap_w=1",
         "--config.model.denoiser.warp_padding=zeros",
         "--config.model.denoiser.volume_order=channel_depth",
@@ -121,6 +120,48 @@ def test_unets_that_go_on_learning_may_learn_another_noise(tmp_path, capsys):
     config.model.unet.heads = 2
     with pytest.raises(UserError, match=r"give: --config\.model\.unet\.heads=1$"):
         animator.AnimatorTask(config).pretrained()
+
+
+@pytest.mark.parametrize("knob", animator_start._IDLE)
+def test_what_has_no_effect_refuses_no_weights(knob):
+    """Where it has, here or in the weights' training, it does."""
+    config = configs.load_config("configs/animator_image.py:tiny")
+    there = configs.to_json(config)
+    section, name = knob.split(".")
+    there["model"][section][name] = "other"
+    switch, values = animator_start._IDLE[knob]
+    group, of = switch.split(".")
+    trained = there["model"][group]
+    alive = {
+        "attn2.attn2": "null_text",
+        "denoiser.expression_injector": "in_block",
+        "denoiser.raymap": "displacement",
+        "denoiser.warp_kernel": 3,
+        "reference.raymap_reference": True,
+    }[switch]
+    for ours in values:
+        for theirs in values:
+            config.model[group][of], trained[of] = ours, theirs
+            assert animator_start._differing(config, there, [knob]) == {}
+    for ours, theirs in ((alive, alive), (values[0], alive), (alive, values[0])):
+        config.model[group][of], trained[of] = ours, theirs
+        assert animator_start._differing(config, there, [knob]) == {knob: "other"}
+
+
+@pytest.mark.parametrize(
+    ("group", "knob", "value"), [("pose_mask", "dilation", 0.3), ("expression_crop", "margin", 2.0)]
+)
+def test_pictures_are_compared_by_what_shows(group, knob, value):
+    config = configs.load_config("configs/animator_image.py:tiny")
+    there = configs.to_json(config)["data"]
+    there["augment"][group][knob] = value
+    other = {f"data.augment.{group}.{knob}": value}
+    assert animator_start._pictures(config.data, there) == other
+    config.data.augment[group].applied = there["augment"][group]["applied"] = False
+    assert animator_start._pictures(config.data, there) == {}
+    there["augment"][group]["applied"] = True
+    other[f"data.augment.{group}.applied"] = True
+    assert animator_start._pictures(config.data, there) == other
 
 
 @pytest.mark.parametrize("key", choices.ANIMATOR)
