@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from dexportrait_jax import code_version, distributed, sharding
 from dexportrait_jax.errors import UserError
 
 FOLDER = "checkpoints"
+# Behind the step, in the name of a checkpoint that Orbax has not finished.
+UNFINISHED = ".orbax-checkpoint-tmp"
 # Beside the folder: the last step whose checkpoint is known to be whole, so that one knows when the folder is lost.
 LAST_SAVED = "last_saved.txt"
 # Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are of schema 1.
@@ -36,11 +39,12 @@ SCHEMA = 1
 def orbax_lines_off() -> None:
     """Orbax logs every save through absl at INFO and WARNING; a run prints its own lines.
 
-    Of a damaged checkpoint one error is raised, and a traceback for every other array is left to asyncio's log.
+    Of a damaged checkpoint one error is raised, and a traceback for every other array is left to asyncio's log. Of a
+    save that fails, too, one is raised, and every thread that had a part in it leaves its traceback at ERROR.
     """
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
@@ -89,6 +93,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / FOLDER
         self.directory.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
+        self._timeout_seconds = timeout_seconds
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             context=ocp.Context(
@@ -106,7 +111,7 @@ class Checkpoints:
         """Starts saving.
 
         Where the save before it failed (a disk that was full, a bucket that did not answer), that is a warning, and
-        this one is waited for: what goes wrong twice in a row is raised, at once.
+        this one is waited for: what goes wrong twice in a row is raised, at once. All processes must ask.
         """
         before, failure = self._saving, ""
         try:
@@ -117,7 +122,11 @@ class Checkpoints:
                 f"warning: checkpoint {before} was not saved ({failure}); trying again at step {step}",
                 file=sys.stderr,
             )
-        if step in distributed.from_main(self.steps()):
+        saved = distributed.from_main(self.steps())
+        if failure and distributed.is_main():
+            # All have come here, and none writes there any more. It would take the room that this save needs.
+            shutil.rmtree(self.directory / f"{before}{UNFINISHED}", ignore_errors=True)
+        if step in saved:
             return
         writer = {
             "schema": SCHEMA,
@@ -131,13 +140,26 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the running save is on disk; raises if it failed."""
+        """Blocks until the running save is on disk; raises if it failed.
+
+        Raises:
+          UserError: for what the user or the machine can put right.
+        """
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         # In this thread: what Orbax raises it raises once a thread, and the next save asks in this one.
         with writing_to(self.directory):
-            self._checkpointer.wait()
+            try:
+                self._checkpointer.wait()
+            except TimeoutError as error:
+                why = "the disk is slow"
+                if jax.process_count() > 1:
+                    why = f"another process could not write its part, and says why, or {why}"
+                raise UserError(
+                    f"not all of {self.directory / str(step)} was written in {self._timeout_seconds} s: {why}; look "
+                    "after that disk, or raise --config.checkpoint.timeout_seconds"
+                ) from error
             if distributed.is_main():
                 write_bytes(self.directory.parent / LAST_SAVED, f"{step}\n".encode())
 

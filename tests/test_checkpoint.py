@@ -266,6 +266,8 @@ def test_a_save_that_failed_does_not_stop_the_next(tmp_path, capsys):
         assert said.count("\n") == 1
         assert "warning: checkpoint 2 was not saved (cannot write" in said
         assert "the disk is full" in said and "trying again at step 4" in said
+        # Nor does what was written of it take room from the next.
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["4"]
         assert restored(disk / "run")[0] == 4
 
 

@@ -1,4 +1,5 @@
-"""Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation.
+"""Two processes make of a stage what one makes of it: records, weights and the pictures of an evaluation; and what
+they make where one of them fails.
 
 Stages take six minutes each, so they are exhaustive; `test_soak.py` holds two processes against one with every change.
 """
@@ -146,13 +147,102 @@ print("own", own, placed["kernel"].shape, placed["step"].is_fully_replicated)
 """
 
 
+WRITES = """
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dexportrait_jax import checkpoint, sharding
+
+number, workdir, failing, seconds, saves = int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])
+jax.distributed.initialize(sys.argv[1], 2, number)
+mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 4, "context": 1, "tensor": 1}))
+shardings = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp")), "step": sharding.replicated(mesh)}
+kernel = np.random.default_rng(0).random((1024, 256))
+checkpoints = checkpoint.Checkpoints(workdir, timeout_seconds=seconds)
+
+
+def save(step):
+    checkpoints.save(step, sharding.put({"kernel": kernel + step, "step": np.int32(step)}, shardings))
+
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+save(2)
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if number == failing:
+    limit(100_000)  # its part of the kernel has ten times as much
+save(4)
+time.sleep(2)
+if saves == 1:
+    limit(resource.RLIM_INFINITY)
+began = time.monotonic()
+try:
+    save(6)
+    checkpoints.wait()
+    found = {name: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=shardings[name])
+             for name, one in (("kernel", kernel), ("step", np.int32(0)))}
+    step, state = checkpoints.restore(found)
+    parts = state["kernel"].addressable_shards
+    print("read", step, all((part.data == (kernel + step)[part.index]).all() for part in parts))
+except Exception as error:
+    print("ended by", type(error).__name__, error)
+print("after", round(time.monotonic() - began))
+sys.stdout.flush()
+jax.distributed.shutdown()
+"""
+
+
+SECONDS = 4
+
+
+@pytest.mark.parametrize(("failing", "saves"), [(1, 1), (0, 2)])
+def test_one_process_cannot_write_its_part(failing, saves, tmp_path):
+    """The other waits no longer than it is told to. One save that fails is a warning, two in a row end both."""
+    said = of_two_processes(WRITES, tmp_path, failing, SECONDS, saves)
+    folder = tmp_path / "checkpoints"
+    for number, (out, errors) in enumerate(said):
+        (warning,) = [line for line in errors.splitlines() if line.startswith("warning: ")]
+        if number == failing:
+            why = f"cannot write {folder}: the file grew larger than the system allows"
+        else:
+            why = f"not all of {folder / '4'} was written in {SECONDS} s: another process could not write its part"
+        assert warning.startswith(f"warning: checkpoint 4 was not saved ({why}")
+        assert warning.endswith("; trying again at step 6")
+        assert "Traceback" not in errors
+        if saves == 1:
+            assert "read 6 True" in out
+        else:
+            assert f"ended by UserError {why.replace('/4 ', '/6 ')}" in out
+        assert int(out.split("\nafter ")[1]) <= saves * SECONDS + 5
+    held = {"2", "6"} if saves == 1 else {"2", "6.orbax-checkpoint-tmp"}
+    assert {path.name for path in folder.iterdir()} == held
+
+
 def test_first_weights_are_put_without_gathering_them():
     """A pod of hosts would hold each of them on every device as often as there are hosts."""
+    said = of_two_processes(WEIGHTS)
+    for (out, errors), own in zip(said, ([0, 8], [16, 24]), strict=True):
+        assert f"own {own} (8, 4) True" in out, errors[-2000:]
+
+
+def of_two_processes(program, *arguments):
+    """What two processes of two devices say, (stdout, stderr) of each; they are given address, number, `arguments`."""
     address = f"127.0.0.1:{free_port()}"
     devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WEIGHTS, address, str(number)],
+            [sys.executable, "-c", program, address, str(number), *map(str, arguments)],
             env=os.environ | devices,
             cwd=Path(__file__).parent.parent,
             stdout=subprocess.PIPE,
@@ -161,6 +251,4 @@ def test_first_weights_are_put_without_gathering_them():
         )
         for number in range(2)
     ]
-    said = [process.communicate(timeout=120) for process in processes]
-    for (out, errors), own in zip(said, ([0, 8], [16, 24]), strict=True):
-        assert f"own {own} (8, 4) True" in out, errors[-2000:]
+    return [process.communicate(timeout=120) for process in processes]
