@@ -43,9 +43,11 @@ class WallTime:
         Args:
           good_seconds: what the record says at the step that is gone on from. Steps after it are done again; those that
             took their time first do not count.
-          seconds_before: from the run's first start to this one, whether a process ran or not.
+          seconds_before: from the run's first start to this one, whether a process ran or not; where that is not known,
+            less than it was.
         """
-        self._good_before, self._seconds_before = good_seconds, seconds_before
+        # Its steps took that long at least, whatever became of the record of its starts, or of a host's clock.
+        self._good_before, self._seconds_before = good_seconds, max(seconds_before, good_seconds)
 
     def ready(self) -> None:
         """The first step is done: from now on what is nothing else is steps. Its own time was that of the start."""

@@ -74,6 +74,16 @@ def test_goodput_is_that_of_all_starts(clock):
     )
 
 
+def test_goodput_where_nothing_says_when_the_run_began(clock):
+    """`environment.json` is lost, or of a version that did not say: the steps are no more than all of the time."""
+    wall = WallTime()
+    wall.goes_on(good_seconds=50.0, seconds_before=0.0)
+    clock[0] += 10
+    wall.ready()
+    clock[0] += 40
+    assert wall.row(8, 1)["time/goodput"] == pytest.approx((50 + 40) / (50 + 50))
+
+
 def test_what_stands_still_is_reported_once_with_all_stacks(tmp_path, capsys):
     wall = WallTime()
     wall.ready()
