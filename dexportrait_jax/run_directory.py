@@ -234,6 +234,9 @@ def write_description(
     _tell_other_data(workdir / DATA_FILE, data)
     write_json(workdir / DATA_FILE, data)
     anew = not step and not _recorded(workdir)
+    if anew:
+        # Of a run that was removed. It would have the steps of this one taken for lost, until its own first save.
+        (workdir / checkpoint.LAST_SAVED).unlink(missing_ok=True)
     return environment.note_start(workdir, step, time.time() if began is None else began, anew)
 
 

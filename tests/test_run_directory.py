@@ -217,6 +217,16 @@ def test_a_run_does_not_begin_again_in_silence(tmp_path, left, lost):
     check_nothing_lost(tmp_path)
 
 
+def test_a_run_in_the_place_of_one_that_was_removed(tmp_path):
+    """As the error about lost checkpoints advises; it may be killed before its own first save, too."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "last_saved.txt").write_text("100\n")
+    check_nothing_lost(tmp_path)
+    write_description(tmp_path, configs.load_config("configs/autoencoder.py:tiny", []), {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    check_nothing_lost(tmp_path)
+
+
 def test_a_directory_is_for_one_process(tmp_path):
     words = f"another process is training in {tmp_path}; wait"
     with claimed(tmp_path), pytest.raises(UserError, match=words), claimed(tmp_path):
