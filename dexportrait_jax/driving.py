@@ -27,7 +27,17 @@ PANELS = {  # what stands side by side in `animate --side_by_side`, for captions
     "expression_only": ("source", "expression", "result"),
     "pose_only": ("source", "pose", "result"),
 }
-TYPED_KEYS = ("pitch", "yaw", "roll", "x", "y", "scale")
+# What can be typed of a pose, from and to: far beyond what shows a face, and well within what can be computed.
+TYPED_RANGES = {
+    "pitch": (-3600, 3600),
+    "yaw": (-3600, 3600),
+    "roll": (-3600, 3600),
+    "x": (-100, 100),
+    "y": (-100, 100),
+    "scale": (0.01, 100),
+}
+TYPED_KEYS = tuple(TYPED_RANGES)
+LAST_FRAME = 1_000_000  # that can be typed: eleven hours
 
 
 # --- modes ----------------------------------------------------------------------------
@@ -106,18 +116,21 @@ def is_typed_pose(text: str) -> bool:
 def parse_typed_pose(text: str) -> list[dict[str, float]]:
     """Keyframes of a typed pose: one object such as `{"yaw": 20}`, or a list with "frame" in each.
 
-    pitch, yaw, roll in degrees, x, y in crop coordinates ([-1, 1] across the crop), scale > 0,
-    frame >= 0. UserError naming the key that is wrong.
+    pitch, yaw, roll in degrees, x, y in crop coordinates ([-1, 1] across the crop), scale a factor, all within
+    TYPED_RANGES; frame from 0 to LAST_FRAME. UserError naming the key that is wrong.
     """
     example = (
         'e.g. --pose=\'{"yaw": 20}\' or \'[{"frame": 0, "yaw": -20}, {"frame": 24, "yaw": 20}]\''
     )
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"--pose is neither a file nor JSON ({error.msg} at character {error.pos}); {example}"
-        ) from None
+    except (ValueError, RecursionError) as error:  # or more digits or brackets than Python reads
+        what = (
+            f"{error.msg} at character {error.pos}"
+            if isinstance(error, json.JSONDecodeError)
+            else "nothing that can be read"
+        )
+        raise UserError(f"--pose is neither a file nor JSON ({what}); {example}") from None
     keyframes = value if isinstance(value, list) else [value]
     if not keyframes or not all(isinstance(keyframe, dict) and keyframe for keyframe in keyframes):
         raise UserError(
@@ -127,15 +140,16 @@ def parse_typed_pose(text: str) -> list[dict[str, float]]:
         for key, number in keyframe.items():
             if key not in (*TYPED_KEYS, "frame"):
                 raise UserError(f"--pose: no key {key!r}; there are frame, {', '.join(TYPED_KEYS)}")
-            # bool is an int to Python, and NaN is a number to json
+            least, most = TYPED_RANGES.get(key, (0, LAST_FRAME))
+            # bool is an int to Python, and NaN, which is neither below nor above anything, a number to json
             if (
                 isinstance(number, bool)
                 or not isinstance(number, int | float)
-                or not math.isfinite(number)
+                or not least <= number <= most
             ):
-                raise UserError(f"--pose: {key} must be a number, got {number!r}")
-        if keyframe.get("scale", 1.0) <= 0 or keyframe.get("frame", 0) < 0:
-            raise UserError("--pose: scale must be above 0 and frame at least 0")
+                raise UserError(
+                    f"--pose: {key} must be a number from {least} to {most}, got {str(number)[:40]!r}"
+                )
         if len(keyframes) > 1 and "frame" not in keyframe:
             raise UserError(f'--pose: every keyframe of a list needs a "frame"; {example}')
     frames = [keyframe.get("frame", 0) for keyframe in keyframes]

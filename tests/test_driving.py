@@ -259,12 +259,21 @@ def test_typed_pose_relative():
         '[{"yaw": 1}, {"yaw": 2}]',
         '[{"frame": 4, "yaw": 1}, {"frame": 2, "yaw": 2}]',
         '{"yaw": true}',
+        '{"yaw": 1e300}',
+        '{"yaw": 1' + 400 * "0" + "}",
+        '{"yaw": 1' + 5000 * "0" + "}",
+        "[" * 100_000,
+        '{"x": 1e39}',
+        '{"scale": 1e-30}',
+        '[{"frame": -1, "yaw": 1}, {"frame": 2, "yaw": 2}]',
+        '[{"frame": 0, "yaw": 1}, {"frame": 1e9, "yaw": 2}]',
     ],
 )
 def test_wrong_typed_poses_end_in_one_line(text):
     with pytest.raises(UserError) as caught:
         driving.parse_typed_pose(text)
     assert "--pose" in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_keyframes_longer_than_a_files_name_are_typed():
