@@ -18,6 +18,7 @@ from dexportrait_jax.errors import UserError
 # Smoothing at strength 1. Variances of Kalman's are those of LivePortrait (src/utils/filter.py), whose filter is
 # pykalman's: the first state is the first pose, with variance 1.
 SIGMA = 1.5  # frames
+REACH = 6  # sigmas
 CUTOFF = 1.5  # Hz
 PROCESS_VARIANCE, OBSERVATION_VARIANCE, FIRST_VARIANCE = 1e-5, 3e-7, 1.0
 
@@ -118,11 +119,36 @@ def smooth_poses(
 
 
 def _gaussian(rotation, translation, log_scale, sigma):
-    offsets = np.arange(len(rotation))
-    weights = np.exp(-0.5 * ((offsets[:, None] - offsets[None]) / max(sigma, 1e-6)) ** 2)
-    weights /= weights.sum(axis=1, keepdims=True)
-    mean = np.einsum("ij,jkl->ikl", weights, rotation)
-    return join_pose(_nearest_rotation(mean), weights @ translation, np.exp(weights @ log_scale))
+    return _by_numbers(
+        rotation, translation, log_scale, lambda values: gaussian_smoother(values, sigma)
+    )
+
+
+def gaussian_smoother(
+    observed: Float[np.ndarray, "frames numbers"], sigma: float
+) -> Float[np.ndarray, "frames numbers"]:
+    """Means of the frames about each, weighed by a Gaussian of ``sigma`` frames; beyond the ends nothing has weight.
+
+    Memory is that of the frames, however many: frames farther away than REACH sigmas are left out.
+    """
+    sigma, frames = max(sigma, 1e-6), len(observed)
+    reach = math.ceil(min(frames - 1, REACH * sigma))
+    total, weights = np.zeros_like(observed), np.zeros((frames, 1))
+    for offset in range(-reach, reach + 1):
+        weight = math.exp(-0.5 * (offset / sigma) ** 2)
+        here = slice(max(0, -offset), frames - max(0, offset))
+        there = slice(max(0, offset), frames - max(0, -offset))
+        total[here] += weight * observed[there]
+        weights[here] += weight
+    return total / weights
+
+
+def _by_numbers(rotation, translation, log_scale, smooth):
+    """Every number of (rotation matrix, t, log s) by itself, then the nearest rotation."""
+    values = np.concatenate([rotation.reshape(-1, 9), translation, log_scale[:, None]], axis=1)
+    smoothed = smooth(values)
+    rotation = _nearest_rotation(smoothed[:, :9].reshape(-1, 3, 3))
+    return join_pose(rotation, smoothed[:, 9:12], np.exp(smoothed[:, 12]))
 
 
 def _nearest_rotation(matrix: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 3 3"]:
@@ -133,11 +159,10 @@ def _nearest_rotation(matrix: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "
 
 
 def _kalman(rotation, translation, log_scale, observation):
-    """Every number of (rotation matrix, t, log s) by itself, then the nearest rotation."""
-    values = np.concatenate([rotation.reshape(-1, 9), translation, log_scale[:, None]], axis=1)
-    smooth = kalman_smoother(values, PROCESS_VARIANCE, observation)
-    rotation = _nearest_rotation(smooth[:, :9].reshape(-1, 3, 3))
-    return join_pose(rotation, smooth[:, 9:12], np.exp(smooth[:, 12]))
+    def smooth(values):
+        return kalman_smoother(values, PROCESS_VARIANCE, observation)
+
+    return _by_numbers(rotation, translation, log_scale, smooth)
 
 
 def kalman_smoother(

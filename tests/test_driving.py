@@ -1,6 +1,7 @@
 """driving.py by values: modes, relative and typed poses, smoothing, the clock."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -204,6 +205,29 @@ def test_kalman_is_what_is_most_likely(strength):
     left, _, right = np.linalg.svd(mean)
     np.testing.assert_allclose(found, left @ right, atol=1e-6)
     assert np.abs(smooth - noisy).max() > 1e-3  # it does something
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "one_euro", "kalman"])
+def test_smoothing_a_long_video_takes_memory_by_the_frame(kind):
+    """2 KB each at most: a matrix of all frames by all would take 32."""
+    frames = 4000
+    poses = np.repeat(pose(yaw=3)[None], frames, 0)
+    tracemalloc.start()
+    smooth = pose_transfer.smooth_poses(poses, kind)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(smooth, poses, atol=1e-6)
+    assert peak < 2000 * frames
+
+
+def test_gaussian_means_by_hand():
+    observed = np.random.default_rng(0).random((30, 2))
+    apart = np.arange(30)[:, None] - np.arange(30)
+    for sigma in (0.4, 1.5, 40.0, 1e300):
+        weights = np.exp(-0.5 * (apart / sigma) ** 2)
+        wanted = weights @ observed / weights.sum(axis=1, keepdims=True)
+        found = pose_transfer.gaussian_smoother(observed, sigma)
+        np.testing.assert_allclose(found, wanted, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["none", "gaussian", "one_euro", "kalman"])
