@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import jax
 
 # XLA for TPUs cuts a product with weights that lie in parts into as many products, so as to send one part round a ring
-# while another is multiplied. Sixteenths of SD1.5's kernels, 20 of 320 features, leave most of the matrix unit idle, and
-# every part's sum goes to memory and back. Where an operand has fewer MiB than this, parts are gathered instead.
+# while another is multiplied. Sixteenths of SD1.5's kernels, 20 of 320 features, leave most of the matrix unit idle,
+# and every part's sum goes to memory and back. Where an operand has fewer MiB than this, parts are gathered instead.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": str(2**20)}
 # Part of the key under which JAX keeps what it traced: another platform traces again.
 _planned = jax.make_user_context("")

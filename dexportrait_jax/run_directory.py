@@ -149,9 +149,20 @@ def check_shared(workdir: Path, seconds: float = 30.0) -> None:
 
 
 def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """UserError if the directory holds steps of a run that this config does not go on with."""
+    """UserError if the directory holds steps of a run that this config does not go on with.
+
+    Where nothing says what made them, that is a warning.
+    """
     path = workdir / CONFIG_FILE
-    if not path.exists() or not (_recorded(workdir) or checkpoint.newest_step(workdir) is not None):
+    if not _recorded(workdir) and checkpoint.newest_step(workdir) is None:
+        return
+    if not path.exists():
+        if distributed.is_main():
+            print(
+                f"warning: {workdir} holds steps of a run, but no {CONFIG_FILE} that says how they were made; they are "
+                "taken for steps of this config",
+                file=sys.stderr,
+            )
         return
     try:
         before = json.loads(path.read_text())

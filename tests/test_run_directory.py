@@ -101,6 +101,17 @@ def started_with(tmp_path, config, **changes):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
+def test_steps_of_nobody_knows_what_are_told(tmp_path, capsys):
+    """Checkpoints that were copied alone are gone on with; whether by what made them cannot be known."""
+    config = configs.load_config("configs/autoencoder.py:tiny", [])
+    check_same_run(tmp_path, config)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    check_same_run(tmp_path, config)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"warning: {tmp_path} holds steps of a run, but no config.json")
+
+
 def test_a_run_goes_on_in_a_version_that_has_more_keys(tmp_path):
     config = configs.load_config("configs/motion.py:tiny", [])
     started_with(tmp_path, config, loss__pose_leak=None, accumulate=None, report__profile=None)
