@@ -9,17 +9,17 @@ renamed, so a half-written export never has the final name. Torch is not needed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import dexportrait_jax
 from data_pipelines import files
@@ -43,18 +43,14 @@ def export_groups(
         out_dir: the directory to make. One that is there is replaced only with ``overwrite``, and
             only if it is an export.
         model: what ``model.json`` shall say: "stage", "config" (JSON-able), "step", "ema", "crop".
-        groups: ``{group name: parameter tree}``; arrays keep their types, float32 or bfloat16.
+        groups: ``{group name: parameter tree}``; arrays keep their types, floats of 16, 32 or 64 bits.
 
     Returns the directory. Raises UserError when it may not or cannot be written; what was there
     stays as it was.
     """
 
-    def write(name: str, file: Path) -> int:
-        tensors = names.to_torch(groups[name])
-        save_file(tensors, file, metadata=_metadata(groups[name]))
-        return int(sum(tensor.size for tensor in tensors.values()))
-
-    return _export(out_dir, model, groups, write, overwrite)
+    laid_out = {name: (params, _stored(params)) for name, params in groups.items()}
+    return export_streamed(out_dir, model, laid_out, overwrite)
 
 
 def export_streamed(
@@ -65,26 +61,9 @@ def export_streamed(
 ) -> Path:
     """``export_groups`` for tensors that are in PyTorch's layout already and too many for memory.
 
-    ``groups`` are ``{group name: (abstract tree of the network, {PyTorch key: tensor})}``; tensors
-    are asked for one at a time.
+    ``groups`` are ``{group name: (tree of the network's parameters or of their shapes, {PyTorch key: tensor})}``;
+    tensors are asked for one at a time.
     """
-
-    def write(name: str, file: Path) -> int:
-        abstract, tensors = groups[name]
-        write_tensors(file, tensors, _metadata(abstract))
-        return sum(math.prod(tensor.shape) for tensor in tensors.values())
-
-    return _export(out_dir, model, groups, write, overwrite)
-
-
-def _export(
-    out_dir: str | os.PathLike,
-    model: Mapping[str, Any],
-    groups: Iterable[str],
-    write: Callable[[str, Path], int],
-    overwrite: bool,
-) -> Path:
-    """An export whose files ``write(group, file)`` makes; it returns the number of parameters."""
     out = Path(out_dir)
     check_replaceable(out, overwrite)
     lacking = sorted({"stage", "config", "step", "ema", "crop"} - set(model))
@@ -92,18 +71,34 @@ def _export(
         raise ValueError(f"the description of an export lacks {', '.join(lacking)}")
     with files.whole_directory(out) as directory:
         described = {}
-        for name in groups:
+        for name, (params, tensors) in groups.items():
             file = directory / f"{name}.safetensors"
-            count = write(name, file)
+            write_tensors(file, tensors, _metadata(params))
             described[name] = {
                 "file": file.name,
                 "sha256": file_sha256(file),
-                "parameters": count,
+                "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
             }
         description = {**model, "format": FORMAT, "groups": described, "versions": _versions()}
         text = json.dumps(description, indent=2, sort_keys=True, default=_plain)
         (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
     return out
+
+
+def _stored(params: names.Params) -> dict[str, Stored]:
+    """A tree's leaves as a file takes them: one is laid out as PyTorch has it when its turn comes."""
+    return {
+        key: Stored(
+            names.torch_shape(path[-1], tuple(leaf.shape)),
+            np.dtype(leaf.dtype),
+            functools.partial(_laid_out, path[-1], leaf),
+        )
+        for key, (path, leaf) in names.by_torch_key(params).items()
+    }
+
+
+def _laid_out(leaf_name: str, leaf: Any) -> np.ndarray:
+    return names.to_torch_layout(leaf_name, np.asarray(leaf))
 
 
 def _metadata(params: Mapping[str, Any]) -> dict[str, str]:

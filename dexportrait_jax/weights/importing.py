@@ -1,4 +1,7 @@
-"""Exported weights back in: every file is checked against the description before it is believed."""
+"""Exported weights back in: every file is checked against the description before it is believed.
+
+A file is read tensor by tensor, and laid out as it comes: what is in memory is what was asked for, and one tensor more.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dexportrait_jax.errors import UserError
@@ -49,7 +53,7 @@ def load_groups(
     groups = {}
     for name in wanted_names:
         file = _checked_file(directory, name, model["groups"][name])
-        tensors, layout = _read(file)
+        tensors, layout = _read_header(file)
         if isinstance(wanted, Mapping):
             where = f"group {name!r} of {directory}"
             groups[name] = names.from_torch(tensors, wanted[name], where=where)
@@ -106,14 +110,42 @@ def _checked_file(directory: Path, name: str, group: dict[str, Any]) -> Path:
     return file
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+class _InFile(NamedTuple):
+    """A tensor that is read when NumPy asks for an array of it; nothing of it is kept."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Opened for this tensor alone: what was read through a mapping counts as the process's memory until it is shut.
+        try:
+            with safe_open(self.file, framework="np") as opened:
+                return opened.get_tensor(self.key)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _unreadable(self.file, error) from error
+
+
+def _read_header(file: Path) -> tuple[dict[str, _InFile], dict[str, str]]:
+    """The tensors, none of them read yet, and the layout that ``names.from_torch_alone`` takes."""
     try:
         with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {
+                key: _InFile(file, key, tuple(opened.get_slice(key).get_shape()))
+                for key in opened.keys()  # noqa: SIM118
+            }
         return tensors, json.loads(metadata.get("layout", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} cannot be read as safetensors: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:

@@ -79,15 +79,23 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Arrays may be numpy or jax arrays; types are kept (bfloat16 as ``ml_dtypes.bfloat16``). Raises
     ValueError when two parameters would get the same key.
     """
-    tensors: dict[str, np.ndarray] = {}
+    return {
+        key: to_torch_layout(path[-1], np.asarray(leaf))
+        for key, (path, leaf) in by_torch_key(params).items()
+    }
+
+
+def by_torch_key(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """``{PyTorch key: (path, leaf)}`` of every leaf; ValueError when two would get the same key."""
+    found: dict[str, tuple[tuple[str, ...], Any]] = {}
     for path, leaf in flatten(params):
         key = torch_key(path)
-        if key in tensors:
+        if key in found:
             raise ValueError(
                 f"two parameters are both called {key!r} in PyTorch; rename one of them"
             )
-        tensors[key] = to_torch_layout(path[-1], np.asarray(leaf))
-    return tensors
+        found[key] = (path, leaf)
+    return found
 
 
 def from_torch(
@@ -96,7 +104,8 @@ def from_torch(
     """The parameter tree with the shapes and types of ``abstract``, filled from PyTorch tensors.
 
     Args:
-        tensors: ``{PyTorch key: array in PyTorch's layout}``.
+        tensors: ``{PyTorch key: array in PyTorch's layout}``, or what NumPy makes an array of (``shape`` and
+            ``__array__``): one is asked for at a time, once all of their shapes fit.
         abstract: nested dict of anything with ``shape`` and ``dtype`` (``Network.abstract``).
         where: what the tensors are, for the error ("file x.safetensors").
 

@@ -36,7 +36,8 @@ _TYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float32),
 }
-_CODES = {_TYPES[code]: code for code in ("F32", "F16", "BF16")}
+# What our own files may hold.
+_CODES = {_TYPES[code]: code for code in ("F32", "F16", "BF16")} | {np.dtype(np.float64): "F64"}
 
 
 class View(NamedTuple):

@@ -137,7 +137,7 @@ def test_a_failure_leaves_nothing_behind_and_the_old_export_whole(tmp_path, monk
     def full_disk(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_file", full_disk)
+    monkeypatch.setattr(exporting, "write_tensors", full_disk)
     with pytest.raises(UserError, match="disk is full"):
         export_groups(out, MODEL, _groups(), overwrite=True)
     assert (out / "model.json").read_bytes() == before

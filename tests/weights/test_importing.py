@@ -1,6 +1,8 @@
 """Exports come back exactly, and whatever does not fit is one line."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -91,3 +93,44 @@ def test_a_description_cannot_lead_out_of_the_directory(export, tmp_path):
     model["groups"]["decoder"]["file"] = "../decoder.safetensors"
     (export / "model.json").write_text(json.dumps(model))
     assert "missing" in _failure(export, ["decoder"])
+
+
+# A job alone in a process, which says how many KiB more than before it held at most. Tensors are drawn beforehand.
+# VmHWM and not ru_maxrss: the latter is handed on through fork and exec, so it is at least what the tests hold.
+_MEASURED = """
+import pathlib, re, sys
+import numpy as np
+from dexportrait_jax.weights import exporting, importing
+
+def held(which):
+    return int(re.search(which + r":\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+
+def layer():
+    return {"kernel": np.ones((3, 3, 256, 1024), np.float32), "bias": np.zeros(1024, np.float32)}
+
+job, directory = sys.argv[1:]
+if job == "export":
+    groups = {"group": {str(number): layer() for number in range(16)}}
+    start = held("VmRSS")
+    model = {"stage": "motion", "config": {}, "step": 0, "ema": False, "crop": None}
+    exporting.export_groups(directory, model, groups)
+else:
+    start = held("VmRSS")
+    importing.load_groups(directory)
+print(held("VmHWM") - start)
+"""
+
+
+def _held(job, directory):
+    """MB."""
+    command = [sys.executable, "-c", _MEASURED, job, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024 / 1e6
+
+
+@pytest.mark.xdist_group("memory")
+def test_exporting_and_loading_hold_one_tensor_more_than_the_weights(tmp_path):
+    """151 MB in 16 kernels, each turned round on its way; everything of the process counted."""
+    megabytes = 16 * 9 * 256 * 1024 * 4 / 1e6
+    assert _held("export", tmp_path / "export") < 0.3 * megabytes
+    assert _held("load", tmp_path / "export") < 1.3 * megabytes
