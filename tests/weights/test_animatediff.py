@@ -23,12 +23,12 @@ from tests.stages import micro, random_weights
 CHANNELS, LAYERS = (16, 32), 1  # those of `micro`
 
 
-def adapter(middle=True, frames=32):
+def adapter(middle=True, frames=32, heads=2):
     return randomise(
         diffusers.MotionAdapter(
             block_out_channels=CHANNELS,
             motion_layers_per_block=LAYERS,
-            motion_num_attention_heads=2,
+            motion_num_attention_heads=heads,
             motion_norm_num_groups=4,
             motion_max_seq_length=frames,
             use_motion_mid_block=middle,
@@ -175,3 +175,40 @@ def test_other_positions_are_refused(tmp_path, capsys):
     assert imported(as_adapter(model, tmp_path), tmp_path / "out") == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "not the sine" in said
+
+
+def test_heads_and_groups_of_an_adapter_are_told(tmp_path, capsys):
+    """No shape tells them: with other heads the same weights are another network."""
+    assert imported(as_adapter(adapter(frames=16), tmp_path), tmp_path / "out") == 0
+    assert "note: " not in capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / "model.json").read_text())["config"]["model"]["unet"]
+    assert (told["heads"], told["groups"]) == (2, 4)
+    for key, other in (("heads", 4), ("groups", 8)):
+        changes = {f"model__unet__{key}": other, "model__temporal__max_frames": 16}
+        # The image stage's export, of the same config, fits: the adapter is what does not.
+        config = video_stage(tmp_path / key, tmp_path / "out", **changes)
+        with pytest.raises(UserError, match="its temporal is another one") as caught:
+            AnimatorTask(config).pretrained()
+        assert f"--config.model.unet.{key}={told[key]}" in str(caught.value)
+
+
+def test_nothing_tells_the_heads_of_a_file_alone(tmp_path, capsys):
+    assert imported(as_published(adapter(), tmp_path), tmp_path / "out") == 0
+    assert "tells the heads of its attention; those of the config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"motion_num_attention_heads": [2, 4]}, "[2, 4] heads at its levels"),
+        ({"motion_max_seq_length": 24}, "says motion_max_seq_length=24, its tensors say 32"),
+        ({"use_motion_mid_block": False}, "says use_motion_mid_block=False, its tensors say True"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(tmp_path, changes, word, capsys):
+    file = as_adapter(adapter(), tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert imported(file.parent, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and word in said
+    assert not (tmp_path / "out").exists()
