@@ -269,6 +269,7 @@ def animator(stage: str, variant: str) -> ConfigDict:
                 "features": 1024,
                 "layers": 24,
                 "heads": 16,
+                "feed_forward": None,  # channels inside its feed-forward layers; None: four times features
                 "projection": 768,
                 "activation": "quick_gelu",  # quick_gelu | gelu
             },

@@ -70,6 +70,7 @@ BEFORE_THE_KEY = {
     "model.expression.pooling": "average",
     "model.generator.flatten_stride": "last",
     "model.generator.rgb_channels": None,
+    "model.image_encoder.feed_forward": None,
     "model.pose.scale_limit": 2.0,
     "model.reference.raymap_points": "centres",
     "model.temporal.norm": "clip",

@@ -89,7 +89,11 @@ _MODEL = {
     "image_encoder": (
         "image_encoder.image_size",
         "image_encoder.patch_size",
+        "image_encoder.features",
+        "image_encoder.layers",
         "image_encoder.heads",
+        "image_encoder.feed_forward",
+        "image_encoder.projection",
         "image_encoder.activation",
     ),
 }

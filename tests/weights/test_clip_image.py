@@ -33,6 +33,7 @@ SIZES = {
     "features": 32,
     "layers": 2,
     "heads": 4,
+    "feed_forward": None,
     "projection": 12,
     "activation": "gelu",
 }
@@ -231,3 +232,68 @@ def test_heads_where_nothing_tells_them(width, heads):
 
     found = clip_image.plan(Files()).config["model"]["image_encoder"]
     assert (found["heads"], found["features"]) == (heads, width)
+
+
+def open_clips_config(folder, **vision):
+    told = {"vision_cfg": {"head_width": 8, "width": 32, "layers": 2, **vision}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}))
+
+
+@pytest.mark.parametrize("named", ["transformers", "openai"])
+def test_another_width_of_the_feed_forward_layers(tmp_path, named, capsys):
+    """As open_clip's ViT-g and bigG have it: 4.9231 times 1664 is 8192."""
+    model = alone(intermediate_size=157)
+    if named == "transformers":
+        model.save_pretrained(tmp_path / "clip")
+    else:
+        (tmp_path / "clip").mkdir()
+        save_file(openai_names(model), tmp_path / "clip" / "open_clip_model.safetensors")
+        open_clips_config(tmp_path / "clip", mlp_ratio=4.9231)
+    sizes, ours = imported(tmp_path / "clip", tmp_path / "out")
+    assert sizes == SIZES | {"feed_forward": 157}
+    assert "note: " not in capsys.readouterr().out
+    assert relative_error(ours, embeddings(model)) <= 1e-4
+
+
+def test_the_feed_forward_layers_of_open_clips_large_ones():
+    for width, ratio, inner in ((1408, 4.3637, 6144), (1664, 4.9231, 8192)):
+        told = {"vision_cfg": {"width": width, "head_width": width // 16, "mlp_ratio": ratio}}
+        found = clip_image._of_open_clip(told, width)
+        assert (found["heads"], found["feed_forward"]) == (16, inner)
+
+
+@pytest.mark.parametrize(
+    ("other", "contradicts"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, False),
+        ({"model_type": "clip_text_model", "hidden_size": 32, "num_attention_heads": 2}, False),
+        ({"hidden_size": 64, "num_attention_heads": 2, "hidden_act": "gelu"}, True),
+        ({"vision_config": {"patch_size": 16, "num_attention_heads": 2}}, True),
+        ({"vision_config": {"hidden_size": 32, "patch_size": 8}}, False),
+    ],
+)
+def test_a_config_that_does_not_tell_the_heads_of_these_weights_is_not_believed(
+    tmp_path, other, contradicts, capsys
+):
+    save_file(openai_names(alone()), tmp_path / "clip.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    sizes, _ = imported(tmp_path / "clip.safetensors", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert (sizes["heads"], sizes["activation"]) == (1, "quick_gelu")
+    assert "tells the heads and the activation of this CLIP" in said
+    assert ("config.json there is of another model" in said) == contradicts
+    open_clips_config(tmp_path)  # beside the other one, and of these weights
+    sizes, _ = imported(tmp_path / "clip.safetensors", tmp_path / "more")
+    assert (sizes["heads"], sizes["activation"]) == (4, "gelu")
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_an_activation_that_is_not_known_is_one_line(tmp_path, capsys):
+    alone(hidden_act="relu").save_pretrained(tmp_path / "clip")
+    out = tmp_path / "out"
+    capsys.readouterr()
+    arguments = ["import", "--kind=image_encoder", f"--source={tmp_path / 'clip'}", f"--out={out}"]
+    assert cli.run(arguments) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "activation relu; known are quick_gelu, gelu" in said
+    assert not out.exists()

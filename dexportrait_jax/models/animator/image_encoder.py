@@ -70,12 +70,14 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers, four times as wide inside."""
+    """Two linear layers, `inner` channels between them."""
 
-    def __init__(self, features: int, activation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, inner: int, activation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.activation = activation
-        self.fc1 = nnx.Linear(features, 4 * features, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(4 * features, features, dtype=dtype, rngs=rngs)
+        self.fc1 = nnx.Linear(features, inner, dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(inner, features, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "batch tokens c"]) -> Float[Array, "batch tokens c"]:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(hidden)))
@@ -85,13 +87,20 @@ class EncoderLayer(nnx.Module):
     """Pre-norm transformer layer."""
 
     def __init__(
-        self, features: int, heads: int, activation: str, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        features: int,
+        heads: int,
+        feed_forward: int,
+        activation: str,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         build = {"dtype": dtype, "rngs": rngs}
         self.layer_norm1 = LayerNorm(features, **build)
         self.self_attn = SelfAttention(features, heads, **build)
         self.layer_norm2 = LayerNorm(features, **build)
-        self.mlp = MLP(features, activation, **build)
+        self.mlp = MLP(features, feed_forward, activation, **build)
 
     def __call__(self, hidden: Float[Array, "batch tokens c"]) -> Float[Array, "batch tokens c"]:
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
@@ -120,6 +129,7 @@ class VisionModel(nnx.Module):
         features: int,
         layers: int,
         heads: int,
+        feed_forward: int,
         activation: str,
         *,
         dtype: jnp.dtype,
@@ -128,7 +138,7 @@ class VisionModel(nnx.Module):
         build = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(image_size, patch, features, **build)
         self.pre_layrnorm = LayerNorm(features, **build)  # spelled so in the published keys
-        self.encoder = Encoder(layers, features, heads, activation, **build)
+        self.encoder = Encoder(layers, features, heads, feed_forward, activation, **build)
         self.post_layernorm = LayerNorm(features, **build)
 
     def __call__(self, images: Float[Array, "batch H W 3"]) -> Float[Array, "batch c"]:
@@ -142,6 +152,8 @@ class ImageEncoder(nnx.Module):
     Args:
         image_size: height and width of the images; the caller resizes.
         patch_size, features, layers, heads: sizes of the transformer.
+        feed_forward: channels inside the feed-forward layers; None: four times features. open_clip's ViT-g (1408
+            features) has 6144, its ViT-bigG (1664) 8192.
         projection: size of the embedding.
         activation: "quick_gelu" (OpenAI's weights) or "gelu".
         dtype: compute type.
@@ -155,6 +167,7 @@ class ImageEncoder(nnx.Module):
         features: int = 1024,
         layers: int = 24,
         heads: int = 16,
+        feed_forward: int | None = None,
         projection: int = 768,
         activation: Literal["quick_gelu", "gelu"] = "quick_gelu",
         dtype: jnp.dtype = jnp.float32,
@@ -162,7 +175,15 @@ class ImageEncoder(nnx.Module):
     ):
         self.image_size, self.dtype = image_size, dtype
         self.vision_model = VisionModel(
-            image_size, patch_size, features, layers, heads, activation, dtype=dtype, rngs=rngs
+            image_size,
+            patch_size,
+            features,
+            layers,
+            heads,
+            feed_forward or 4 * features,
+            activation,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.visual_projection = nnx.Linear(
             features, projection, use_bias=False, dtype=dtype, rngs=rngs
