@@ -26,6 +26,7 @@ class Kind(NamedTuple):
         folder: where a diffusers pipeline keeps it, so that ``--source`` may be the whole pipeline.
         parts: published as a file each, whose keys collide: a key of the file ``taesd_encoder.safetensors``
             is ``encoder.`` and the key.
+        several: a folder may hold a file of each part, whose keys do not collide.
     """
 
     summary: str
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
     plan: str
     folder: str = ""
     parts: tuple[str, ...] = ()
+    several: bool = False
 
 
 KINDS = {
@@ -45,6 +47,7 @@ KINDS = {
         "VGG16 or AlexNet in torchvision's names with the heads of LPIPS",
         "--config.loss.perceptual_weights of the motion trainer and the autoencoder",
         "dexportrait_jax.weights.lpips_names:plan",
+        several=True,
     ),
     "unet": Kind(
         "the UNet of SD1.5 or of its image variations: a diffusers folder, or a single file of a checkpoint",

@@ -30,7 +30,7 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
     """
     check_replaceable(Path(out), overwrite)
     kind, sort = kind_called(kind)
-    files = TensorFiles(source, folder=sort.folder, parts=sort.parts)
+    files = TensorFiles(source, folder=sort.folder, parts=sort.parts, several=sort.several)
     plan = plan_import(sort, files)
     groups = {
         group: (abstract, _stored(plan.files or files, abstract, found))
@@ -49,7 +49,7 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
         print(f"{group}: {count / 1e6:.2f} M parameters in {len(tensors)} tensors")
     if plan.left_out:
         print(f"left out, not needed: {names.listed(plan.left_out)}")
-    for note in plan.notes:
+    for note in (*files.notes, *plan.notes):
         print(f"note: {note}")
     print(f"imported {source} to {directory}; it goes to {sort.config_key}")
 

@@ -21,13 +21,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.weights import model_folder
 
-# transformers' and diffusers' names of a model's file; copies of other precision may lie beside it.
-WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar")
 # What a zip archive (torch's format since 1.6) and pickles of protocol 2 and later begin with.
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# What else people have under a name that ends with .safetensors, by how it begins.
+_OTHER_STARTS = {
+    b"GGUF": "a GGUF file, whose weights are quantised; get the safetensors that it was made of",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that: git lfs pull",
+    b"<": "a web page, not the file it links to; download that",
+    b"\x89HDF": "an HDF5 file, of TensorFlow or Keras; get the safetensors of PyTorch",
+    b"": "empty; get it again",
+}
 
 # Types that are kept as they are; float64 becomes float32, whatever else is no weight.
 _TYPES = {
@@ -81,16 +86,25 @@ class TensorFiles:
         source: file or folder.
         folder: of a source that has a folder of this name, that folder is meant.
         parts: a file whose name has one of these words in it gives its keys with that word and a dot in front.
+        several: a folder may hold a file of each part of the network (parts does imply that).
+
+    ``notes`` says which of a folder's files were taken, where that was a choice.
 
     Raises UserError, one line, when there is nothing, a pickle, or a file that is no safetensors.
     """
 
-    def __init__(self, source: str | os.PathLike, folder: str = "", parts: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        folder: str = "",
+        parts: tuple[str, ...] = (),
+        several: bool = False,
+    ):
         self.source = Path(source)
         if folder and (self.source / folder).is_dir():
             self.source /= folder
         self.parts = parts
-        self.files = _files_of(self.source)
+        self.files, self.notes = model_folder.choose(self.source, several or bool(parts))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
         for file in self.files:
@@ -137,6 +151,7 @@ class TensorFiles:
         return seen
 
     def _read_header(self, file: Path) -> None:
+        _refuse_other_format(file)
         try:
             with safe_open(file, framework="np") as opened:
                 for stored in opened.keys():  # noqa: SIM118
@@ -202,65 +217,42 @@ def write_tensors(file: Path, tensors: Mapping[str, Stored], metadata: Mapping[s
             stream.write(array.view(np.uint8).data if array.ndim else array.tobytes())
 
 
-def _files_of(source: Path) -> list[Path]:
-    """The safetensors files that ``--source`` means."""
-    if source.is_file():
-        _refuse_pickle(source)
-        return [source]
-    if not source.is_dir():
-        raise UserError(
-            f"there is nothing at {source}; give a safetensors file or a folder of them"
-        )
-    for name in WHOLE:
-        index = source / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index)
-    found = sorted(source.glob("*.safetensors"))
-    if not found:
-        for file in sorted(source.iterdir()):
-            if file.suffix.lower() in _PICKLES:
-                _refuse_pickle(file)
-        raise UserError(f"{source} holds no safetensors file; give a folder or file that does")
-    whole = [file for file in found if file.name in WHOLE]
-    return whole or found
-
-
-def _shards(index: Path) -> list[Path]:
+def _refuse_other_format(file: Path) -> None:
+    """UserError for a file that does not begin as safetensors do, where it is known what it is instead."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read ({_one_line(error)}); get it again") from error
-    # The names come from a file that may be anybody's: they must not lead out of the folder.
-    shards = sorted(index.parent / Path(str(name)).name for name in names)
-    absent = [file.name for file in shards if not file.is_file()]
-    if absent:
-        raise UserError(f"{index} names files that are missing: {', '.join(absent)}; get them too")
-    return shards
+        with file.open("rb") as stream:
+            start = stream.read(32)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if start[8:9] == b"{":  # safetensors: eight bytes of length, then JSON
+        return
+    if start.startswith(_PICKLE_STARTS):
+        _refuse_pickle(file)
+    for beginning, what in _OTHER_STARTS.items():
+        if start.startswith(beginning) and (beginning or not start):
+            raise UserError(f"{file} cannot be read as safetensors: it is {what}")
+    if file.suffix.lower() in model_folder.PICKLES:
+        _refuse_pickle(file)
 
 
 def _refuse_pickle(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(9)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-        return
-    if file.suffix.lower() in _PICKLES or start.startswith(_PICKLE_STARTS):
-        raise UserError(
-            f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
-            f"it where you trust it: python -c {shlex.quote(_conversion(file))}"
-        )
+    raise UserError(
+        f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
+        f"it where you trust it: python -c {shlex.quote(_conversion(file))}"
+    )
 
 
 def _conversion(file: Path) -> str:
     """A program of one line that makes safetensors of a checkpoint's tensors, wherever in it they commonly lie."""
+    made = file.with_suffix(".safetensors")
+    if made == file:  # a pickle by another name
+        made = file.with_name(f"{file.stem}_converted.safetensors")
     return (
         "import torch, safetensors.torch as s; "
         f'w = torch.load({json.dumps(str(file))}, weights_only=True, map_location="cpu"); '
         'w = next((w[k] for k in ("state_dict", "model", "module") if isinstance(w.get(k), dict)), w); '
         "s.save_file({k: v.contiguous().clone() for k, v in w.items() if torch.is_tensor(v)}, "
-        f"{json.dumps(str(file.with_suffix('.safetensors')))})"
+        f"{json.dumps(str(made))})"
     )
 
 
