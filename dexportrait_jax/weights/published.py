@@ -15,6 +15,7 @@ from typing import Any
 
 from dexportrait_jax.weights import names
 from dexportrait_jax.weights.exporting import check_replaceable, export_streamed
+from dexportrait_jax.weights.foreign import refuse_foreign
 from dexportrait_jax.weights.kinds import kind_called, plan_import
 from dexportrait_jax.weights.tensor_files import Stored, TensorFiles
 
@@ -31,6 +32,7 @@ def run_import(kind: str, source: str, out: str, overwrite: bool = False) -> Non
     check_replaceable(Path(out), overwrite)
     kind, sort = kind_called(kind)
     files = TensorFiles(source, folder=sort.folder, parts=sort.parts, several=sort.several)
+    refuse_foreign(kind, sort, files)
     plan = plan_import(sort, files)
     groups = {
         group: (abstract, _stored(plan.files or files, abstract, found))

@@ -56,17 +56,24 @@ def plan_unet(files: TensorFiles) -> ImportPlan:
     """The plan of `--kind=unet`: one group, unet, with its text attention.
 
     Sizes are read from names and shapes. How many heads share the channels, the groups of GroupNorm and the noise
-    schedule of its training stand in diffusers' JSON beside the weights; without it they are the config's. Raises
-    UserError when this is no such UNet.
+    schedule of its training stand in diffusers' JSON beside the weights; without it they are the config's, which a note
+    says of the heads. Raises UserError when this is no such UNet, or one that takes more than latents.
     """
     translate = _translation(files)
     sizes = _sizes(files, translate)
     network = _plain(**sizes)
     found, left_out = matched(files, network.abstract, translate)
-    config = {GROUP: sizes, "model": {"unet": _heads_and_groups(files, found)}}
+    told = _heads_and_groups(files, found)
+    config = {GROUP: sizes, "model": {"unet": told}}
+    notes = ()
+    if "heads" not in told:
+        notes = (
+            f"nothing beside {files.source} tells the heads of its attention; those of the config are taken "
+            "(model.unet.heads; SD1.5's have 8): a diffusers config.json beside it says them",
+        )
     if schedule := _schedule(files):
         config["diffusion"] = schedule
-    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out)
+    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out, notes)
 
 
 def starts(
@@ -159,11 +166,19 @@ def _sizes(files: TensorFiles, translate: Callable[[str], str | None]) -> dict[s
             f"{files.source} holds no UNet of Stable Diffusion: {names.listed(absent)} is not in it, its first key is "
             f"{min(files.shapes)}; give one"
         )
+    channels, predicted = ours["conv_in.weight"][1], ours["conv_out.weight"][0]
+    if channels != predicted:
+        purpose = {2 * predicted: "editing", 2 * predicted + 1: "inpainting"}.get(channels, "depth")
+        raise UserError(
+            f"{files.source} is a UNet for {purpose} or the like: it takes {channels} channels, the latents' "
+            f"{predicted} and others beside them; give the UNet of SD1.5, or of a model that was made of it and takes "
+            "latents alone"
+        )
     return {
         "block_channels": [ours[key][0] for key in widths],
         "layers_per_block": layers,
-        "in_channels": ours["conv_in.weight"][1],
-        "out_channels": ours["conv_out.weight"][0],
+        "in_channels": channels,
+        "out_channels": predicted,
         "context": ours[text][1],
     }
 
@@ -174,6 +189,8 @@ def _heads_and_groups(files: TensorFiles, found: Mapping[str, str]) -> dict[str,
     Raises UserError for heads that differ from level to level, as those of Stable Diffusion 2 do.
     """
     settings = files.settings()
+    if settings.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        settings = {}  # of another model in the same folder
     # diffusers calls the number of heads by the name of their width.
     heads = settings.get("num_attention_heads") or settings.get("attention_head_dim")
     if isinstance(heads, list) and len(set(heads)) == 1:

@@ -47,6 +47,14 @@ def plan(files: TensorFiles) -> ImportPlan:
     ours = {translate(key): shape for key, shape in files.shapes.items()}
     widths = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
     latent = "post_quant_conv.weight"
+    settings = _settings(files)
+    if latent not in ours and "decoder.conv_in.weight" in ours or settings.get("shift_factor"):
+        channels = ours["decoder.conv_in.weight"][1]
+        raise UserError(
+            f"{files.source} is an autoencoder such as SD3's or Flux's, with latents of {channels} channels: without "
+            "quant_conv, or with a shift_factor, which this network does not have; give that of SD1.5 or SDXL, or a "
+            "tiny one (--kind=tiny_autoencoder) such as TAEF1"
+        )
     absent = [key for key in (*widths, latent) if key not in ours]
     if absent or not widths:
         raise UserError(
@@ -58,21 +66,28 @@ def plan(files: TensorFiles) -> ImportPlan:
         "latent_channels": ours[latent][0],
         "block_channels": [ours[key][0] for key in widths],
         "layers_per_block": _count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", ours),
-        "groups": files.settings().get("norm_num_groups", 32),
-        "scale": files.settings().get("scaling_factor", SCALE),
+        "groups": settings.get("norm_num_groups", 32),
+        "scale": settings.get("scaling_factor", SCALE),
         "middle_attention": any(key and ".attentions." in key for key in ours),
     }
     # No shape tells the groups of GroupNorm.
-    settings = {name: value for name, value in sizes.items() if name != "kind"} | {"groups": 1}
-    abstract = Network(lambda rngs: VAE(**settings, rngs=rngs)).abstract
+    options = {name: value for name, value in sizes.items() if name != "kind"} | {"groups": 1}
+    abstract = Network(lambda rngs: VAE(**options, rngs=rngs)).abstract
     found, left_out = matched(files, abstract, translate)
     notes = ()
-    if not files.settings():
+    if not settings:
         notes = (
             f"nothing beside {files.source} tells the scale of its latents; taken is {SCALE}, as of SD1.5's and its "
             "kin. That of SDXL, whose autoencoder has the same shapes, is 0.13025: put its config.json beside it",
         )
     return ImportPlan({GROUP: (abstract, found)}, {"model": {GROUP: sizes}}, left_out, notes)
+
+
+def _settings(files: TensorFiles) -> dict[str, Any]:
+    """A config.json of an autoencoder; without a scale in it, that is diffusers' default, SD1.5's."""
+    settings = files.settings()
+    known = settings.get("_class_name") == "AutoencoderKL" or "scaling_factor" in settings
+    return settings if known else {}
 
 
 def _count(pattern: str, keys: Any) -> int:

@@ -210,6 +210,7 @@ def test_unet_equals_diffusers(tmp_path, unet, vae, layout, capsys):
     out = imported("unet", layout(tmp_path, unet, vae), tmp_path / "out")
     said = capsys.readouterr().out
     assert "--config.init.unet" in said and ("left out" in said) == (layout is a_whole_checkpoint)
+    assert ("tells the heads of its attention" in said) == (layout is a_whole_checkpoint)
     assert max(map(len, said.splitlines())) < 600  # not a line of hundreds of keys
     options = TransformerOptions(heads=2, cross_attention_features=CONTEXT)
     network = Network(
@@ -305,6 +306,26 @@ def test_autoencoder_equals_diffusers(tmp_path, unet, vae, layout, known_scale, 
         expected_images = vae.decode(expected).sample
     assert relative_error(mean, expected.permute(0, 2, 3, 1)) <= 1e-4
     assert relative_error(decoded, expected_images.permute(0, 2, 3, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("beside", "noted", "scale"),
+    [
+        ({"_class_name": "UNet2DConditionModel", "norm_num_groups": 8}, True, 0.18215),
+        ({"_class_name": "AutoencoderKL", "norm_num_groups": 4}, False, 0.18215),
+        ({"scaling_factor": 0.5, "norm_num_groups": 4}, False, 0.5),
+    ],
+)
+def test_only_an_autoencoders_config_tells_the_scale(
+    tmp_path, unet, vae, beside, noted, scale, capsys
+):
+    """SD1.5's and sd-vae-ft-mse's are older than the scale in it: it is diffusers' default then."""
+    source = a_vae_alone(tmp_path, unet, vae)
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    out = imported("vae", source, tmp_path / "out")
+    assert ("note: nothing beside" in capsys.readouterr().out) == noted
+    told = json.loads((out / "model.json").read_text())["config"]["model"]["autoencoder"]
+    assert (told["scale"], told["groups"]) == (scale, 32 if noted else 4)
 
 
 @pytest.mark.parametrize(
