@@ -147,8 +147,10 @@ def load_start(
     if is_import and "unet" in description["groups"]:
         told = _differing(config, there, ("unet.heads", "unet.groups"))
         other = {f"model.{knob}": value for knob, value in told.items()}
-        other |= _other_schedule(config, there, path)
-        refuse(path, "its UNet was trained otherwise", other)
+        other |= _other_sizes(config, there.get("unet", {}))
+        if not other or config.stage == "animator_video":
+            other |= _other_schedule(config, there, path)
+        refuse(path, "its UNet is another one, or was trained otherwise", other)
         _, groups = load_groups(path, ["unet"])
         latent_channels = config.model.autoencoder.latent_channels
         groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
@@ -233,6 +235,19 @@ def _idle(config: ml_collections.ConfigDict, there: Mapping[str, Any], dotted: s
     section, name = switch.split(".")
     here = config.model[section][name]
     return here in values and there.get("model", {}).get(section, {}).get(name, here) in values
+
+
+def _other_sizes(config: ml_collections.ConfigDict, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides that give this config's UNets the sizes of an imported one: of its text only where that is read."""
+    known = {f"unet.{name}": sizes.get(name) for name in ("block_channels", "layers_per_block")}
+    if config.model.attn2.attn2 != "none":
+        known["attn2.cross_attention_features"] = sizes.get("context")
+    found = {}
+    for dotted, value in known.items():
+        section, knob = dotted.split(".")
+        if value is not None and not _same(config.model[section][knob], value):
+            found[f"model.{dotted}"] = value
+    return found
 
 
 def _other_schedule(

@@ -491,11 +491,27 @@ def test_other_latents_have_convolutions_of_their_own(tmp_path, unet, capsys):
     assert whole["conv_in"]["kernel"].shape[2] == 6 + 6  # latents, and two ray maps of 3
 
 
-def test_other_sizes_are_one_line(tmp_path, unet):
-    config = sd15_sized(unet, tmp_path, model__unet__block_channels=(16, 32, 64))
-    with pytest.raises(UserError, match="misshapen") as caught:
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"model__unet__block_channels": (16, 32, 64)},
+            "'--config.model.unet.block_channels=(16,32,32)'",
+        ),
+        (
+            {"model__attn2__attn2": "null_text", "model__unet__heads": 4},
+            f"--config.model.unet.heads=2 --config.model.attn2.cross_attention_features={CONTEXT}",
+        ),
+    ],
+)
+def test_other_sizes_are_options_to_give(tmp_path, unet, changes, told, capsys):
+    """All of them at once, and not a list of tensors nor notes before it."""
+    config = sd15_sized(unet, tmp_path, **changes)
+    capsys.readouterr()
+    with pytest.raises(UserError) as caught:
         AnimatorTask(config).pretrained()
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(f"give: {told}")
+    assert capsys.readouterr().err == ""
 
 
 def test_heads_and_noise_of_a_pipeline_are_told(tmp_path, unet, vae, capsys):
