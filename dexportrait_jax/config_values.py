@@ -159,6 +159,7 @@ TABLE: dict[str, Rule] = {
     "model.generator.expression_gain": real(),
     "model.generator.expression_mixing": real(),
     "model.generator.mapping_features": or_none(SIZE),
+    "model.image_encoder.feed_forward": or_none(SIZE),
     "model.generator.rgb_channels": or_none(SIZES),
     "model.generator.volume_shape": several(SIZE, exactly=3),
     "model.generator.down_channels": SIZES,
