@@ -142,3 +142,41 @@ def test_memory_of_every_chip_is_what_its_compiler_says():
         assert less["fits"] and less["hbm_gib_per_device"] == pytest.approx(0.995 * limit, rel=1e-3)
         assert not more["fits"]
         assert more["hbm_gib_per_device"] == pytest.approx(1.02 * limit, rel=1e-3)
+
+
+# A convolution whose weights lie in quarters.
+IN_PARTS = """
+import json
+import jax
+import ml_collections
+from jax.sharding import NamedSharding, PartitionSpec
+from dexportrait_jax import chips, compiling, sharding
+from dexportrait_jax.platforms import jit_on
+
+_, devices = chips.topology("v5e:2x2")
+sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
+mesh = sharding.make_mesh(ml_collections.ConfigDict(sizes), devices)
+
+def placed(shape, *axes):
+    return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+given = placed((64, 32, 32, 256), "fsdp"), placed((3, 3, 256, 256), None, None, "fsdp")
+
+def convolve(inputs, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(inputs, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+ways = {"plain": jax.jit, "ours": lambda function: jit_on(mesh, function)}
+print(json.dumps({
+    name: compiling.compiled(lambda: jit(convolve).lower(*given), name, "quick")["collectives"]
+    for name, jit in ways.items()
+}))
+"""
+
+
+def test_weights_in_parts_are_gathered_and_not_multiplied_part_by_part():
+    """Three quarters of a kernel of bfloat16 come to each device, whatever way."""
+    received = 3 * 3 * 256 * 256 * 2 * 3 // 4
+    found = said_with_libtpu(IN_PARTS)
+    assert found["plain"] == {"collective-permute": {"count": 3, "bytes": received}}
+    assert found["ours"] == {"all-gather": {"count": 1, "bytes": received}}
