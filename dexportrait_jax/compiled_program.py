@@ -311,8 +311,11 @@ def _group_size(rest: str) -> int | None:
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if counted:
         return int(counted[2])
-    # By the axes of a mesh, "mesh['a'=2,'b'=4] {'b'}", or parts of them, "{'b':(1)2}".
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    # By the axes of a mesh, "mesh['a'=2,'b'=4] {'b'}", or parts of them, "{'b':(1)2}"; between them, whose devices lie
+    # in another order, "device_ids=([4,2]T(1,0))".
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\([^)]*\([^)]*\)\))? ?\{([^}]*)\}", rest
+    )
     if not named:
         return None
     sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
