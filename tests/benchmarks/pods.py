@@ -4,7 +4,8 @@
 
 plans: every stage on v5e-256 and v5p-64 (32 chips), and the smallest slice of each kind that holds it, found upwards.
 scaling: the bound of a step from 16 to 1024 chips of v5e, several slices above 256. The batch is the paper's as long as
-    it has a picture for every chip (of a clip: three frames), and grows with the chips beyond.
+    it has a picture for every chip (of a clip: three frames), and grows with the chips beyond. Steps alone, without
+    the program that makes samples between them.
 unet: the training step of SD1.5's UNet alone, beside MaxDiffusion's under the same compiler.
 sharded: the time of a step on this CPU over eight fake devices against one.
 save: seconds to save and to restore a State of random numbers, and how long the loop stands still for it.
@@ -100,7 +101,8 @@ def scaling(options) -> None:
             config = configs.load_config(f"configs/{stage}.py:full@{where}")
             sources = _devices(where) // CHIPS_OF_A_SOURCE[stage]
             larger = sources > config.data.batch_size
-            overrides = [f"data.batch_size={sources}"] if larger else []
+            overrides = ["evaluate.at_end=False", "evaluate.every_steps=0"]
+            overrides += [f"data.batch_size={sources}"] if larger else []
             rows.append((stage, where, _plan(stage, where, options, overrides)))
         _table(
             f"Bound of {stage}:full, compiled, not run", PLAN_COLUMNS, map(_plan_row, rows), options
