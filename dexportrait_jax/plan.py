@@ -41,6 +41,8 @@ from dexportrait_jax.tasks.pictures import shown_data
 from dexportrait_jax.train_checks import check, check_shares
 from dexportrait_jax.workload import abstract_batch, step_work
 
+RARE = 0.01  # of the steps
+
 
 def run_plan(
     config: str,
@@ -133,11 +135,13 @@ def plan(
         task = make_task(config)
         check_shares(config, mesh)
         programs = _event_sets(task, config)
+        rare = {} if effort == "exact" else _rare(programs)
+        programs = {events: share for events, share in programs.items() if events not in rare}
         found = []
         for events, share in programs.items():
             label = f"{name}: {', '.join(sorted(events)) or 'step'}"
             needs = _compiled(task, config, mesh, events, label, effort, again)
-            found.append(needs | {"share": share})
+            found.append(needs | {"share": share / sum(programs.values())})
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         if evaluates and all(program["fits"] for program in found):
             beside = max(program["argument_gib_per_device"] for program in found)
@@ -164,6 +168,7 @@ def plan(
         "hbm_limit_gib": chip.hbm_gib,
         "effort": effort,
         **together,
+        "left_out": [{"events": sorted(events), "share": share} for events, share in rare.items()],
         "advice": [] if together["fits"] else advice(config, dict(mesh.shape), slices),
         "programs": found,
     }
@@ -173,6 +178,11 @@ def _event_sets(task, config) -> dict[frozenset[str], float]:
     """The different programs of a run, and the share of its steps that each is."""
     counted = collections.Counter(task.events(step) for step in range(config.num_steps))
     return {events: times / config.num_steps for events, times in counted.most_common()}
+
+
+def _rare(programs: dict[frozenset[str], float]) -> dict[frozenset[str], float]:
+    """The programs that a quick plan goes without: each takes minutes to compile, and hardly a step is of it."""
+    return {events: share for events, share in programs.items() if share < RARE}
 
 
 def _compiled(

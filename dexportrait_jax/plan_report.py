@@ -133,6 +133,11 @@ def in_words(found: dict[str, Any]) -> str:
         names = sorted({name for program in found["programs"] for name in program[key]})
         if names:
             lines.append(f"  {what}: {', '.join(names)}")
+    for rare in found.get("left_out", ()):
+        lines.append(
+            f"  left out   steps with {', '.join(rare['events'])}, {rare['share']:.2%} of all; "
+            "--effort=exact plans them too"
+        )
     lines.append(f"  compiled, not run: {found['compile_seconds']:.0f} s, effort {found['effort']}")
     return "\n".join(lines)
 

@@ -91,7 +91,7 @@ OPERANDS = (
         ("all-to-all(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", "all-to-all", 3 / 4),
         ("all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", "all-gather", 3),
         (
-            "all-gather(%x), replica_groups=mesh['a'=4,'b'=2,'c'=2], device_ids=([4,2,2]T(0,2,1)) {'b'}, dimensions={1}",
+            "all-gather(%x), replica_groups=mesh['a'=4,'b'=2,'c'=2], device_ids=([4,2,2]T(0,2,1)) {'b'}",
             "all-gather",
             1,
         ),

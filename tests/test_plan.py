@@ -326,6 +326,35 @@ def test_mesh_and_batch_that_do_not_fit(monkeypatch):
         plan.plan(config, "v5e:2x4", 1, "quick", "name")
 
 
+def test_a_quick_plan_goes_without_what_hardly_happens(monkeypatch):
+    """Gradient norms of every image term, in every 200th step, are a program of their own."""
+    monkeypatch.setattr(plan.chips, "topology", lambda *_: (CHIPS["v5e"], jax.devices()[:4]))
+    seen = []
+
+    def made_up(task, config, mesh, events, *_):
+        seen.append(sorted(events))
+        return {name: value for name, value in program().items() if name != "share"}
+
+    monkeypatch.setattr(plan, "_compiled", made_up)
+    config = plan.configs.load_config(
+        "configs/motion.py:tiny",
+        [
+            *("num_steps=1000", "pretraining.steps=0", "loss.adversarial_start=0"),
+            *("loss.r1_every=4", "loss.gradient_norms_every=200", "evaluate.at_end=False"),
+            *("data.batch_size=4", "mesh.data=4"),
+        ],
+    )
+    often = [["adversarial", "joint"], ["adversarial", "joint", "r1"]]
+    rare = ["adversarial", "gradient_norms", "joint", "r1"]
+    quick = plan.plan(config, "v5e:2x2", 1, "quick", "name")
+    assert seen == often and quick["left_out"] == [{"events": rare, "share": 0.005}]
+    assert sum(one["share"] for one in quick["programs"]) == pytest.approx(1)
+    assert "steps with adversarial, gradient_norms, joint, r1, 0.50% of all" in in_words(quick)
+    seen.clear()
+    exact = plan.plan(config, "v5e:2x2", 1, "exact", "name")
+    assert seen == [*often, rare] and exact["left_out"] == []
+
+
 def test_planned_before(tmp_path, monkeypatch, capsys):
     """Kept by config, topology, effort and the compiler's flags; written to --json each time."""
     asked = []
