@@ -1,8 +1,8 @@
 """Convolution as a function, and what it takes to make it fast on a CPU.
 
-XLA has one good convolution on every accelerator. On CPUs it is good at plain 2D convolutions but
-slow at 3D, depthwise and strided ones and at their gradients, so there the same sums are written as
-matrix products. The rule is in ``convolve``; ``convolution_backend`` overrides it.
+XLA has one good convolution on every accelerator. On CPUs it is good at plain 2D convolutions of few
+features but slow at 3D, depthwise and strided ones and at their gradients, so there the same sums are
+written as matrix products. The rule is in ``convolve``; ``convolution_backend`` overrides it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from dexportrait_jax.models.winograd import suits, winograd
 from dexportrait_jax.platforms import target_platform
 
 Pads = tuple[tuple[int, int], ...]
@@ -57,6 +58,7 @@ def convolve(
     - window of 1: one matrix product;
     - window equal to the stride: patches by reshape, one product;
     - 3D: the taps along depth stacked on channels, then 2D;
+    - 3 x 3 in float32 with 32 features or more: Winograd's tiles;
     - 2D with an even window: XLA's, but the kernel's gradient tap by tap (XLA's own was measured
       thirty times slower);
     - depthwise: a banded matrix per channel up to 16 x 16 positions, else shifted multiply-adds;
@@ -75,6 +77,8 @@ def convolve(
             return _by_blocks(inputs, kernel, positions)
         if len(window) == 3:
             return _by_depth(inputs, kernel, strides, pads)
+        if suits(inputs, kernel, strides, pads):
+            return winograd(inputs, kernel, pads)
         if len(window) == 2 and max(strides) == 1 and any(n % 2 == 0 for n in window):
             return _with_tapwise_gradient(inputs, kernel, pads)
     elif groups == inputs.shape[-1] == kernel.shape[-1] and len(window) == 2 and max(strides) == 1:

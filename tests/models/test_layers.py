@@ -15,6 +15,9 @@ CASES = {
     "blocks": ((2, 9, 8, 3), (4, 4, 3, 8), (4, 4), ((0, 0), (0, 0)), 1),
     "blocks_3d": ((2, 2, 4, 6, 3), (1, 2, 2, 3, 8), (1, 2, 2), ((0, 0),) * 3, 1),
     "three_by_three": ((2, 8, 7, 8), (3, 3, 8, 6), (1, 1), ((1, 1), (1, 1)), 1),
+    "tiles": ((2, 8, 7, 32), (3, 3, 32, 40), (1, 1), ((1, 1), (1, 1)), 1),
+    "tiles_uneven": ((1, 9, 6, 33), (3, 3, 33, 32), (1, 1), ((2, 0), (0, 1)), 1),
+    "tiles_inside": ((2, 5, 6, 32), (3, 3, 32, 32), (1, 1), ((0, 0), (0, 0)), 1),
     "even_window": ((2, 8, 7, 8), (2, 2, 8, 6), (1, 1), ((1, 1), (1, 1)), 1),
     "even_window_uneven": ((1, 9, 8, 8), (4, 2, 8, 4), (1, 1), ((1, 2), (0, 1)), 1),
     "strided": ((2, 8, 9, 8), (3, 3, 8, 6), (2, 2), ((1, 1), (1, 1)), 1),
@@ -28,7 +31,7 @@ CASES = {
     "grouped": ((2, 6, 5, 8), (3, 3, 4, 6), (1, 1), ((1, 1), (1, 1)), 2),
 }
 # Those whose gradient is written by hand, and one of the others.
-SECOND_ORDER = ("strided", "even_window_uneven", "depthwise_large")
+SECOND_ORDER = ("strided", "tiles_uneven", "even_window_uneven", "depthwise_large")
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -79,6 +82,28 @@ def test_backend_is_what_the_block_says():
     assert program("auto") == program("matmul")  # the tests run on a CPU
     with pytest.raises(ValueError, match="fast"), layers.convolution_backend("fast"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("shape", "features_out", "dtype", "strides", "by_tiles"),
+    [
+        ((1, 16, 16, 32), 32, jnp.float32, 1, True),
+        ((1, 16, 16, 31), 32, jnp.float32, 1, False),  # XLA is as fast on few features
+        ((1, 16, 16, 32), 4, jnp.float32, 1, False),
+        ((1, 16, 16, 32), 32, jnp.bfloat16, 1, False),  # sums of inputs lose digits it has not
+        ((1, 16, 16, 32), 32, jnp.float32, 2, False),
+        ((1, 512, 512, 256), 32, jnp.float32, 1, False),  # a gigabyte in between
+    ],
+)
+def test_winograd_is_for_many_features_in_float32(shape, features_out, dtype, strides, by_tiles):
+    inputs = jax.ShapeDtypeStruct(shape, dtype)
+    kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], features_out), dtype)
+
+    def convolve(inputs, kernel):
+        return layers.convolve(inputs, kernel, (strides,) * 2, ((1, 1),) * 2)
+
+    program = str(jax.make_jaxpr(convolve)(inputs, kernel))
+    assert ("conv_general_dilated" not in program) == by_tiles
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 2])
