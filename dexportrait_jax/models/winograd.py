@@ -18,12 +18,17 @@ from jaxtyping import Array, Float
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 _SIDE = 2  # outputs of a tile, along each side
-_READS = 4  # inputs that a tile's outputs come from, along each side
+_PLACES = 16  # inputs that a tile's outputs come from, 4 along each side
 
 # Along one side: outputs = _OUT @ ((_KERNEL @ kernel) * (_IN @ inputs)).
 _IN = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
 _KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 _OUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
+
+# The same along both sides at once is one matrix on all places of a tile.
+_WEIGH, _WRITE = np.kron(_KERNEL, _KERNEL), np.kron(_OUT, _OUT)
+# Its columns in the order of `_reads`: (block down, in it, block across, in it) -> (down, across, in it, in it).
+_READ = np.kron(_IN, _IN).reshape(-1, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(_PLACES, -1)
 
 FEATURES = 32  # of input and output, from which it is faster than XLA's (measured at 4..64 px)
 MOST_BYTES = 2**28  # of a tile's reads, kept for all tiles at once; four times the inputs
@@ -32,7 +37,7 @@ MOST_BYTES = 2**28  # of a tile's reads, kept for all tiles at once; four times 
 def suits(inputs: Array, kernel: Array, strides: tuple[int, ...], pads: Pads) -> bool:
     """Whether a convolution is one that ``winograd`` makes, and makes faster than XLA on a CPU."""
     features = min(kernel.shape[-2:])
-    reads = inputs.nbytes * (_READS // _SIDE) ** 2
+    reads = inputs.nbytes * _PLACES // _SIDE**2
     return (
         kernel.shape[:-2] == (3, 3)
         and set(strides) == {1}
@@ -72,35 +77,32 @@ def _by_tiles(inputs: Array, kernel: Array, pads: Pads) -> Array:
     rows, columns = tiles = [-(-size // _SIDE) for size in sizes]
     features_in, features_out = kernel.shape[2:]
     # Flat, as XLA would otherwise choose layouts for the products in between, and copy into them.
-    reads = _both_sides(_IN) @ _reads(inputs, tiles, sizes, pads)
-    weights = _both_sides(_KERNEL) @ kernel.reshape(9, -1)
-    products = reads.reshape(_READS**2, -1, features_in) @ weights.reshape(
-        _READS**2, features_in, features_out
+    reads = _READ @ _reads(inputs, tiles, pads).reshape(_PLACES, -1)
+    weights = _WEIGH @ kernel.reshape(9, -1)
+    products = reads.reshape(_PLACES, -1, features_in) @ weights.reshape(
+        _PLACES, features_in, features_out
     )
-    outputs = _both_sides(_OUT) @ products.reshape(_READS**2, -1)
+    outputs = _WRITE @ products.reshape(_PLACES, -1)
     outputs = outputs.reshape(_SIDE, _SIDE, -1, rows, columns, features_out)
     outputs = outputs.transpose(2, 3, 0, 4, 1, 5)
     outputs = outputs.reshape(-1, rows * _SIDE, columns * _SIDE, features_out)
     return outputs[:, : sizes[0], : sizes[1]]
 
 
-def _reads(inputs: Array, tiles: list[int], sizes: list[int], pads: Pads) -> Array:
-    """What the tiles read: (16 places in a tile, batch * tiles down * tiles across * features)."""
+def _reads(inputs: Array, tiles: list[int], pads: Pads) -> Array:
+    """What the tiles read: (4, 2, 2, batch, tiles down, tiles across, features).
+
+    A tile reads a square of 2 x 2 blocks of 2 x 2 inputs: first which block, then where in it.
+    """
+    blocks = [count + 1 for count in tiles]
     reach = (
-        (low, high + count * _SIDE - size)
-        for (low, high), count, size in zip(pads, tiles, sizes, strict=True)
+        (low, count * _SIDE - n - low)
+        for n, (low, _), count in zip(inputs.shape[1:3], pads, blocks, strict=True)
     )
     padded = jnp.pad(inputs, ((0, 0), *reach, (0, 0)))
-    batch, features = inputs.shape[0], inputs.shape[-1]
-
-    def place(row: int, column: int) -> Array:
-        ends = (place + (n - 1) * _SIDE + 1 for place, n in zip((row, column), tiles, strict=True))
-        start, stop = (0, row, column, 0), (batch, *ends, features)
-        return jax.lax.slice(padded, start, stop, (1, _SIDE, _SIDE, 1)).reshape(1, -1)
-
-    return jnp.concatenate([place(*divmod(n, _READS)) for n in range(_READS**2)])
-
-
-def _both_sides(matrix: np.ndarray) -> Array:
-    """The same along both sides at once is one matrix on all places of a tile."""
-    return jnp.asarray(np.kron(matrix, matrix))
+    padded = padded.reshape(-1, blocks[0], _SIDE, blocks[1], _SIDE, inputs.shape[-1])
+    padded = padded.transpose(2, 4, 0, 1, 3, 5)
+    rows, columns = tiles
+    return jnp.stack(
+        [padded[:, :, :, i : i + rows, j : j + columns] for i in range(2) for j in range(2)]
+    )
