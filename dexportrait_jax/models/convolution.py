@@ -58,7 +58,7 @@ def convolve(
     - window of 1: one matrix product;
     - window equal to the stride: patches by reshape, one product;
     - 3D: the taps along depth stacked on channels, then 2D;
-    - 3 x 3 in float32 with 32 features or more: Winograd's tiles;
+    - 3 x 3 in float32 with many features: Winograd's tiles;
     - 2D with an even window: XLA's, but the kernel's gradient tap by tap (XLA's own was measured
       thirty times slower);
     - depthwise: a banded matrix per channel up to 16 x 16 positions, else shifted multiply-adds;

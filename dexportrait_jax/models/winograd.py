@@ -30,22 +30,29 @@ _WEIGH, _WRITE = np.kron(_KERNEL, _KERNEL), np.kron(_OUT, _OUT)
 # Its columns in the order of `_reads`: (block down, in it, block across, in it) -> (down, across, in it, in it).
 _READ = np.kron(_IN, _IN).reshape(-1, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(_PLACES, -1)
 
-FEATURES = 32  # of input and output, from which it is faster than XLA's (measured at 4..64 px)
+# From which it is faster than XLA's: single convolutions with their gradients from 32 features on, but in the middle of
+# a training step, where what lies between products must come from memory, only from twice as many.
+FEATURES = 64  # of input and output
+POSITIONS = 64  # of a picture's output; on smaller ones the kernels are most of the work
 MOST_BYTES = 2**28  # of a tile's reads, kept for all tiles at once; four times the inputs
 
 
 def suits(inputs: Array, kernel: Array, strides: tuple[int, ...], pads: Pads) -> bool:
     """Whether a convolution is one that ``winograd`` makes, and makes faster than XLA on a CPU."""
-    features = min(kernel.shape[-2:])
-    reads = inputs.nbytes * _PLACES // _SIDE**2
+    sizes = _output_sizes(inputs, pads)
     return (
         kernel.shape[:-2] == (3, 3)
         and set(strides) == {1}
         and inputs.dtype == kernel.dtype == jnp.float32
-        and features >= FEATURES
-        and all(n + sum(pad) >= 4 for n, pad in zip(inputs.shape[1:3], pads, strict=True))
-        and reads <= MOST_BYTES
+        and min(kernel.shape[-2:]) >= FEATURES
+        and min(sizes) >= 1
+        and sizes[0] * sizes[1] >= POSITIONS
+        and inputs.nbytes * _PLACES // _SIDE**2 <= MOST_BYTES
     )
+
+
+def _output_sizes(inputs: Array, pads: Pads) -> list[int]:
+    return [n + sum(pad) - 2 for n, pad in zip(inputs.shape[1:3], pads, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -73,7 +80,7 @@ winograd.defvjp(_forward, _backward)
 
 
 def _by_tiles(inputs: Array, kernel: Array, pads: Pads) -> Array:
-    sizes = [n + sum(pad) - 2 for n, pad in zip(inputs.shape[1:3], pads, strict=True)]
+    sizes = _output_sizes(inputs, pads)
     rows, columns = tiles = [-(-size // _SIDE) for size in sizes]
     features_in, features_out = kernel.shape[2:]
     # Flat, as XLA would otherwise choose layouts for the products in between, and copy into them.

@@ -15,9 +15,9 @@ CASES = {
     "blocks": ((2, 9, 8, 3), (4, 4, 3, 8), (4, 4), ((0, 0), (0, 0)), 1),
     "blocks_3d": ((2, 2, 4, 6, 3), (1, 2, 2, 3, 8), (1, 2, 2), ((0, 0),) * 3, 1),
     "three_by_three": ((2, 8, 7, 8), (3, 3, 8, 6), (1, 1), ((1, 1), (1, 1)), 1),
-    "tiles": ((2, 8, 7, 32), (3, 3, 32, 40), (1, 1), ((1, 1), (1, 1)), 1),
-    "tiles_uneven": ((1, 9, 6, 33), (3, 3, 33, 32), (1, 1), ((2, 0), (0, 1)), 1),
-    "tiles_inside": ((2, 5, 6, 32), (3, 3, 32, 32), (1, 1), ((0, 0), (0, 0)), 1),
+    "tiles": ((2, 8, 9, 64), (3, 3, 64, 70), (1, 1), ((1, 1), (1, 1)), 1),
+    "tiles_uneven": ((1, 9, 9, 65), (3, 3, 65, 64), (1, 1), ((2, 0), (0, 1)), 1),
+    "tiles_inside": ((1, 11, 10, 64), (3, 3, 64, 64), (1, 1), ((0, 0), (0, 0)), 1),
     "even_window": ((2, 8, 7, 8), (2, 2, 8, 6), (1, 1), ((1, 1), (1, 1)), 1),
     "even_window_uneven": ((1, 9, 8, 8), (4, 2, 8, 4), (1, 1), ((1, 2), (0, 1)), 1),
     "strided": ((2, 8, 9, 8), (3, 3, 8, 6), (2, 2), ((1, 1), (1, 1)), 1),
@@ -87,12 +87,13 @@ def test_backend_is_what_the_block_says():
 @pytest.mark.parametrize(
     ("shape", "features_out", "dtype", "strides", "by_tiles"),
     [
-        ((1, 16, 16, 32), 32, jnp.float32, 1, True),
-        ((1, 16, 16, 31), 32, jnp.float32, 1, False),  # XLA is as fast on few features
-        ((1, 16, 16, 32), 4, jnp.float32, 1, False),
-        ((1, 16, 16, 32), 32, jnp.bfloat16, 1, False),  # sums of inputs lose digits it has not
-        ((1, 16, 16, 32), 32, jnp.float32, 2, False),
-        ((1, 512, 512, 256), 32, jnp.float32, 1, False),  # a gigabyte in between
+        ((1, 8, 8, 64), 64, jnp.float32, 1, True),
+        ((1, 8, 8, 63), 64, jnp.float32, 1, False),  # XLA is as fast on few features
+        ((1, 8, 8, 64), 4, jnp.float32, 1, False),
+        ((1, 8, 7, 64), 64, jnp.float32, 1, False),  # and where the kernels are most of the work
+        ((1, 8, 8, 64), 64, jnp.bfloat16, 1, False),  # sums of inputs lose digits it has not
+        ((1, 16, 16, 64), 64, jnp.float32, 2, False),
+        ((1, 512, 512, 256), 64, jnp.float32, 1, False),  # a gigabyte in between
     ],
 )
 def test_winograd_is_for_many_features_in_float32(shape, features_out, dtype, strides, by_tiles):
