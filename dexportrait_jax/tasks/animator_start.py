@@ -83,6 +83,8 @@ _MODEL = {
         "temporal.max_frames",
         "temporal.middle",
         "temporal.norm",
+        "unet.block_channels",
+        "unet.layers_per_block",
         "unet.heads",
         "unet.groups",
     ),
@@ -135,6 +137,7 @@ def load_start(
         UserError: it is no export, lacks a group, or does not fit the config.
     """
     path = config.init[key]
+    where = f"config.init.{key}={path}"
     absent = [name for name in names if name not in networks]
     if absent:
         raise UserError(
@@ -144,13 +147,24 @@ def load_start(
     description = read_description(Path(path))
     there = description.get("config", {})
     is_import = description.get("stage") == published.STAGE
-    if is_import and "unet" in description["groups"]:
+    is_unet = is_import and "unet" in description["groups"]
+    held = {*description["groups"], *(UNETS if is_unet else ())}
+    lacking = [name for name in names if name not in held]
+    # Of another kind altogether: what is said of its sizes would mislead.
+    if lacking and (is_import or lacking == list(names)):
+        clip = lacking == ["image_encoder"] and key == "unet"
+        raise UserError(
+            f"{where} is an export of stage {description.get('stage')!r} with the groups "
+            f"{', '.join(description['groups'])}; it has no {', '.join(lacking)}. Give an export that does"
+            f"{', or name an import of CLIP in config.init.image_encoder' if clip else ''}"
+        )
+    if is_unet:
         told = _differing(config, there, ("unet.heads", "unet.groups"))
         other = {f"model.{knob}": value for knob, value in told.items()}
         other |= _other_sizes(config, there.get("unet", {}))
         if not other or config.stage == "animator_video":
             other |= _other_schedule(config, there, path)
-        refuse(path, "its UNet is another one, or was trained otherwise", other)
+        refuse(where, "its UNet is another one, or was trained otherwise", other)
         _, groups = load_groups(path, ["unet"])
         latent_channels = config.model.autoencoder.latent_channels
         groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
@@ -180,24 +194,24 @@ def load_start(
             )
     unets = [name for name in names if name in UNETS]
     for name in (name for name in names if name not in unets):
-        refuse(path, f"its {name} is another one", differing[name])
+        refuse(where, f"its {name} is another one", differing[name])
     if unets:
         other = {knob: value for name in unets for knob, value in differing[name].items()}
         other |= _other_schedule(config, there, path)
-        refuse(path, "its reference and denoiser were trained otherwise", other)
+        refuse(where, "its reference and denoiser were trained otherwise", other)
     if "expression" in names and "data" in there:
         other = _pictures(config.data, there["data"])
-        refuse(path, "its encoders learned from other pictures", other)
+        refuse(where, "its encoders learned from other pictures", other)
     groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
     if config.data.latents and "autoencoder" in names:
         _refuse_other_autoencoder(config, groups["autoencoder"], path)
     return groups
 
 
-def refuse(path: str, why: str, other: Mapping[str, Any]) -> None:
+def refuse(where: str, why: str, other: Mapping[str, Any]) -> None:
     """UserError that gives the overrides as a shell takes them, unless there are none."""
     if other:
-        raise UserError(f"{path} does not fit this config, {why}; give: {_overrides(other)}")
+        raise UserError(f"{where} does not fit this config, {why}; give: {_overrides(other)}")
 
 
 def _overrides(values: Mapping[str, Any]) -> str:

@@ -67,8 +67,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     file = directory / DESCRIPTION
     if not file.is_file():
         raise UserError(
-            f"{directory} holds no {DESCRIPTION}: not exported weights; "
-            "make them with: dexportrait export --workdir=RUN --out=DIR"
+            f"{directory} holds no {DESCRIPTION}: not exported weights; make them with: dexportrait export "
+            "--workdir=RUN --out=DIR, of published weights with: dexportrait import --kind=KIND --source=PATH --out=DIR"
         )
     try:
         model = json.loads(file.read_text(encoding="utf-8"))

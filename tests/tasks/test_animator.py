@@ -25,6 +25,7 @@ from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import animator, animator_start, build_networks, make_task
 from dexportrait_jax.tasks.animator_config import check_config
+from dexportrait_jax.weights.exporting import export_groups
 from tests.published import random_like
 from tests.stages import micro
 
@@ -89,7 +90,9 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     with pytest.raises(UserError) as caught:
         animator.AnimatorTask(config).pretrained()
     said = str(caught.value)
-    assert "\n" not in said and said.startswith(f"{export} does not fit this config")
+    assert "\n" not in said and said.startswith(
+        f"config.init.{key}={export} does not fit this config"
+    )
     assert said.split("give: ", 1)[1].split() == [
         "--config.model.unet.heads=1",
         "--config.model.denoiser.raymap_w=1",
@@ -106,6 +109,50 @@ def test_frozen_unets_are_what_they_were_trained_as(tmp_path, key):
     assert "denoiser" in animator.AnimatorTask(config).pretrained()
     config.model.attn2.attn2 = "null_text"
     with pytest.raises(UserError, match=r"give: --config\.model\.attn2\.attn2=none$"):
+        animator.AnimatorTask(config).pretrained()
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "stored", "lacking"),
+    [
+        ("animator_image", "autoencoder", "unet", "autoencoder"),
+        ("animator_image", "unet", "temporal", "reference, denoiser"),
+        ("animator_video", "temporal", "unet", "temporal"),
+        ("animator_video", "image", "unet", "pose, expression, autoencoder"),
+    ],
+)
+def test_an_import_of_another_kind_is_told_by_its_key(tmp_path, stage, key, stored, lacking):
+    """And not by what its own sizes, or the groups that stay without weights, would need."""
+    config = micro(stage, tmp_path / "data", tmp_path / "exports")
+    told = {"model": {"unet": {"heads": 7, "block_channels": [8]}}, "unet": {"block_channels": [8]}}
+    model = {"stage": "import", "config": told, "step": 0, "ema": False, "crop": None}
+    out = export_groups(tmp_path / "out", model, {stored: {"bias": np.zeros(2, np.float32)}})
+    config.init[key] = str(out)
+    with pytest.raises(UserError) as caught:
+        animator.AnimatorTask(config).pretrained()
+    assert str(caught.value) == (
+        f"config.init.{key}={out} is an export of stage 'import' with the groups {stored}; it has no {lacking}. "
+        "Give an export that does"
+    )
+
+
+def test_an_export_without_temporal_modules_is_told_as_such(tmp_path):
+    """Its config has settings of them, which say nothing."""
+    config = micro("animator_video", tmp_path / "data", tmp_path / "exports")
+    config.init.temporal = config.init.image
+    config.model.temporal.max_frames += 1
+    with pytest.raises(UserError, match=r"^config\.init\.temporal=.* it has no temporal\. Give"):
+        animator.AnimatorTask(config).pretrained()
+
+
+def test_a_published_unet_brings_no_image_encoder(tmp_path):
+    config = micro("animator_image", tmp_path / "data", tmp_path / "exports")
+    config.model.attn2.attn2 = "clip_image"
+    config.model.image_encoder.update(features=16, layers=1, heads=1)
+    model = {"stage": "import", "config": {}, "step": 0, "ema": False, "crop": None}
+    bias = {"bias": np.zeros(2, np.float32)}
+    config.init.unet = str(export_groups(tmp_path / "out", model, {"unet": bias}))
+    with pytest.raises(UserError, match="or name an import of CLIP in config.init.image_encoder$"):
         animator.AnimatorTask(config).pretrained()
 
 

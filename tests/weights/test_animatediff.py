@@ -23,10 +23,10 @@ from tests.stages import micro, random_weights
 CHANNELS, LAYERS = (16, 32), 1  # those of `micro`
 
 
-def adapter(middle=True, frames=32, heads=2):
+def adapter(middle=True, frames=32, heads=2, channels=CHANNELS):
     return randomise(
         diffusers.MotionAdapter(
-            block_out_channels=CHANNELS,
+            block_out_channels=channels,
             motion_layers_per_block=LAYERS,
             motion_num_attention_heads=heads,
             motion_norm_num_groups=4,
@@ -147,6 +147,17 @@ def test_what_a_run_trained_with_another_norm_is_refused(tmp_path):
     export_groups(tmp_path / "run", model, {"temporal": group})
     with pytest.raises(UserError, match="--config.model.temporal.norm=frame$"):
         AnimatorTask(video_stage(tmp_path, tmp_path / "run")).pretrained()
+
+
+def test_modules_of_another_width_are_told_by_the_option(tmp_path):
+    """And not by a list of tensors."""
+    out = tmp_path / "out"
+    assert imported(as_adapter(adapter(frames=16, channels=(16, 48)), tmp_path), out) == 0
+    with pytest.raises(UserError) as caught:
+        AnimatorTask(video_stage(tmp_path, out)).pretrained()
+    said = str(caught.value)
+    assert said.startswith(f"config.init.temporal={out} does not fit this config, ")
+    assert said.endswith("give: '--config.model.unet.block_channels=(16,48)'")
 
 
 def test_the_contracts_name_of_the_kind(tmp_path):

@@ -80,7 +80,8 @@ def test_group_that_is_not_there(export):
 
 
 def test_not_an_export(tmp_path, export):
-    assert "model.json" in _failure(tmp_path / "nowhere")
+    nothing = _failure(tmp_path / "nowhere")
+    assert "model.json" in nothing and "dexportrait import --kind=" in nothing
     (export / "model.json").write_text("{")
     assert "model.json" in _failure(export)
     (export / "model.json").write_text(json.dumps({"format": "something else"}))
