@@ -188,6 +188,8 @@ def _run(part: Part, record: _Record) -> None:
     environment.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str((record.path.parent / "compilation_cache").absolute())
     )
+    # Large pages, where the system leaves the choice: every step takes some 400 MB of fresh memory.
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     process = subprocess.Popen(
         # -P: a folder named like one of our packages, where we are, is none of ours.
         [sys.executable, "-P", "-m", "dexportrait_jax", *_executed(part.arguments)],

@@ -341,6 +341,23 @@ def test_parts_do_not_believe_the_current_directory(tmp_path, monkeypatch, capfd
     assert "the wrong one" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["", "glibc.malloc.check=1"])
+def test_parts_ask_for_large_pages(tmp_path, monkeypatch, given):
+    """Unless whoever starts the demo has said something about them."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    start_process, told = subprocess.Popen, {}
+
+    def popen(command, env, **_):
+        told.update(env)
+        return start_process([sys.executable, "-c", ""], env=env)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", popen)
+    demo._run(demo_plan.Part("help", ["--help"]), demo._Record(tmp_path / "demo.json"))
+    assert told["GLIBC_TUNABLES"] == (given or "glibc.malloc.hugetlb=1")
+
+
 def test_a_damaged_record_is_told(tmp_path):
     (tmp_path / "demo.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

@@ -159,18 +159,7 @@ def load_start(
             f"{', or name an import of CLIP in config.init.image_encoder' if clip else ''}"
         )
     if is_unet:
-        told = _differing(config, there, ("unet.heads", "unet.groups"))
-        other = {f"model.{knob}": value for knob, value in told.items()}
-        other |= _other_sizes(config, there.get("unet", {}))
-        if not other or config.stage == "animator_video":
-            other |= _other_schedule(config, there, path)
-        refuse(where, "its UNet is another one, or was trained otherwise", other)
-        _, groups = load_groups(path, ["unet"])
-        latent_channels = config.model.autoencoder.latent_channels
-        groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
-        for line in dict.fromkeys(said):
-            print(line, file=sys.stderr)
-        return groups
+        return _of_published_unet(config, networks, key, there)
     # Before shapes are compared: an option to give says more than a list of tensors.
     differing = {
         name: {
@@ -205,6 +194,26 @@ def load_start(
     groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
     if config.data.latents and "autoencoder" in names:
         _refuse_other_autoencoder(config, groups["autoencoder"], path)
+    return groups
+
+
+def _of_published_unet(
+    config: ml_collections.ConfigDict, networks: Mapping[str, Network], key: str, there: Mapping
+) -> dict[str, Params]:
+    """Both UNets from an import of one, whose settings are ``there``; raises UserError as ``load_start``."""
+    path = config.init[key]
+    told = _differing(config, there, ("unet.heads", "unet.groups"))
+    other = {f"model.{knob}": value for knob, value in told.items()}
+    other |= _other_sizes(config, there.get("unet", {}))
+    if not other or config.stage == "animator_video":
+        other |= _other_schedule(config, there, path)
+    why = "its UNet is another one, or was trained otherwise"
+    refuse(f"config.init.{key}={path}", why, other)
+    _, groups = load_groups(path, ["unet"])
+    latent_channels = config.model.autoencoder.latent_channels
+    groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
+    for line in dict.fromkeys(said):
+        print(line, file=sys.stderr)
     return groups
 
 
