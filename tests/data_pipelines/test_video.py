@@ -143,6 +143,37 @@ def turn_by_metadata(path, turned):
     turned.write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "matrix", "tag", "codec", "stored"),
+    [
+        (1280, 720, "ITU709", 0, "libx264", "yuv420p"),
+        (720, 1280, "ITU709", 0, "libx264", "yuv420p"),  # a phone held upright
+        (720, 576, "ITU601", 0, "libx264", "yuv420p"),
+        (1280, 720, "ITU601", 5, "libx264", "yuv420p"),
+        (640, 480, "ITU709", 1, "libx264", "yuv420p"),
+        (1280, 720, None, 0, "ffv1", "bgr0"),  # has no matrix at all
+    ],
+)
+def test_colours_of_tagged_and_untagged_video(
+    tmp_path, width, height, matrix, tag, codec, stored
+):
+    """What tells no colour matrix is BT.601 up to PAL's size and BT.709 from there on, as in players."""
+    colours = np.array([(200, 60, 60), (60, 160, 60), (60, 60, 200)], np.uint8)
+    image = np.repeat(colours, -(-width // 3), axis=0)[None, :width].repeat(height, axis=0)
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, stored
+        if tag:
+            stream.codec_context.colorspace = tag
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        container.mux(stream.encode(frame.reformat(format=stored, dst_colorspace=matrix)))
+        container.mux(stream.encode(None))
+    found = next(video.read_frames(path)).image[height // 2, [width // 6, width // 2, -width // 6]]
+    # A wrong matrix is up to 16 off; limited range and the codec's rounding are up to 2.
+    assert np.abs(found.astype(int) - colours).max() <= 3, found
+
+
 def test_rotation_metadata_is_honoured(tmp_path):
     """A quarter turn written into the display matrix of the track header."""
     path = tmp_path / "a.mp4"
