@@ -183,6 +183,8 @@ def load_start(
             )
     unets = [name for name in names if name in UNETS]
     for name in (name for name in names if name not in unets):
+        if name == "temporal":
+            _refuse_modules_of_another_unet(where, differing[name])
         refuse(where, f"its {name} is another one", differing[name])
     if unets:
         other = {knob: value for name in unets for knob, value in differing[name].items()}
@@ -191,7 +193,8 @@ def load_start(
     if "expression" in names and "data" in there:
         other = _pictures(config.data, there["data"])
         refuse(where, "its encoders learned from other pictures", other)
-    groups = load_groups(path, {name: networks[name].abstract for name in names})[1]
+    wanted = {name: networks[name].abstract for name in names}
+    groups = load_groups(path, wanted, called=where)[1]
     if config.data.latents and "autoencoder" in names:
         _refuse_other_autoencoder(config, groups["autoencoder"], path)
     return groups
@@ -209,12 +212,24 @@ def _of_published_unet(
         other |= _other_schedule(config, there, path)
     why = "its UNet is another one, or was trained otherwise"
     refuse(f"config.init.{key}={path}", why, other)
-    _, groups = load_groups(path, ["unet"])
+    _, groups = load_groups(path, ["unet"], called=f"config.init.{key}={path}")
     latent_channels = config.model.autoencoder.latent_channels
     groups, said = stable_diffusion.starts(groups["unet"], networks, latent_channels, path)
     for line in dict.fromkeys(said):
         print(line, file=sys.stderr)
     return groups
+
+
+def _refuse_modules_of_another_unet(where: str, differing: Mapping[str, Any]) -> None:
+    """UserError for temporal modules whose UNet has other sizes, heads or groups than the one of the image stage."""
+    of_unet = {knob: value for knob, value in differing.items() if knob.startswith("model.unet.")}
+    if of_unet:
+        # No option to give: with another UNet the image stage's weights would not fit.
+        raise UserError(
+            f"{where} does not fit this config, its temporal modules are of another UNet, with "
+            f"{_overrides(of_unet)}, than that of the image stage; give modules of a UNet like that one, or leave "
+            "config.init.temporal empty"
+        )
 
 
 def refuse(where: str, why: str, other: Mapping[str, Any]) -> None:

@@ -158,7 +158,8 @@ class MotionTask:
                 for name, network in self.networks.items()
                 if name in TRAINED or name in there
             }
-            return load_groups(init.motion, wanted, stage="motion")[1]
+            called = f"config.init.motion={init.motion}"
+            return load_groups(init.motion, wanted, stage="motion", called=called)[1]
         if init.pose:
             return {"pose": load_trunk(init.pose, self.networks["pose"].abstract)}
         return {}

@@ -24,6 +24,7 @@ def load_groups(
     wanted: Iterable[str] | Mapping[str, names.Params] | None = None,
     *,
     stage: str | Iterable[str] | None = None,
+    called: str = "",
 ) -> tuple[dict[str, Any], dict[str, names.Params]]:
     """Read parameter groups of an export directory.
 
@@ -33,6 +34,7 @@ def load_groups(
             shape is compared and types are cast to those of the tree; or None for all groups as
             they are in the files.
         stage: the stage or stages the export may be of; None for any.
+        called: what errors of fit call the directory, such as the config key that names it; its path by default.
 
     Returns ``(contents of model.json, {group: nested dict of numpy arrays})``.
 
@@ -55,7 +57,7 @@ def load_groups(
         file = _checked_file(directory, name, model["groups"][name])
         tensors, layout = _read_header(file)
         if isinstance(wanted, Mapping):
-            where = f"group {name!r} of {directory}"
+            where = f"group {name!r} of {called or directory}"
             groups[name] = names.from_torch(tensors, wanted[name], where=where)
         else:
             groups[name] = names.from_torch_alone(tensors, layout)

@@ -47,12 +47,13 @@ class _Candidate(NamedTuple):
         return place + (self.variant == _LAST), self.variant, not self.is_index
 
 
-def choose(source: Path, several: bool) -> Chosen:
+def choose(source: Path, several: bool, absent: str = "") -> Chosen:
     """The files that a source means.
 
     Args:
         source: a file, an index of shards, or a folder.
         several: files of other names in a folder are parts of one network, not a network each.
+        absent: the folder of a pipeline in which the network would be, and which ``source`` has not.
 
     Raises UserError, one line, when there is nothing, shards are missing, or more than one model may be meant.
     """
@@ -66,7 +67,7 @@ def choose(source: Path, several: bool) -> Chosen:
     found = sorted(source.glob("*.safetensors"))
     candidates = sorted(_candidates(source), key=_Candidate.rank)
     if not candidates:
-        return Chosen(_without_names(source, found, several))
+        return Chosen(_without_names(source, found, several, absent))
     if len({candidate.stem for candidate in candidates}) > 1:
         _refuse_several(source, [candidate.file for candidate in candidates])
     first = candidates[0]
@@ -96,7 +97,7 @@ def _candidates(folder: Path) -> list[_Candidate]:
     return found
 
 
-def _without_names(folder: Path, found: list[Path], several: bool) -> list[Path]:
+def _without_names(folder: Path, found: list[Path], several: bool, absent: str) -> list[Path]:
     """The files of a folder in which none has a name that tells."""
     if not found:
         others = sorted(file for file in folder.iterdir() if file.is_file())
@@ -106,7 +107,10 @@ def _without_names(folder: Path, found: list[Path], several: bool) -> list[Path]
             return pickles[:1]
         below = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
         place = f"one of its folders {', '.join(below)}" if below else "a folder or file that does"
-        raise UserError(f"{folder} holds no safetensors file; give {place}")
+        if below and absent:
+            place = f"what does (its folders {', '.join(below)} hold other models, as far as their names tell)"
+        lacking = f", nor a folder {absent!r} with any" if absent else ""
+        raise UserError(f"{folder} holds no safetensors file{lacking}; give {place}")
     if not several and len({_SHARD.sub("", file.name) for file in found}) > 1:
         _refuse_several(folder, found)
     return found

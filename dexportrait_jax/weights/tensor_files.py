@@ -103,8 +103,9 @@ class TensorFiles:
         self.source = Path(source)
         if folder and (self.source / folder).is_dir():
             self.source /= folder
+            folder = ""
         self.parts = parts
-        self.files, self.notes = model_folder.choose(self.source, several or bool(parts))
+        self.files, self.notes = model_folder.choose(self.source, several or bool(parts), folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, _Place] = {}
         for file in self.files:

@@ -154,9 +154,7 @@ def turn_by_metadata(path, turned):
         (1280, 720, None, 0, "ffv1", "bgr0"),  # has no matrix at all
     ],
 )
-def test_colours_of_tagged_and_untagged_video(
-    tmp_path, width, height, matrix, tag, codec, stored
-):
+def test_colours_of_tagged_and_untagged_video(tmp_path, width, height, matrix, tag, codec, stored):
     """What tells no colour matrix is BT.601 up to PAL's size and BT.709 from there on, as in players."""
     colours = np.array([(200, 60, 60), (60, 160, 60), (60, 60, 200)], np.uint8)
     image = np.repeat(colours, -(-width // 3), axis=0)[None, :width].repeat(height, axis=0)

@@ -149,15 +149,21 @@ def test_what_a_run_trained_with_another_norm_is_refused(tmp_path):
         AnimatorTask(video_stage(tmp_path, tmp_path / "run")).pretrained()
 
 
-def test_modules_of_another_width_are_told_by_the_option(tmp_path):
-    """And not by a list of tensors."""
+def test_modules_of_another_width_are_told_in_words(tmp_path):
+    """And not by a list of tensors, nor by an option that the image stage's weights would not fit."""
     out = tmp_path / "out"
     assert imported(as_adapter(adapter(frames=16, channels=(16, 48)), tmp_path), out) == 0
     with pytest.raises(UserError) as caught:
         AnimatorTask(video_stage(tmp_path, out)).pretrained()
     said = str(caught.value)
     assert said.startswith(f"config.init.temporal={out} does not fit this config, ")
-    assert said.endswith("give: '--config.model.unet.block_channels=(16,48)'")
+    assert (
+        "are of another UNet, with '--config.model.unet.block_channels=(16,48)', than that of the image"
+        in said
+    )
+    assert said.endswith(
+        "give modules of a UNet like that one, or leave config.init.temporal empty"
+    )
 
 
 def test_the_contracts_name_of_the_kind(tmp_path):
@@ -198,7 +204,7 @@ def test_heads_and_groups_of_an_adapter_are_told(tmp_path, capsys):
         changes = {f"model__unet__{key}": other, "model__temporal__max_frames": 16}
         # The image stage's export, of the same config, fits: the adapter is what does not.
         config = video_stage(tmp_path / key, tmp_path / "out", **changes)
-        with pytest.raises(UserError, match="its temporal is another one") as caught:
+        with pytest.raises(UserError, match="modules are of another UNet") as caught:
             AnimatorTask(config).pretrained()
         assert f"--config.model.unet.{key}={told[key]}" in str(caught.value)
 

@@ -125,3 +125,5 @@ def test_the_folders_of_a_pipeline_are_named(tmp_path):
     (tmp_path / "vae").mkdir()
     written(tmp_path / "vae", PLAIN)
     assert refused(tmp_path).endswith("give one of its folders vae")
+    said = refused(tmp_path, folder="unet")  # the network that is looked for is not there
+    assert "nor a folder 'unet' with any; give what does (its folders vae hold other models" in said
