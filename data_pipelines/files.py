@@ -138,6 +138,32 @@ def hidden_name(path: Path, kind: str) -> Path:
 
 
 @contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty file under a hidden name beside `path`, for a library that writes by name; removed after the block.
+
+    Such files of `path` that nobody holds any more, because their process was killed, are removed first. Where files
+    cannot be locked they stay: they may be another process's.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        with suppress(OSError), left.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+            _note(f"note: removed {left.name}, which a killed job had left beside {path}")
+    while True:
+        temporary = hidden_name(path, "tmp")
+        with temporary.open("xb") as stream:
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if not temporary.exists():  # taken for an abandoned one before it was locked
+                continue
+            try:
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
 def staged_stream(path: Path) -> Iterator[BinaryIO]:
     """A file to write piece by piece under a temporary name, renamed once the block has ended without error."""
     temporary = hidden_name(path, "tmp")

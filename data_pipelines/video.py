@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -198,7 +199,8 @@ class VideoWriter:
         self._rate = Fraction(fps).limit_denominator(60000)
         self._metadata = dict(metadata or {})
         self._quality = quality
-        self._temporary = files.hidden_name(self.path, "tmp")
+        self._temporary: Path | None = None
+        self._opened = ExitStack()
         self._container = None
         self._stream = None
         self._shape: tuple[int, ...] | None = None
@@ -206,7 +208,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         with files.writing_to(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary.touch()
+            self._temporary = self._opened.enter_context(files.temporary_beside(self.path))
         return self
 
     def write(self, image: np.ndarray, time: float | None = None) -> None:
@@ -267,7 +269,7 @@ class VideoWriter:
                 raise
             # The block has failed: its error goes on and is the one to be told; the file is removed either way.
         finally:
-            self._temporary.unlink(missing_ok=True)
+            self._opened.close()
 
 
 def _read(path: str | os.PathLike) -> bytes:

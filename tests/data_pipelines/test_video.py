@@ -90,6 +90,21 @@ def test_two_writers_at_once_do_not_meet(tmp_path, other):
         assert len(read) == 100 and np.abs(read[99].astype(int) - frames[number]).mean() < 3
 
 
+def test_what_killed_writers_left_is_removed(tmp_path, capsys):
+    """And not what a writer that lives is at."""
+    abandoned = tmp_path / ".a.mp4.tmp-0123abcd"
+    abandoned.write_bytes(b"half of a video")
+    others = tmp_path / ".b.mp4.tmp-0123abcd"
+    others.touch()
+    with video.VideoWriter(tmp_path / "a.mp4", 25) as writer:
+        assert not abandoned.exists() and others.exists()
+        assert "removed .a.mp4.tmp-0123abcd" in capsys.readouterr().err
+        writer.write(_frames(1)[0])
+        _write(tmp_path / "a.mp4", _frames(3))  # another one meanwhile
+        assert capsys.readouterr().err == ""
+    assert sorted(tmp_path.iterdir()) == [others, tmp_path / "a.mp4"]
+
+
 def test_writer_refuses_other_endings_and_bad_folders(tmp_path):
     with pytest.raises(UserError, match="ends in .mp4"):
         video.VideoWriter(tmp_path / "a.gif", 25)
