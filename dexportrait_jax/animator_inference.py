@@ -246,7 +246,10 @@ class AnimatorModel(PortraitModel):
         programs.append(
             ClipProgram("decode", self._decode, (self.params, chunk), math.ceil(length / BATCH))
         )
-        return length, programs, nbytes([bank, kept])
+        # Of a clip of many windows: the residuals of as many as are kept, and of the one that is at work.
+        window = nbytes(residuals)
+        others = window * (WINDOW_CACHE_BYTES // window) if window else 0
+        return length, programs, nbytes([bank, kept]) + others
 
     # --- a clip -----------------------------------------------------------------------
 

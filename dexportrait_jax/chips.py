@@ -2,7 +2,8 @@
 
 Figures are Google's, per chip, from https://docs.cloud.google.com/tpu/docs/, the page of each kind (v4, v5e, v5p, v6e,
 tpu7x), read on 2026-11-24. The memory that programs may use is what libtpu 0.0.42.1 says when they ask for more.
-Not seen there and to be checked: what v4's links carry, and the network between slices of v6e and tpu7x.
+Not seen there and to be checked: what v4's links carry, the network between slices of v6e and tpu7x, and which sides
+close to rings (`placement`), of which the page of v5p says that its slices are tori from 4x4x4 on.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import dataclasses
 import importlib.util
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from dexportrait_jax.collectives import Grid
 from dexportrait_jax.errors import UserError
 
 GIB = 2**30
@@ -26,8 +29,8 @@ class Chip:
       flops: multiply-adds times two, a second, in bfloat16.
       hbm_gib: memory that a program may use.
       hbm_bytes: a second, to and from that memory.
-      ici_bytes: a second that one device can receive from others of its slice, over all its links; half of what the
-        pages call bidirectional.
+      ici_bytes: a second that one device can receive from others of its slice, over all its links, two along every
+        dimension; half of what the pages call bidirectional.
       dcn_bytes: a second that one device's share of its host's network cards receives from other slices; None where
         the pages do not say.
       dimensions: of the topology's grid.
@@ -43,6 +46,11 @@ class Chip:
     dimensions: int
     options: tuple[tuple[str, str], ...] = ()
     devices: int = 1
+
+    @property
+    def link_bytes(self) -> float:
+        """A second that one device can receive over one of its links."""
+        return self.ici_bytes / (2 * self.dimensions)
 
 
 CHIPS = {
@@ -66,6 +74,26 @@ DEVICE_KINDS = {
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
 }
+
+
+def placement(devices: Sequence[Any]) -> Grid | None:
+    """Where TPUs are, real ones or those of a topology; None of devices that tell no place, or of a kind not known.
+
+    Sides of 16 close to rings on chips of two dimensions, and all sides of slices of 4x4x4 and its multiples on the
+    others.
+    """
+    kind = DEVICE_KINDS.get(devices[0].device_kind)
+    if kind is None or not hasattr(devices[0], "coords"):
+        return None
+    dimensions = CHIPS[kind].dimensions
+    places = tuple(tuple(device.coords[:dimensions]) for device in devices)
+    lowest, highest = ([end(axis) for axis in zip(*places, strict=True)] for end in (min, max))
+    sides = [1 + high - low for low, high in zip(lowest, highest, strict=True)]
+    if dimensions == 2:
+        rings = tuple(side == 16 for side in sides)
+    else:
+        rings = (all(side % 4 == 0 for side in sides),) * dimensions
+    return Grid(places, rings, len({getattr(device, "slice_index", None) for device in devices}))
 
 
 def peak_flops(device_kind: str) -> float | None:

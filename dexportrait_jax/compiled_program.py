@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
+from dexportrait_jax.collectives import KINDS, Grid, goes_on, transfer
 from dexportrait_jax.hlo import (
     Computation,
     Instruction,
@@ -23,7 +25,6 @@ from dexportrait_jax.hlo import (
 
 # Products of queries by keys by features: logits and sum; these again, and what each gradient takes.
 _SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What moves nothing through memory of its own: names of values, and the ends of what a start has been charged for.
 _FREE = {
     *(
@@ -57,6 +58,8 @@ class Program:
         recomputed, what is padded and what several devices do alike.
       hbm_bytes: read and written by the scheduled instructions; what stays in a core's own memory does not count.
       collectives: within a slice, by kind.
+      link_bytes: of the collectives within a slice the bytes for each link, by the axes of the chips' grid that they
+        have the links of; empty where it is not said where devices are.
       between_slices: bytes that one device receives from other slices.
       unknown_loops: names of loops whose length could not be read; their bodies are counted once.
       unknown_kernels: names of Pallas kernels whose products are not in `flops`, and kinds of collectives whose bytes
@@ -66,20 +69,27 @@ class Program:
     flops: float = 0.0
     hbm_bytes: float = 0.0
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
+    link_bytes: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
     between_slices: float = 0.0
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
     unknown_kernels: list[str] = dataclasses.field(default_factory=list)
 
 
-def read_program(text: str) -> Program:
-    """The program in `compiled.as_text()`; ValueError where that is no text of XLA's."""
+def read_program(text: str, grid: Grid | None = None) -> Program:
+    """The program in `compiled.as_text()`, on devices that are so placed; ValueError where that is no text of XLA's."""
     computations, entry = parse(text)
     program = Program()
-    _walk(entry, 1, computations, program)
+    _walk(entry, 1, computations, program, grid)
     return program
 
 
-def _walk(name: str, times: int, computations: dict[str, Computation], program: Program):
+def _walk(
+    name: str,
+    times: int,
+    computations: dict[str, Computation],
+    program: Program,
+    grid: Grid | None,
+):
     """Adds what a scheduled computation does, `times` over."""
     body = computations[name]
     for instruction in body.values():
@@ -89,15 +99,15 @@ def _walk(name: str, times: int, computations: dict[str, Computation], program: 
             if length is None:
                 program.unknown_loops.append(instruction.name)
                 length = 1
-            _walk(called(instruction, "body"), times * length, computations, program)
+            _walk(called(instruction, "body"), times * length, computations, program, grid)
         elif kind == "call":
-            _walk(called(instruction, "to_apply"), times, computations, program)
+            _walk(called(instruction, "to_apply"), times, computations, program, grid)
         elif kind == "conditional":
             # Whichever branch is taken: the dearest is charged.
             taken = []
             for branch in branches(instruction):
                 taken.append(Program())
-                _walk(branch, times, computations, taken[-1])
+                _walk(branch, times, computations, taken[-1], grid)
             _add(program, max(taken, key=lambda one: (one.flops, one.hbm_bytes)))
         else:
             inner = computations.get(called(instruction, "calls") or "", {})
@@ -105,7 +115,7 @@ def _walk(name: str, times: int, computations: dict[str, Computation], program: 
             program.flops += times * sum(_flops_within(inner, computations))
             program.hbm_bytes += times * _traffic(instruction, body, inner)
             for one, around in ((instruction, body), *((one, inner) for one in inner.values())):
-                _communication(one, around, times, program)
+                _communication(one, around, times, program, grid)
             if 'custom_call_target="tpu_custom_call"' in instruction.rest:
                 _kernel(instruction, body, times, program)
 
@@ -119,6 +129,35 @@ def _add(program: Program, other: Program) -> None:
     for kind, found in other.collectives.items():
         mine = program.collectives.setdefault(kind, Collective())
         mine.count, mine.bytes = mine.count + found.count, mine.bytes + found.bytes
+    for axes, each in other.link_bytes.items():
+        program.link_bytes[axes] = program.link_bytes.get(axes, 0.0) + each
+
+
+def _communication(
+    instruction: Instruction,
+    around: Computation,
+    times: int,
+    program: Program,
+    grid: Grid | None,
+) -> None:
+    if instruction.kind == "send" and "megascale" in instruction.rest:
+        sent = size(around[instruction.operands[0]].shape)
+        # The runtime between slices reduces: of n, each brings a part and takes a part of every other's at the least.
+        slices = grid.slices if grid else 2
+        program.between_slices += times * sent * 2 * (slices - 1) / slices
+        return
+    found = transfer(instruction, around, grid)
+    if found is None:
+        return
+    total = program.collectives.setdefault(found.kind, Collective())
+    total.count += times
+    if found.received is None:
+        program.unknown_kernels.append(found.kind)
+        return
+    total.bytes += times * found.received
+    if found.links:
+        before = program.link_bytes.get(found.axes, 0.0)
+        program.link_bytes[found.axes] = before + times * found.received / found.links
 
 
 # --- products -----------------------------------------------------------------------------
@@ -223,7 +262,10 @@ def _traffic(instruction: Instruction, around: Computation, inner: Computation) 
         return 2 * result
     if kind != "fusion":
         return result + sum(size(shape, hbm_only=True) for shape in operands)
-    return result + _fusion_reads(operands, inner) - _written_in_place(inner)
+    # What a collective that goes on beside products receives and sends has been charged for at its start.
+    going = [one for one in inner.values() if one.kind in KINDS and goes_on(one, inner)]
+    result -= sum(size(one.shape, hbm_only=True) for one in going)
+    return result + _fusion_reads(operands, inner, going) - _written_in_place(inner)
 
 
 def _moved(instruction: Instruction) -> float:
@@ -233,14 +275,16 @@ def _moved(instruction: Instruction) -> float:
     return least * sum("S(" not in array for array in arrays)
 
 
-def _fusion_reads(operands: list[str], inner: Computation) -> float:
-    """What a fusion reads of its operands: of those that it only cuts from, the pieces."""
+def _fusion_reads(operands: list[str], inner: Computation, charged: Sequence[Instruction]) -> float:
+    """What a fusion reads of its operands: of those that it only cuts from, the pieces; not for what is `charged`."""
     total = 0.0
     for parameter in (one for one in inner.values() if one.kind == "parameter"):
         shape = operands[int(parameter.rest)]
         if "S(" in shape:
             continue
         users = [one for one in inner.values() if parameter.name in one.operands]
+        if users and all(one in charged for one in users):
+            continue
         first = [one for one in users if one.operands[0] == parameter.name]
         cuts = [one for one in first if one.kind in ("dynamic-slice", "slice", "gather")]
         updated = [one for one in first if one.kind == "dynamic-update-slice"]
@@ -258,66 +302,3 @@ def _written_in_place(inner: Computation) -> float:
         for one in inner.values()
         if one.root and one.kind == "dynamic-update-slice"
     )
-
-
-# --- network ------------------------------------------------------------------------------
-
-
-def _communication(
-    instruction: Instruction, around: Computation, times: int, program: Program
-) -> None:
-    if instruction.kind == "send" and "megascale" in instruction.rest:
-        # The runtime between the slices reduces: what comes back is as large as what is sent.
-        program.between_slices += times * size(around[instruction.operands[0]].shape)
-        return
-    kind = instruction.kind.removesuffix("-start")
-    if kind not in COLLECTIVES or _goes_on(instruction, around):
-        return
-    found = program.collectives.setdefault(kind, Collective())
-    found.count += times
-    received = _received(kind, instruction, around)
-    if received is None:
-        program.unknown_kernels.append(kind)
-    else:
-        found.bytes += times * received
-
-
-def _goes_on(instruction: Instruction, around: Computation) -> bool:
-    """A collective that runs beside products appears in several fusions; all but the first go on with it."""
-    flag = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', instruction.rest)
-    ends = any("AsyncCollectiveDone" in one.rest for one in around.values())
-    return ends or (flag is not None and int(flag[1]) >= 0)
-
-
-def _received(kind: str, instruction: Instruction, around: Computation) -> float | None:
-    """Bytes that one device receives at least, in a ring; None where it is not said who takes part."""
-    sent = sum(size(around[name].shape) for name in instruction.operands if name in around)
-    if kind == "collective-permute":
-        return sent
-    group = _group_size(instruction.rest)
-    if group is None:
-        return None
-    if kind == "all-gather":
-        return sent * (group - 1)
-    share = sent * (group - 1) / group
-    return 2 * share if kind == "all-reduce" else share
-
-
-def _group_size(rest: str) -> int | None:
-    """Devices that take part together; None where it is written in a way not known here."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    if listed:
-        return len(listed[1].split(","))
-    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    if counted:
-        return int(counted[2])
-    # By the axes of a mesh, "mesh['a'=2,'b'=4] {'b'}", or parts of them, "{'b':(1)2}"; between them, whose devices lie
-    # in another order, "device_ids=([4,2]T(1,0))".
-    named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\([^)]*\([^)]*\)\))? ?\{([^}]*)\}", rest
-    )
-    if not named:
-        return None
-    sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
-    taken = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", named[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in taken)

@@ -1,34 +1,47 @@
 """XLA's compiler asked what a program needs on devices that are not there.
 
-What it took minutes to say is kept under `~/.cache/dexportrait/programs`, by the program's own text: a plan that was
-broken off goes on where it was, and code that changes something else costs nothing.
+What it took minutes to say is kept under `~/.cache/dexportrait/programs`, by the program's own text, and with it the
+text that came of it, which is read anew each time: a plan that was broken off goes on where it was, and neither code
+that changes something else nor a better reading costs a compilation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from data_pipelines.files import write_json
-from dexportrait_jax import chips, compiled_program, hlo
+from data_pipelines.files import write_bytes, write_json
+from dexportrait_jax import chips
 from dexportrait_jax.compiled_program import Program, read_program
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.platforms import TPU_OPTIONS
 
-# XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time.
+# XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time. What it keeps in
+# the chip's own small memory between two operations is nothing, so that more goes to and from HBM than it has to.
 EFFORTS = {"quick": "O0", "exact": None}
+_LEVELS = ("jax_optimization_level", "jax_memory_fitting_level")
+# Of XLA's memory analysis.
+_MEMORY = (
+    "argument_size",
+    "output_size",
+    "alias_size",
+    "temp_size",
+    "generated_code_size",
+    "peak_memory",
+)
 
 
 def compiled(
@@ -44,7 +57,7 @@ def compiled(
       lower: makes the jax.stages.Lowered.
       label: what is told while it compiles.
       effort: one of EFFORTS.
-      mesh: what the program is for; without it what is found is not kept.
+      mesh: what the program is for; without it what is found is not kept, and not said which links collectives have.
       again: compiles also what was compiled before.
 
     Returns:
@@ -52,47 +65,78 @@ def compiled(
       and XLA does not say by how much), `compile_seconds`; where it fits also `buffers_gib_per_device` (all buffers
       one beside the other, with the program), `state_gib_per_device` (given back in place),
       `argument_gib_per_device` and what the program's text says: FLOPs, traffic, collectives.
+
+    Raises:
+      jax.errors.JaxRuntimeError: XLA cannot compile it, for another reason than the memory of the device.
     """
     started = time.monotonic()
     with _told(label), _effort(effort):
         program = lower()
         kept = None if mesh is None else _program_file(program, mesh, effort)
-        found = None if kept is None or again else read_kept(kept)
-        if found is None:
-            found = _compiled(program)
-            found["compile_seconds"] = round(time.monotonic() - started, 1)
+        said = None if kept is None or again else _read_said(kept)
+        if said is None:
+            said = _compiled(program)
+            said["compile_seconds"] = round(time.monotonic() - started, 1)
             if kept:
-                write_kept(kept, found)
+                _keep_said(kept, said)
         else:
             print(f"{label}: compiled before, from {kept}", flush=True)
-    return found
+        return _figures(said, mesh)
 
 
 def _compiled(lowered: Any) -> dict[str, Any]:
+    """What XLA says: "message" where memory ran out, else "memory", bytes by what they are for, and "text"."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # What a kernel needs of a core's own memory is no question of mesh or batch.
+        if "RESOURCE_EXHAUSTED" not in str(error) or re.search(r"\b[vs]mem\b", str(error)):
             raise
-        return {"fits": False, "hbm_gib_per_device": _needed_gib(str(error))}
+        return {"message": str(error)}
     memory = program.memory_analysis()
-    buffers = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-    code = memory.generated_code_size_in_bytes
+    return {
+        "memory": {name: getattr(memory, f"{name}_in_bytes", 0) for name in _MEMORY},
+        "text": program.as_text(),
+    }
+
+
+def _figures(said: dict[str, Any], mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
+    """Of what `_compiled` says and how long it took."""
+    seconds = {"compile_seconds": said["compile_seconds"]}
+    if "message" in said:
+        return {"fits": False, "hbm_gib_per_device": _needed_gib(said["message"])} | seconds
+    arguments, output, alias, temporary, code, most = (said["memory"][name] for name in _MEMORY)
+    buffers = arguments + output - alias + temporary
     # The peak is less where some buffers come after others, or lie in the chip's own small memory: libtpu 0.0.42.1
     # takes a step with 16.66 GiB of buffers and code on a chip of 15.75, and says 14.37 of its peak.
-    peak = min(getattr(memory, "peak_memory_in_bytes", 0) or buffers, buffers)
+    peak = min(most or buffers, buffers)
+    program = read_program(said["text"], mesh and chips.placement(list(mesh.devices.flat)))
     return {
         "fits": True,
         "hbm_gib_per_device": round((peak + code) / chips.GIB, 3),
         "buffers_gib_per_device": round((buffers + code) / chips.GIB, 3),
-        "state_gib_per_device": round(memory.alias_size_in_bytes / chips.GIB, 3),
-        "argument_gib_per_device": round(memory.argument_size_in_bytes / chips.GIB, 3),
-        **_figures(read_program(program.as_text())),
+        "state_gib_per_device": round(alias / chips.GIB, 3),
+        "argument_gib_per_device": round(arguments / chips.GIB, 3),
+        **_work(program),
+        **seconds,
+    }
+
+
+def _work(program: Program) -> dict[str, Any]:
+    return {
+        "executed_tflops_per_device": program.flops / 1e12,
+        "hbm_bytes_per_device": program.hbm_bytes,
+        "between_slices_bytes_per_device": program.between_slices,
+        "collectives": {
+            kind: {"count": found.count, "bytes": round(found.bytes)}
+            for kind, found in sorted(program.collectives.items())
+        },
+        # By the axes of the chips' grid, "0,1".
+        "link_bytes": {
+            ",".join(map(str, axes)): each for axes, each in sorted(program.link_bytes.items())
+        },
+        "loops_counted_once": program.unknown_loops,
+        "kernels_not_counted": program.unknown_kernels,
     }
 
 
@@ -103,6 +147,7 @@ def cache_file(folder: str, asked: Any) -> Path:
     """Where in the cache is what depends on `asked`, on the packages that compile, and on their flags."""
     versions = [package_version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    flags += [str(getattr(jax.config, name)) for name in _LEVELS]
     name = hashlib.sha256(json.dumps([asked, versions, flags]).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "dexportrait" / folder / f"{name}.json"
@@ -131,15 +176,36 @@ def write_kept(kept: Path, found: dict[str, Any]) -> None:
         write_json(kept, found)
 
 
+def _read_said(kept: Path) -> dict[str, Any] | None:
+    """What `_keep_said` wrote; None where any of it cannot be read."""
+    said = read_kept(kept)
+    if said is None or "message" in said:
+        return said
+    try:
+        return said | {"text": gzip.decompress(kept.with_suffix(".hlo.gz").read_bytes()).decode()}
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return None
+
+
+def _keep_said(kept: Path, said: dict[str, Any]) -> None:
+    if "text" in said:
+        with contextlib.suppress(OSError, UserError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(kept.with_suffix(".hlo.gz"), gzip.compress(said["text"].encode(), 3))
+    write_kept(kept, {name: value for name, value in said.items() if name != "text"})
+
+
 def _program_file(lowered: Any, mesh: jax.sharding.Mesh, effort: str) -> Path:
-    """By the program's text and options, by which device has which part of the mesh, and by what reads the result."""
+    """By the program's text, its options, XLA's levels of effort, and which device has which part of the mesh."""
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    places = [str(getattr(device, "coords", device)) for device in mesh.devices.flat]
-    slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
-    kinds = sorted({device.device_kind for device in mesh.devices.flat})
-    readers = [inspect.getsource(module) for module in (hlo, compiled_program)]
-    where = [dict(mesh.shape), places, slices, kinds]
-    return cache_file("programs", [text, TPU_OPTIONS, where, effort, readers])
+    devices = list(mesh.devices.flat)
+    places = [
+        [str(getattr(device, name, "")) for name in ("coords", "core_on_chip", "slice_index", "id")]
+        for device in devices
+    ]
+    kinds = sorted({device.device_kind for device in devices})
+    where = [dict(mesh.shape), places, kinds]
+    return cache_file("programs", [text, TPU_OPTIONS, where, effort])
 
 
 def placed(tree: Any, places: Any) -> Any:
@@ -149,20 +215,6 @@ def placed(tree: Any, places: Any) -> Any:
         tree,
         places,
     )
-
-
-def _figures(program: Program) -> dict[str, Any]:
-    return {
-        "executed_tflops_per_device": program.flops / 1e12,
-        "hbm_bytes_per_device": program.hbm_bytes,
-        "between_slices_bytes_per_device": program.between_slices,
-        "collectives": {
-            kind: {"count": found.count, "bytes": round(found.bytes)}
-            for kind, found in sorted(program.collectives.items())
-        },
-        "loops_counted_once": program.unknown_loops,
-        "kernels_not_counted": program.unknown_kernels,
-    }
 
 
 def _needed_gib(message: str) -> float | None:
@@ -178,15 +230,13 @@ def _needed_gib(message: str) -> float | None:
 class _effort:
     """XLA's effort inside, as it was afterwards."""
 
-    _NAMES = ("jax_optimization_level", "jax_memory_fitting_level")
-
     def __init__(self, effort: str):
         self.level = EFFORTS[effort]
 
     def __enter__(self):
-        self.before = {name: getattr(jax.config, name) for name in self._NAMES}
+        self.before = {name: getattr(jax.config, name) for name in _LEVELS}
         if self.level:
-            for name in self._NAMES:
+            for name in _LEVELS:
                 jax.config.update(name, self.level)
 
     def __exit__(self, *_):

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from data_pipelines import loading
+from data_pipelines import latents, loading
 from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
@@ -32,7 +32,7 @@ from dexportrait_jax.compiling import (
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_clip import plan_clip
-from dexportrait_jax.plan_report import in_words, summary
+from dexportrait_jax.plan_report import EVALUATION, in_words, summary
 from dexportrait_jax.platforms import jit_on, planned_for
 from dexportrait_jax.programs import build
 from dexportrait_jax.state import parameter_count
@@ -150,7 +150,7 @@ def plan(
                 needs["hbm_gib_per_device"] += beside - needs["argument_gib_per_device"]
                 needs["fits"] = needs["hbm_gib_per_device"] <= chip.hbm_gib
             found.append(needs)
-    together = summary(found, chip, mesh.size)
+    together = summary(found, chip, mesh.size, effort)
     return {
         "job": "train",
         "topology": topology,
@@ -165,6 +165,7 @@ def plan(
         "params": {
             group: parameter_count(network.abstract) for group, network in task.networks.items()
         },
+        "tensor_cuts": _cut_by_tensor(task, mesh),
         "hbm_limit_gib": chip.hbm_gib,
         "effort": effort,
         **together,
@@ -172,6 +173,19 @@ def plan(
         "advice": [] if together["fits"] else advice(config, dict(mesh.shape), slices),
         "programs": found,
     }
+
+
+def _cut_by_tensor(task, mesh) -> float:
+    """The share of the weights that the axis `tensor` cuts."""
+    cut = total = 0
+    for network in task.networks.values():
+        places = sharding.state_shardings(network.abstract, mesh)
+        for leaf, place in zip(
+            jax.tree.leaves(network.abstract), jax.tree.leaves(places), strict=True
+        ):
+            total += leaf.size
+            cut += leaf.size * ("tensor" in place.spec)
+    return round(cut / total, 3)
 
 
 def _event_sets(task, config) -> dict[frozenset[str], float]:
@@ -217,9 +231,11 @@ def _evaluation(task, config, mesh, label: str, effort: str, again: bool) -> dic
             lambda: jit_on(mesh, task.preview).lower(params, batch), label, effort, mesh, again
         )
     unpaid = {"share": 0.0, "model_tflops": 0.0, "rematerialised_tflops": 0.0}
-    return {"events": ["evaluation"], **unpaid, **needs}
+    return {"events": [EVALUATION], **unpaid, **needs}
 
 
 def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:
-    """Named by everything that the plan depends on."""
-    return cache_file("plans", [config.to_json(), job, topology, slices, effort, code_sha256()])
+    """Named by everything that the plan depends on: of latents that are read, also by what they are."""
+    made = latents.read_description(config.data.latents) if config.data.get("latents") else None
+    depends = [config.to_json(), job, topology, slices, effort, str(made), code_sha256()]
+    return cache_file("plans", depends)

@@ -2,7 +2,8 @@
 
 `animate` works on one chip, so it is one device of the topology that is planned for. The programs are those that
 `animate` compiles; a clip is the shortest that is made as a long one is: a window of the video stage, else a batch of
-frames. What it takes is the sum over its programs, each as often as it runs.
+frames. What it takes is the sum over its programs, each as often as it runs; its memory is that of a clip of many
+windows.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def plan_clip(
         if each["fits"]:  # by itself; the weights of the others are there as well
             each["hbm_gib_per_device"] += resident - each["argument_gib_per_device"]
             each["fits"] = each["hbm_gib_per_device"] <= chip.hbm_gib
-    together = summary(found, chip, 1)
+    together = summary(found, chip, 1, effort)
     seconds = together["bound_step_seconds"]
     together["bound_seconds_per_frame"] = None if seconds is None else seconds / frames
     return {

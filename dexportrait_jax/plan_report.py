@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dexportrait_jax.chips import Chip
+from dexportrait_jax.collectives import seconds_at_best
 
+EVALUATION = "evaluation"  # the program that makes samples between steps
 # Keys whose figures only a program that fits has; null in the plan of one that does not.
 OF_WHAT_FITS = (
     "collectives",
@@ -18,10 +20,14 @@ OF_WHAT_FITS = (
 )
 
 
-def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[str, Any]:
+def summary(
+    programs: list[dict[str, Any]], chip: Chip, devices: int, effort: str = "exact"
+) -> dict[str, Any]:
     """Of all programs together: memory of the largest, the rest a sum, each times its share.
 
     In training that is the mean over the steps; of a clip, whose shares are how often a program runs, it is the whole.
+    What goes to and from memory bounds a step at exact effort alone: at the quick one XLA keeps nothing in the chip's
+    own small memory between two operations, and what `train` runs moves less.
     """
     fits = all(program["fits"] for program in programs)
     model = sum(program["share"] * program["model_tflops"] for program in programs)
@@ -40,16 +46,21 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
     step_seconds = executed = again = between = 0.0
     for program in programs:
         share = program["share"]
-        inside = sum(each["bytes"] for each in program["collectives"].values())
+        inside = {
+            tuple(map(int, axes.split(","))): each for axes, each in program["link_bytes"].items()
+        }
         outside = program["between_slices_bytes_per_device"]
         seconds = {
             "compute": program["executed_tflops_per_device"] * 1e12 / chip.flops,
             "memory": program["hbm_bytes_per_device"] / chip.hbm_bytes,
             # Links within a slice and cards between slices work at the same time.
-            "network": max(inside / chip.ici_bytes, outside / (chip.dcn_bytes or float("inf"))),
+            "network": max(
+                seconds_at_best(inside, chip.link_bytes),
+                outside / (chip.dcn_bytes or float("inf")),
+            ),
         }
         bound = {name: bound[name] + share * seconds[name] for name in bound}
-        step_seconds += share * max(seconds.values())
+        step_seconds += share * max(seconds[name] for name in _bounding(effort))
         again += share * program["rematerialised_tflops"]
         executed += share * program["executed_tflops_per_device"] * devices
         between += share * outside
@@ -73,6 +84,10 @@ def summary(programs: list[dict[str, Any]], chip: Chip, devices: int) -> dict[st
     }
 
 
+def _bounding(effort: str) -> tuple[str, ...]:
+    return ("compute", "network") if effort == "quick" else ("compute", "memory", "network")
+
+
 def in_words(found: dict[str, Any]) -> str:
     """The plan for people; everything in it stands in the JSON too."""
     used, limit = found["hbm_gib_per_device"], found["hbm_limit_gib"]
@@ -92,10 +107,12 @@ def in_words(found: dict[str, Any]) -> str:
         lines.insert(1, f"  batch      {batch['sources']} x {batch['targets']}{parts}")
     if not found["fits"]:
         needs = f"more than {limit:.2f}" if used is None else f"{used:.2f} of {limit:.2f}"
-        lines.append(f"  memory     does not fit: needs {needs} GiB; {_advice(found)}")
+        samples = not clip and steps_fit(found)
+        what = "steps fit, but not the samples between them" if samples else "does not fit"
+        lines.append(f"  memory     {what}: needs {needs} GiB; {_advice(found)}")
         return "\n".join(lines)
     seconds = found["bound_seconds"]
-    slowest = max(seconds, key=seconds.get)
+    slowest = max(_bounding(found["effort"]), key=seconds.get)
     lines += [
         f"  memory     {used:.2f} of {limit:.2f} GiB a device: fits",
         "  at best    "
@@ -103,6 +120,10 @@ def in_words(found: dict[str, Any]) -> str:
         + f": {slowest} bounds it",
         f"             {found['bound_step_seconds'] * 1e3:,.3g} ms {unit}, {found['bound_mfu']:.1%} of the chips' peak",
     ]
+    if found["effort"] == "quick":
+        lines.append(
+            "             (memory is too much at quick effort and does not count here; --effort=exact says what it is)"
+        )
     executed = f"{found['executed_overhead']:.2f} times with all that is padded or done twice"
     if clip:
         lines += [
@@ -114,9 +135,15 @@ def in_words(found: dict[str, Any]) -> str:
             f"  recomputed {found['recompute_overhead']:.2f} times the model's FLOPs by rematerialisation, {executed}"
         )
     tensor = found["mesh"]["tensor"]
-    if tensor > 1:
+    if tensor > 1 and found["tensor_cuts"]:
         lines.append(
-            f"             tensor shares heads and feed-forward widths alone; {tensor} devices do all else alike"
+            "             tensor shares heads and feed-forward widths alone "
+            f"({found['tensor_cuts']:.0%} of the weights); {tensor} devices do all else alike"
+        )
+    elif tensor > 1:
+        lines.append(
+            f"             tensor shares nothing of this stage: {tensor} devices do all alike, and a batch of {tensor} "
+            f"times the sources, or 1 of {tensor} chips, would do as well"
         )
     for kind, each in found["collectives"].items():
         lines.append(
@@ -142,9 +169,16 @@ def in_words(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steps_fit(found: dict[str, Any]) -> bool:
+    """Whether a training step fits, whatever the samples between the steps do."""
+    return all(each["fits"] for each in found["programs"] if each.get("events") != [EVALUATION])
+
+
 def _advice(found: dict[str, Any]) -> str:
     if found["job"] == "animate":
         return "try a kind of chip with more memory, or shorter windows (--config.data.frames)"
+    if found["job"] == "train" and steps_fit(found):
+        return "try --config.evaluate.at_end=False --config.evaluate.every_steps=0, and evaluate its exports elsewhere"
     if not found["advice"]:
         return "this batch cannot be spread further: try more chips, or a kind with more memory"
     return f"try {' or '.join(found['advice'][:3])}"

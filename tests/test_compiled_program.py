@@ -2,6 +2,7 @@
 
 import pytest
 
+from dexportrait_jax.collectives import Grid
 from dexportrait_jax.compiled_program import read_program
 
 LOOP = """
@@ -133,9 +134,32 @@ def test_a_collective_beside_products_is_counted_at_its_start():
     program = read_program("\n".join(parts) + entry(*OPERANDS, *fusions))
     found = program.collectives["all-gather"]
     assert (found.count, found.bytes) == (1, 16 * 1024 * 2)
+    # Read and written once, as the same gathering alone.
+    assert program.hbm_bytes == (16 + 32) * 1024 * 2
 
 
-def test_what_crosses_slices():
+def test_a_fused_reduce_scatter():
+    """Libtpu's form of it: an all-reduce, of which the device's part is cut. It receives that part from each other."""
+    fused = (
+        "%all-reduce-scatter.1 (i: f32[64,1024]) -> f32[8,1024] {\n"
+        "  %i = f32[64,1024]{1,0} parameter(0)\n"
+        "  %r = f32[64,1024]{1,0} all-reduce(%i), replica_groups={{0,2,4,6,8,10,12,14}}, to_apply=%a\n"
+        "  %n = u32[] constant(0)\n"
+        "  ROOT %d = f32[8,1024]{1,0} dynamic-slice(%r, %n, %n), dynamic_slice_sizes={8,1024}\n}\n"
+    )
+    lines = (
+        "%g = f32[64,1024]{1,0} parameter(0)",
+        "%s = f32[8,1024]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1",
+    )
+    program = read_program(fused + entry(*lines))
+    found = program.collectives["reduce-scatter"]
+    assert (found.count, found.bytes) == (1, 7 * 8 * 1024 * 4)
+    assert set(program.collectives) == {"reduce-scatter"}
+
+
+@pytest.mark.parametrize(("slices", "share"), [(2, 1.0), (4, 1.5), (8, 1.75)])
+def test_what_crosses_slices(slices, share):
+    grid = Grid(((0, 0),) * slices, (False, False), slices)
     program = read_program(
         entry(
             *OPERANDS,
@@ -143,9 +167,10 @@ def test_what_crosses_slices():
             "%s = (bf16[16,1024]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
             'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
             '_xla_megascale_transfer_type="ALL_REDUCE"}',
-        )
+        ),
+        grid,
     )
-    assert program.between_slices == 16 * 1024 * 2 and program.collectives == {}
+    assert program.between_slices == share * 16 * 1024 * 2 and program.collectives == {}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def program(**changes):
         "hbm_bytes_per_device": 819e9 * 0.3,
         "between_slices_bytes_per_device": 0.0,
         "collectives": {"all-reduce": {"count": 3, "bytes": 200e9 * 0.1}},
+        "link_bytes": {"0,1": 50e9 * 0.1},
         "loops_counted_once": [],
         "kernels_not_counted": [],
         "hbm_gib_per_device": 10.0,
@@ -66,6 +67,37 @@ def test_bounds_by_hand():
     assert found["bound_mfu"] == pytest.approx(0.5 / 0.6)
     assert found["executed_overhead"] == pytest.approx(1.2)
     assert found["recompute_overhead"] == pytest.approx(1.1)
+
+
+def test_memory_does_not_bound_a_quick_plan():
+    """At that effort the program moves more than the one that is trained with; the figure is told all the same."""
+    slow = program(hbm_bytes_per_device=819e9 * 0.9)
+    assert summary([slow], CHIPS["v5e"], 4)["bound_step_seconds"] == pytest.approx(0.9)
+    quick = summary([slow], CHIPS["v5e"], 4, "quick")
+    assert quick["bound_step_seconds"] == pytest.approx(0.6)
+    assert quick["bound_seconds"]["memory"] == pytest.approx(0.9)
+    said = in_words(quick | {"programs": [], "effort": "quick"} | NAMES)
+    assert "memory 900 ms, network 100 ms: compute bounds it" in said
+    assert "does not count here" in said
+
+
+def test_samples_between_steps_that_do_not_fit():
+    """What helps the steps does not help them, and training itself would go."""
+    samples = LACKING | {"events": ["evaluation"], "share": 0.0}
+    found = summary([program(), samples], CHIPS["v5e"], 4) | NAMES
+    said = in_words(found | {"advice": ["--config.remat=blocks"], "programs": [program(), samples]})
+    assert "steps fit, but not the samples between them: needs 19.40 of 15.75 GiB; try" in said
+    assert "--config.evaluate.every_steps=0" in said and "remat" not in said
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.24, "alone (24% of the weights); 2 devices"), (0.0, "shares nothing of this stage: 2")],
+)
+def test_what_tensor_shares_is_told(share, words):
+    names = NAMES | {"mesh": {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}}
+    found = summary([program()], CHIPS["v5e"], 4) | {"programs": [], "effort": "exact"} | names
+    assert words in in_words(found | {"tensor_cuts": share})
 
 
 def test_programs_count_by_their_share():
@@ -92,6 +124,7 @@ def test_collectives_are_those_of_the_mean_step():
             "all-reduce": {"count": 30, "bytes": 200e9},
             "all-to-all": {"count": 4, "bytes": 1600},
         },
+        link_bytes={"0,1": 50e9},
         between_slices_bytes_per_device=3200.0,
     )
     found = summary([program(share=15 / 16), rare], CHIPS["v5e"], 4)
@@ -111,10 +144,12 @@ NAMES = {
     "devices": 4,
     "mesh": {"data": 1, "fsdp": 4, "context": 1, "tensor": 1},
     "batch": {"sources": 4, "targets": 2, "accumulate": 1},
+    "tensor_cuts": 0.0,
     "params": {"a": 10**6},
     "hbm_limit_gib": 15.75,
 }
 LACKING = {
+    "events": [],
     "share": 1.0,
     "fits": False,
     "hbm_gib_per_device": 19.4,
@@ -125,7 +160,7 @@ LACKING = {
 
 def test_what_does_not_fit_is_an_answer():
     advised = ["--config.remat=blocks", "--config.accumulate=2"]
-    found = summary([LACKING], CHIPS["v5e"], 4) | NAMES | {"advice": advised}
+    found = summary([LACKING], CHIPS["v5e"], 4) | NAMES | {"advice": advised, "programs": [LACKING]}
     assert found["fits"] is False and set(KEYS) <= set(found)
     assert found["bound_seconds"] is found["collectives"] is found["bound_mfu"] is None
     assert "needs 19.40 of 15.75 GiB; try --config.remat=blocks or --config.accumulate=2" in (
@@ -137,7 +172,11 @@ def test_what_does_not_fit_is_an_answer():
 def test_too_much_by_nobody_says_how_much():
     """One program of two of which XLA says only that memory ran out, in words that are not known here."""
     unknown = LACKING | {"hbm_gib_per_device": None, "share": 0.5}
-    found = summary([program(share=0.5), unknown], CHIPS["v5e"], 4) | NAMES | {"advice": []}
+    found = (
+        summary([program(share=0.5), unknown], CHIPS["v5e"], 4)
+        | NAMES
+        | {"advice": [], "programs": [unknown]}
+    )
     assert found["hbm_gib_per_device"] is None and not found["fits"]
     assert "does not fit: needs more than 15.75 GiB;" in in_words(found)
     json.dumps(found)

@@ -142,9 +142,12 @@ def _plan_row(row) -> list[str]:
     if not found["fits"]:
         return [*cells, "does not fit", *[""] * 7, f"{found['compile_seconds']:.0f}"]
     seconds = found["bound_step_seconds"]
+    bounds = {name: f"{1e3 * each:.0f}" for name, each in found["bound_seconds"].items()}
+    if found["effort"] == "quick":  # too much there, and not counted
+        bounds["memory"] = f"({bounds['memory']})"
     return [
         *cells,
-        *(f"{1e3 * found['bound_seconds'][name]:.0f}" for name in ("compute", "memory", "network")),
+        *(bounds[name] for name in ("compute", "memory", "network")),
         f"{1e3 * seconds:.0f}",
         f"{batch['sources'] * batch['targets'] / seconds:.0f}",
         f"{found['bound_mfu']:.1%}",
