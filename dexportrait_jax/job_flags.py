@@ -213,8 +213,8 @@ def plan(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "effort",
-        "of the compiler: quick is four times as fast, some per cent off in what it needs, says too much of what goes to "
-        "and from memory, and goes without programs of under 1%% of the steps (default: %(default)s)",
+        "of the compiler: quick is four times as fast, some per cent off in what it needs, says too much of what goes "
+        "to and from memory, and goes without programs of under 1%% of the steps (default: %(default)s)",
         choices=("quick", "exact"),
         default="quick",
     )
