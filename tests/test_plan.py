@@ -1,11 +1,13 @@
 """The plan: figures put together by hand, what is not compiled twice, and one real program for chips not here."""
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -223,6 +225,48 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch, capsys):
     assert ask(Lowered(lowered.message, "module @other_step")) == 1
     monkeypatch.setattr(compiling, "TPU_OPTIONS", {})
     assert ask() == 5
+
+
+class Compiles(Lowered):
+    """A program of one copy, of 1 GiB."""
+
+    def compile(self):
+        self.compiled += 1
+        memory = dict.fromkeys(compiling._MEMORY, 0) | {"argument_size": 2**30}
+        named = types.SimpleNamespace(**{f"{name}_in_bytes": size for name, size in memory.items()})
+        line = "%y = f32[256]{0} copy(%x)"
+        text = "ENTRY %main () -> f32[] {\n  %x = f32[256]{0} parameter(0)\n  " + line + "\n}\n"
+        return types.SimpleNamespace(memory_analysis=lambda: named, as_text=lambda: text)
+
+
+def test_a_better_reading_costs_no_compilation(tmp_path, monkeypatch):
+    """What XLA said is kept, its text too; without the text it is asked again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mesh, lowered = jax.sharding.Mesh(jax.devices()[:1], "x"), Compiles("")
+
+    def ask():
+        return compiling.compiled(lambda: lowered, "name", "quick", mesh)
+
+    first = ask()
+    assert first["fits"] and first["hbm_gib_per_device"] == 1.0
+    assert first["hbm_bytes_per_device"] == 2 * 1024 and ask() == first
+    reading = compiling.read_program
+    monkeypatch.setattr(
+        compiling, "read_program", lambda *a: dataclasses.replace(reading(*a), flops=5e12)
+    )
+    assert ask() == first | {"executed_tflops_per_device": 5.0} and lowered.compiled == 1
+    (text,) = tmp_path.glob("dexportrait/programs/*.hlo.gz")
+    text.write_bytes(text.read_bytes()[:-9])
+    assert ask()["fits"] and lowered.compiled == 2
+
+
+def test_what_a_kernel_lacks_is_no_plan():
+    """No mesh and no batch gives a core more memory of its own."""
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 21.50M of 16.00M vmem"
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compiling.compiled(lambda: Lowered(message), "name", "quick")
 
 
 def test_while_it_compiles_it_says_so(capsys):
