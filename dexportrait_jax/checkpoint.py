@@ -1,10 +1,10 @@
 """Checkpoints of the whole State: saved while training goes on, restored onto any mesh.
 
 `WORKDIR/checkpoints/STEP` is written by Orbax under a temporary name and renamed when it is whole. A newest
-checkpoint that cannot be read is set aside (never deleted) and the one before it is taken, with a word about
-it; when none can be read that is an error, because starting from scratch in silence would bury a run. Arrays carry
-checksums: a damaged one cannot be read either. Each checkpoint says which version wrote it: one that is whole but holds
-another State than this code is an error that names the version.
+checkpoint that cannot be read, when it is tried again neither, is set aside (never deleted) and the one before it is
+taken, with a word about it; when none can be read that is an error, because starting from scratch in silence would
+bury a run. Arrays carry checksums: a damaged one cannot be read either. Each checkpoint says which version wrote it:
+one that is whole but holds another State than this code is an error that names the version.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 LAST_SAVED = "last_saved.txt"
 # Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are of schema 1.
 SCHEMA = 1
+# Seconds before a checkpoint that could not be read is tried again, and then once more. A bucket that is too busy, or a
+# file handle that is stale on one of hundreds of hosts, must not cost all of them what the newest checkpoint holds.
+READ_AGAIN_AFTER = (5.0, 30.0)
+# In errors about bytes that were read and are not what was written. Those stay so, however long one waits.
+_DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE")
 
 
 def orbax_lines_off() -> None:
@@ -177,19 +183,11 @@ class Checkpoints:
         """
         failures = []
         for step in reversed(distributed.from_main(self.steps())):
-            state, failure = None, ""
-            try:
-                state = self._load(step, abstract_state)
-            except UserError:
-                raise
-            except Exception as error:  # Orbax raises many kinds; none is passed over in silence.
-                failure = _first_line(error)
-            # Each process reads its own part, and one may be torn alone: all take this step, or none.
-            if distributed.everywhere(not failure):
+            state, failure = self._read(step, abstract_state)
+            if not failure:
                 return step, state
-            del state
-            failures.append(failure or "another process cannot read its part")
-            print(f"checkpoint {step} cannot be read: {failures[-1]}", file=sys.stderr)
+            failures.append(failure)
+            print(f"checkpoint {step} cannot be read: {failure}", file=sys.stderr)
         if failures:
             raise UserError(
                 f"none of the checkpoints in {self.directory} can be read (newest: {failures[0]}); "
@@ -197,8 +195,39 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        """The state of a step and "", or None and why it cannot be read: in all processes the one, or the other.
+
+        All must ask. They try together, up to three times; what is damaged twice in a row is not tried again.
+        """
+        damaged_before = False
+        for pause in (*READ_AGAIN_AFTER, None):
+            state, failure, damaged = None, "", False
+            try:
+                state = self._load(step, abstract_state)
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises many kinds; none is passed over in silence.
+                failure, damaged = _first_line(error), _is_damage(error)
+            # Each process reads its own part, and one may fail alone: all take this step, or none.
+            if distributed.everywhere(not failure):
+                return state, ""
+            del state
+            if not distributed.everywhere(not (damaged and damaged_before)) or pause is None:
+                break
+            damaged_before = damaged
+            if failure:
+                print(
+                    f"checkpoint {step} could not be read ({failure}); trying again in {pause:.0f} s",
+                    file=sys.stderr,
+                )
+            time.sleep(pause)
+        return None, failure or "another process cannot read its part"
+
     def _load(self, step: int, abstract_state: Any) -> Any:
         place = self.directory / str(step)
+        if step not in self.steps():  # the main process sees it, and this one looked too early
+            self._checkpointer.reload()
         metadata = self._checkpointer.metadata(step)
         _check_schema(place, metadata.custom_metadata)
         # Where Orbax cannot read the tree it gives None; loading will say why.
@@ -349,6 +378,15 @@ def _unused(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}_{number}")
     return free
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Whether bytes were read, and are not what was written; of some damage Orbax tells in the error's cause alone."""
+    while error is not None:
+        if isinstance(error, json.JSONDecodeError) or any(word in str(error) for word in _DAMAGE):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _first_line(error: BaseException) -> str:

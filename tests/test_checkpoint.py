@@ -1,8 +1,11 @@
 """Checkpoints alone, of a State of a few numbers: damage, a full disk, another mesh, parts, versions."""
 
+import errno
 import gc
 import json
+import os
 import shutil
+import types
 import zipfile
 from pathlib import Path
 
@@ -20,6 +23,14 @@ from dexportrait_jax.errors import UserError
 from tests.disks import small_disk
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """Nobody waits before a checkpoint is read again; gives how long one would have waited."""
+    waited = []
+    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(sleep=waited.append))
+    return waited
 
 
 def mesh(**sizes):
@@ -159,6 +170,77 @@ def test_damage_to_the_newest_costs_no_more_than_the_newest(run, damage, capsys)
     assert restored(run)[0] == 4
 
 
+def failing_at_first(monkeypatch, times, error):
+    """The first reads fail; gives the steps that were asked for."""
+    asked, load = [], ocp.load
+
+    def unreliable(place, *arguments, **named):
+        asked.append(int(place.name))
+        if len(asked) <= times:
+            raise error
+        return load(place, *arguments, **named)
+
+    monkeypatch.setattr(ocp, "load", unreliable)
+    return asked
+
+
+STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_read_that_fails_for_a_while_costs_no_checkpoint(run, monkeypatch, pauses, capsys, times):
+    asked = failing_at_first(monkeypatch, times, STALE)
+    step, state = restored(run)
+    assert step == 4 and asked == [4] * (times + 1)
+    assert_equal(state, state_of(4))
+    said = capsys.readouterr().err.splitlines()
+    words = "checkpoint 4 could not be read ([Errno 116] Stale file handle); trying again in "
+    assert said == [f"{words}{seconds} s" for seconds in (5, 30)[:times]]
+    assert pauses == [5, 30][:times]
+    assert (run / "checkpoints" / "4").is_dir() and not list(run.glob("unreadable*"))
+
+
+def test_a_read_that_fails_three_times_costs_the_newest(run, monkeypatch, capsys):
+    assert restored(run)[0] == 4
+    asked = failing_at_first(monkeypatch, 3, STALE)
+    assert restored(run)[0] == 2 and asked == [4, 4, 4, 2]
+    assert "checkpoint 4 cannot be read: [Errno 116] Stale file handle" in capsys.readouterr().err
+    assert (run / "unreadable_checkpoint_4").is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage", ["arrays cut", "arrays zeroed", "tree cut", "index cut", "flipped"]
+)
+def test_damage_is_tried_again_but_not_waited_for(run, pauses, damage):
+    DAMAGES.get(damage, flipped)(run / "checkpoints" / "4")
+    assert restored(run)[0] == 2 and pauses == [5]
+
+
+@pytest.mark.parametrize(("answers", "step"), [([False, True, True], 4), ([False, True] * 3, 2)])
+def test_all_try_again_where_one_cannot_read_its_part(run, monkeypatch, pauses, answers, step):
+    """This process can, each time. They agree after each attempt on whether all have it, and whether to go on."""
+    left = list(answers)
+    monkeypatch.setattr(distributed, "everywhere", lambda holds: left.pop(0) if left else holds)
+    checkpoints = Checkpoints(run)
+    found, state = checkpoints.restore(ABSTRACT)
+    checkpoints.close()
+    assert found == step and left == []
+    assert_equal(state, state_of(step))
+    assert pauses == ([5, 30] if step == 2 else [5])
+
+
+def test_a_checkpoint_that_one_process_sees_later_than_the_main_one(run, monkeypatch, capsys):
+    newest, hidden = run / "checkpoints" / "4", run / "hidden"
+    newest.rename(hidden)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.steps() == [2]
+    hidden.rename(newest)
+    monkeypatch.setattr(distributed, "from_main", lambda mine: [2, 4])
+    step, _ = checkpoints.restore(ABSTRACT)
+    checkpoints.close()
+    assert step == 4 and capsys.readouterr().err == ""
+
+
 def test_an_array_is_read_as_it_was_written_or_not_at_all(run):
     """A bit flipped anywhere in the file of arrays is noticed by whoever reads the array that it is in."""
     file = file_of_arrays(run / "checkpoints" / "4")
@@ -212,7 +294,7 @@ def test_nothing_readable_is_an_error_for_all_who_ask(run, damage):
     ("seen", "step", "said"),
     [
         ([2], 2, ""),  # it does not see the newest yet
-        ([2, 4, 6], 4, "checkpoint 6 cannot be read: "),  # this process does not
+        ([2, 4, 6], 4, "checkpoint 6 could not be read ("),  # this process does not
         ([], None, ""),
     ],
 )

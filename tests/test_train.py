@@ -254,6 +254,7 @@ def leaf_count(tree):
 
 
 def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys, monkeypatch, one_device):
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_AFTER", (0.0, 0.0))
     handful_of_numbers(monkeypatch)
     config = micro("motion", *places, checkpoint__every_steps=2)
     whole = leaves(train(config, tmp_path / "whole"))
@@ -273,6 +274,7 @@ def test_a_torn_newest_checkpoint_is_set_aside(places, tmp_path, capsys, monkeyp
 def test_no_readable_checkpoint_is_an_error_not_a_new_start(
     places, tmp_path, monkeypatch, one_device
 ):
+    monkeypatch.setattr(checkpoint, "READ_AGAIN_AFTER", (0.0, 0.0))
     handful_of_numbers(monkeypatch)
     config = micro("motion", *places, num_steps=2)
     train(config, tmp_path)

@@ -148,6 +148,7 @@ print("own", own, placed["kernel"].shape, placed["step"].is_fully_replicated)
 
 
 WRITES = """
+import errno
 import resource
 import signal
 import sys
@@ -158,6 +159,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
 
 from dexportrait_jax import checkpoint, sharding
 
@@ -186,6 +188,18 @@ save(4)
 time.sleep(2)
 if saves == 1:
     limit(resource.RLIM_INFINITY)
+checkpoint.READ_AGAIN_AFTER = (0.1, 0.1)
+load, loads = ocp.load, []
+
+
+def stale_at_first(*arguments, **named):
+    loads.append(arguments)
+    if number == failing and len(loads) == 1:
+        raise OSError(errno.ESTALE, "Stale file handle")
+    return load(*arguments, **named)
+
+
+ocp.load = stale_at_first
 began = time.monotonic()
 try:
     save(6)
@@ -208,7 +222,10 @@ SECONDS = 4
 
 @pytest.mark.parametrize(("failing", "saves"), [(1, 1), (0, 2)])
 def test_one_process_cannot_write_its_part(failing, saves, tmp_path):
-    """The other waits no longer than it is told to. One save that fails is a warning, two in a row end both."""
+    """The other waits no longer than it is told to. One save that fails is a warning, two in a row end both.
+
+    Nor can it read its part at first: both try again.
+    """
     said = of_two_processes(WRITES, tmp_path, failing, SECONDS, saves)
     folder = tmp_path / "checkpoints"
     for number, (out, errors) in enumerate(said):
@@ -222,6 +239,7 @@ def test_one_process_cannot_write_its_part(failing, saves, tmp_path):
         assert "Traceback" not in errors
         if saves == 1:
             assert "read 6 True" in out
+            assert ("could not be read ([Errno 116] Stale" in errors) == (number == failing)
         else:
             assert f"ended by UserError {why.replace('/4 ', '/6 ')}" in out
         assert int(out.split("\nafter ")[1]) <= saves * SECONDS + 5
