@@ -128,10 +128,15 @@ class Checkpoints:
                 f"warning: checkpoint {before} was not saved ({failure}); trying again at step {step}",
                 file=sys.stderr,
             )
-        saved = distributed.from_main(self.steps())
-        if failure and distributed.is_main():
+        failed = not distributed.everywhere(not failure)
+        if failed:
             # All have come here, and none writes there any more. It would take the room that this save needs.
-            shutil.rmtree(self.directory / f"{before}{UNFINISHED}", ignore_errors=True)
+            if distributed.is_main():
+                shutil.rmtree(self.directory / f"{before}{UNFINISHED}", ignore_errors=True)
+            # Orbax counts what it was to delete after that save as deleted, and would leave it there for ever.
+            with writing_to(self.directory):
+                self._checkpointer.reload()
+        saved = distributed.from_main(self.steps())
         if step in saved:
             return
         writer = {
@@ -142,7 +147,7 @@ class Checkpoints:
         with writing_to(self.directory):
             self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
         self._saving = step
-        if failure:
+        if failed:
             self.wait()
 
     def wait(self) -> None:

@@ -353,6 +353,23 @@ def test_a_save_that_failed_does_not_stop_the_next(tmp_path, capsys):
         assert restored(disk / "run")[0] == 4
 
 
+def test_saves_that_failed_leave_no_old_checkpoint_behind(tmp_path):
+    """Of two to keep, with every other save on a full disk: each that is written takes the oldest away."""
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    grown = state | {"opt": jax.device_put(np.random.default_rng(0).random((1024, 1024)))}
+    with small_disk(tmp_path / "disk", "size=2m") as disk:
+        checkpoints = Checkpoints(disk / "run", keep=2)
+        checkpoints.save(1, state)
+        for step in (2, 4, 6, 8):
+            checkpoints.save(step, state)
+            checkpoints.save(step + 1, grown)
+        checkpoints.save(10, state)
+        assert checkpoints.steps() == [8, 10]
+        checkpoints.close()
+        held = {path.name for path in (disk / "run" / "checkpoints").iterdir()}
+        assert held == {"8", "10"}
+
+
 def test_two_saves_that_fail_in_a_row_are_an_error_at_once(tmp_path, monkeypatch, capsys):
     """With a save that fails behind one's back, as a bucket's does; the second is waited for."""
     checkpoints = Checkpoints(tmp_path)
