@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
+import io
 import json
+import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -77,39 +81,45 @@ BEFORE_THE_KEY = {
     DISCRIMINATOR_DECAY: False,
 }
 
+# So long may a lock outlive its process: a lost host's on NFS ends with its lease (about 90 s), and the kernel takes
+# its time with a killed process that has much memory. Launchers take a refusal as final.
+LOCK_SECONDS = 120.0
+
 
 @contextlib.contextmanager
 def claimed(workdir: Path) -> Iterator[None]:
     """Holds the directory for this process alone; leaves no trace of a start that failed.
 
+    A process that holds it is waited for, up to `LOCK_SECONDS`: it may be dying.
+
     Raises:
       UserError: another process holds it, or it cannot be written. Where files cannot be locked that is a warning.
     """
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock_file = workdir / f".lock{jax.process_index() or ''}"
-        lock = lock_file.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    lock_file = workdir / f".lock{jax.process_index() or ''}"
+    deadline, told = time.monotonic() + LOCK_SECONDS, False
+    while (lock := _locked(workdir, lock_file)) is None:
+        holder = _holder(lock_file)
+        if time.monotonic() >= deadline:
             raise UserError(
-                f"another process is training in {workdir}; wait for it or end it"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise UserError(
-                    f"cannot lock {lock_file}: {error.strerror}; look after that disk, or give another --workdir"
-                ) from error
-            if distributed.is_main():
-                print(
-                    f"warning: {workdir} lies where files cannot be locked ({error.strerror}); nothing keeps a "
-                    "second process from training there",
-                    file=sys.stderr,
-                )
+                f"another process is training in {workdir}{holder}; wait for it or end it"
+            )
+        if not told:
+            told = True
+            print(
+                f"another process holds {workdir}{holder}; waiting up to {LOCK_SECONDS:.0f} s for its end",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(0.5)
+    with lock:
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+            lock.truncate(0)
+            started = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+            lock.write(
+                f"process {os.getpid()} on {socket.gethostname()} since {started}\n".encode()
+            )
+            os.fsync(lock.fileno())  # for other hosts to read, and what goes wrong goes wrong here
         try:
             yield
         except BaseException:
@@ -119,6 +129,47 @@ def claimed(workdir: Path) -> Iterator[None]:
                     with contextlib.suppress(OSError):  # not empty, or not there
                         folder.rmdir()
             raise
+
+
+def _locked(workdir: Path, lock_file: Path) -> io.FileIO | None:
+    """The lock file, open and locked by this process; None: another one holds it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Of whoever holds it, what it says must stay. Unbuffered: closing must not write again what did not fit.
+        lock = lock_file.open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A start that failed may have taken its file away after this process had opened it.
+        if os.path.samestat(os.fstat(lock.fileno()), lock_file.stat()):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            lock.close()
+            raise UserError(
+                f"cannot lock {lock_file}: {error.strerror}; look after that disk, or give another --workdir"
+            ) from error
+        if distributed.is_main():
+            print(
+                f"warning: {workdir} lies where files cannot be locked ({error.strerror}); nothing keeps a "
+                "second process from training there",
+                file=sys.stderr,
+            )
+        return lock
+    lock.close()
+    return None
+
+
+def _holder(lock_file: Path) -> str:
+    """Who wrote the lock file, in brackets; nothing where it does not say."""
+    try:
+        said = lock_file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+    return f" ({said.splitlines()[0][:200]})" if said else ""
 
 
 def check_shared(workdir: Path, seconds: float = 30.0) -> None:

@@ -6,6 +6,8 @@ import fcntl
 import importlib
 import json
 import os
+import re
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dexportrait_jax import code_version, distributed
+from dexportrait_jax import code_version, distributed, run_directory
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
@@ -27,6 +29,7 @@ from dexportrait_jax.run_directory import (
     compared,
     write_description,
 )
+from tests.disks import full_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -238,10 +241,62 @@ def test_a_run_in_the_place_of_one_that_was_removed(tmp_path):
     check_nothing_lost(tmp_path)
 
 
-def test_a_directory_is_for_one_process(tmp_path):
-    words = f"another process is training in {tmp_path}; wait"
-    with claimed(tmp_path), pytest.raises(UserError, match=words), claimed(tmp_path):
-        pass
+def test_a_directory_is_for_one_process(tmp_path, monkeypatch):
+    """The error says which one, also after several have asked."""
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+    who = rf"process {os.getpid()} on {re.escape(socket.gethostname())} since 2\d\d\d-\d\d-\d\d \S+"
+    words = rf"another process is training in {tmp_path} \({who}\); wait for it or end it$"
+    with claimed(tmp_path):
+        for _ in range(2):
+            with pytest.raises(UserError, match=words), claimed(tmp_path):
+                pass
+    with claimed(tmp_path):
+        assert (tmp_path / ".lock").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff\x00", b"process 1 on a since then\nmore"])
+def test_whoever_holds_the_directory_may_not_say_who_it_is(tmp_path, monkeypatch, left):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+    (tmp_path / ".lock").write_bytes(left)
+    with (tmp_path / ".lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with (
+            pytest.raises(UserError, match="another process is training") as said,
+            claimed(tmp_path),
+        ):
+            pass
+    assert "\n" not in str(said.value) and "more" not in str(said.value)
+    assert (tmp_path / ".lock").read_bytes() == left
+
+
+def test_a_process_that_is_dying_is_waited_for(tmp_path, capsys):
+    """As after a preemption on a shared disk; where it takes its file away at its end, too."""
+    for taken_away in (False, True):
+        lock = (tmp_path / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on lost since then\n")
+        lock.flush()
+
+        def end(lock=lock, taken_away=taken_away):
+            if taken_away:
+                (tmp_path / ".lock").unlink()
+            lock.close()
+
+        threading.Timer(0.2, end).start()
+        with claimed(tmp_path):
+            (said,) = capsys.readouterr().err.splitlines()
+            with (tmp_path / ".lock").open() as again, pytest.raises(BlockingIOError):
+                fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        who = "process 7 on lost since then"
+        assert said == f"another process holds {tmp_path} ({who}); waiting up to 120 s for its end"
+
+
+def test_a_directory_on_a_full_disk_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+    with full_disk(tmp_path / "disk") as disk, claimed(disk):
+        assert (disk / ".lock").read_text() == ""
+        with pytest.raises(UserError, match="another process is training"), claimed(disk):
+            pass
 
 
 def failing(number):

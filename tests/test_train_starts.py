@@ -238,7 +238,8 @@ def test_a_group_that_would_stay_random_is_an_error(places, monkeypatch):
         first_state(task, config, None)
 
 
-def test_two_processes_cannot_train_in_one_directory(places, tmp_path):
+def test_two_processes_cannot_train_in_one_directory(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training"):
