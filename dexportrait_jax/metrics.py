@@ -23,7 +23,8 @@ class MetricWriter:
     """Appends to `WORKDIR/metrics.jsonl`.
 
     Rows stay on the device until `flush`, so that recording never makes a step wait. After a restart the rows
-    past the restored step are taken away first: the record has no step twice and no gap.
+    past the restored step are taken away first: the record has no step twice and no gap. Lines that were damaged are
+    taken away too, see `read_rows`.
 
     Args:
       workdir: the run's directory.
@@ -98,14 +99,25 @@ class MetricWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line torn by a crash is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Rows of a metrics.jsonl; lines that hold none are left out.
+
+    How many those are is a warning, but for a last line without its end: that one was torn by a crash.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    damaged = sum(not row and bool(line) for line, row in zip(lines[:-1], rows, strict=False))
+    if damaged:
+        print(f"warning: {path}: {damaged} unreadable lines are left out", file=sys.stderr)
+    return [row for row in rows if row]
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """The row that a line holds; empty where it holds none."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
 
 
 def _number(value: Any) -> float | int:

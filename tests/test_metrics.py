@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import pytest
 
 from dexportrait_jax import metrics
 from dexportrait_jax.metrics import MetricWriter, Progress, read_rows
@@ -29,6 +30,33 @@ def test_resume_drops_rows_past_the_checkpoint_and_a_torn_line(tmp_path):
     rows = read_rows(path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[-1]["loss"] == 50
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 3, "lo{"step": 3, "loss": 3.0}',
+        b'{"step": 3, "loss\xff": 3.0}',
+        bytes(24),
+        b"3",
+        b'{"stop": 3, "loss": 3.0}',
+    ],
+)
+def test_a_damaged_line_costs_itself_alone(tmp_path, damage, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": step}).encode() for step in range(1, 7)]
+    lines[2] = damage
+    path.write_bytes(b"\n".join([*lines, b'{"step": 7, "lo']))
+    kept = [1, 2, 4, 5, 6]
+    assert [row["step"] for row in read_rows(path)] == kept
+    assert capsys.readouterr().err == f"warning: {path}: 1 unreadable lines are left out\n"
+    writer = MetricWriter(tmp_path, 5)
+    writer.add(6, {"loss": jnp.float32(60)})
+    writer.close()
+    assert writer.dropped == 1 and writer.last_kept == {"step": 5, "loss": 5}
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [row["step"] for row in read_rows(path)] == kept
+    assert damage not in path.read_bytes() and capsys.readouterr().err == ""
 
 
 def test_non_finite_values_are_null_in_valid_json(tmp_path):
