@@ -172,21 +172,22 @@ def _holder(lock_file: Path) -> str:
     return f" ({said.splitlines()[0][:200]})" if said else ""
 
 
-def check_shared(workdir: Path, seconds: float = 30.0) -> None:
+def check_shared(workdir: Path, seconds: float = 90.0) -> None:
     """UserError where a process does not see in the directory what the main one writes there; all must ask.
 
     Args:
       workdir: the run's directory, which is there.
-      seconds: that a shared file system may take to show it.
+      seconds: that a shared file system may take to show it. NFS keeps what it knows of a folder for up to 60.
     """
     if jax.process_count() == 1:
         return
-    # A name that nobody has asked for: what was not there is remembered, too.
-    (number,) = distributed.from_main([secrets.randbelow(2**31)])
-    token = workdir / f".shared{number}"
+    # A name that nobody has asked for, and that is told once it is there: what was not there is remembered, too.
+    number = secrets.randbelow(2**31)
     if distributed.is_main():
         with writing_to(workdir):
-            token.touch()
+            (workdir / f".shared{number}").touch()
+    (number,) = distributed.from_main([number])
+    token = workdir / f".shared{number}"
     deadline = time.monotonic() + seconds
     while not (seen := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import secrets
 import socket
 import subprocess
 import threading
@@ -328,6 +329,7 @@ def host(request, monkeypatch):
     others = [True]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "is_main", lambda: request.param)
+    monkeypatch.setattr(secrets, "randbelow", lambda _: 7 if request.param else 8)
     monkeypatch.setattr(distributed, "from_main", lambda mine: [7])
     monkeypatch.setattr(distributed, "everywhere", lambda seen: seen and others[0])
     return request.param, others
@@ -338,6 +340,20 @@ def test_hosts_that_share_the_directory(tmp_path, host):
         threading.Timer(0.3, (tmp_path / ".shared7").touch).start()
     check_shared(tmp_path)
     assert list(tmp_path.glob(".shared*")) == [] or not host[0]
+
+
+def test_the_name_is_told_once_it_is_there(tmp_path, host, monkeypatch):
+    """Whoever looks before remembers for a while, on NFS, that there is nothing."""
+    there = []
+
+    def tell(mine):
+        there.extend(path.name for path in tmp_path.iterdir())
+        (tmp_path / ".shared7").touch()
+        return [7]
+
+    monkeypatch.setattr(distributed, "from_main", tell)
+    check_shared(tmp_path)
+    assert there == ([".shared7"] if host[0] else [])
 
 
 def test_hosts_that_do_not_share_the_directory(tmp_path, host):
