@@ -6,9 +6,10 @@
 # Paths are mounted ones (a disk, or a bucket through its driver), not gs://. The config ends with the grid of the slice
 # (16 chips here), which spreads its batch over it; `dexportrait plan` says beforehand whether it fits.
 # A slice that was preempted or killed (xpk restarts at 42 and from 127 on by itself), or ended with code 75 (stopped and
-# saved), is started again up to RESTARTS times. A host that is taken away has five minutes to save; `exec` lets SIGTERM
-# through to it. On Spot nodes GKE gives 15 seconds, or up to 120 where the node pool says so: there a run goes on from
-# its last checkpoint, so give --config.checkpoint.minutes=5 or less.
+# saved) or 70 (a fault, such as a process meets when another one was killed), is started again up to RESTARTS times. A
+# host that is taken away has five minutes to save; `exec` lets SIGTERM through to it. On Spot nodes GKE gives 15
+# seconds, or up to 120 where the node pool says so: there a run goes on from its last checkpoint, so give
+# --config.checkpoint.minutes=5 or less.
 set -euo pipefail
 name="$1"
 shift
@@ -19,6 +20,6 @@ exec xpk workload create \
   --num-slices="${SLICES:-1}" \
   --docker-image="${IMAGE:?image with the package in it}" \
   --max-restarts="${RESTARTS:-100}" \
-  --restart-on-exit-codes=75 \
+  --restart-on-exit-codes=70,75 \
   --termination-grace-period-seconds=300 \
   --command="exec dexportrait $(printf '%q ' "$@")"
