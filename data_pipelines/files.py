@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipelines.file_locks import try_lock
 from dexportrait_jax.errors import UserError
 
 _WORDS = {
@@ -29,8 +30,6 @@ _WORDS = {
     errno.EFBIG: ("the file grew larger than the system allows", "choose another folder"),
     errno.EMFILE: ("too many files are open", "raise `ulimit -n`"),
 }
-# What flock says where the file system has no locks: buckets that are mounted, NFS without its lock service.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def explain(error: BaseException, path: str | os.PathLike) -> UserError | None:
@@ -146,9 +145,9 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
         with suppress(OSError), left.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
-            _note(f"note: removed {left.name}, which a killed job had left beside {path}")
+            if not try_lock(stream, left):
+                left.unlink()
+                _note(f"note: removed {left.name}, which a killed job had left beside {path}")
     while True:
         temporary = hidden_name(path, "tmp")
         with temporary.open("xb") as stream:
@@ -256,24 +255,17 @@ def alone_at(out: Path) -> Iterator[None]:
         with writing_to(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             stream = stack.enter_context(lock.open("w"))
-            locked = True
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The job before may have ended, and taken its file away, after this one had opened it.
-                if not (lock.exists() and os.path.samestat(os.fstat(stream.fileno()), lock.stat())):
-                    raise BlockingIOError
+                unlocked = try_lock(stream, lock)
             except BlockingIOError:
                 raise UserError(f"another job is making {out} right now; wait for it") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                locked = False
+            if unlocked:
                 _note(
-                    f"warning: {out} lies where files cannot be locked ({error.strerror}); nothing keeps a second job "
-                    "from making it too"
+                    f"warning: {out} lies where files cannot be locked ({unlocked}); nothing keeps a second job from "
+                    "making it too"
                 )
             stack.callback(lock.unlink, missing_ok=True)
-            if locked:
+            if not unlocked:
                 _clear_up(out)
         yield
 

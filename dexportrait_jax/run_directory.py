@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import io
 import json
 import os
@@ -24,7 +23,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from data_pipelines.files import NO_LOCKS, write_json, writing_to
+from data_pipelines.file_locks import try_lock
+from data_pipelines.files import write_json, writing_to
 from dexportrait_jax import checkpoint, distributed, environment, metrics
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
@@ -140,27 +140,22 @@ def _locked(workdir: Path, lock_file: Path) -> io.FileIO | None:
     except OSError as error:
         raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A start that failed may have taken its file away after this process had opened it.
-        if os.path.samestat(os.fstat(lock.fileno()), lock_file.stat()):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
+        unlocked = try_lock(lock, lock_file)
+    except BlockingIOError:
+        lock.close()
+        return None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            lock.close()
-            raise UserError(
-                f"cannot lock {lock_file}: {error.strerror}; look after that disk, or give another --workdir"
-            ) from error
-        if distributed.is_main():
-            print(
-                f"warning: {workdir} lies where files cannot be locked ({error.strerror}); nothing keeps a "
-                "second process from training there",
-                file=sys.stderr,
-            )
-        return lock
-    lock.close()
-    return None
+        lock.close()
+        raise UserError(
+            f"cannot lock {lock_file}: {error.strerror}; look after that disk, or give another --workdir"
+        ) from error
+    if unlocked and distributed.is_main():
+        print(
+            f"warning: {workdir} lies where files cannot be locked ({unlocked}); nothing keeps a second process from "
+            "training there",
+            file=sys.stderr,
+        )
+    return lock
 
 
 def _holder(lock_file: Path) -> str:

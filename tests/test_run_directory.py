@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from data_pipelines import file_locks
 from dexportrait_jax import code_version, distributed, run_directory
 from dexportrait_jax import config as configs
 from dexportrait_jax.diffusion.schedule import noise_schedule
@@ -313,6 +314,22 @@ def test_where_files_cannot_be_locked_a_run_goes_on(tmp_path, monkeypatch, capsy
     with claimed(tmp_path):
         (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"warning: {tmp_path} lies where files cannot be locked")
+
+
+def test_a_second_start_in_a_bucket_is_warned_of(tmp_path, monkeypatch, capsys):
+    """Its lock is known to this host alone; here it is refused all the same."""
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+    table = tmp_path / "mounts"
+    table.write_text(f"runs {tmp_path} fuse.gcsfuse rw 0 0\n")
+    monkeypatch.setattr(file_locks, "MOUNTS", table)
+    with claimed(tmp_path):
+        (said,) = capsys.readouterr().err.splitlines()
+        with pytest.raises(UserError, match="another process is training"), claimed(tmp_path):
+            pass
+    words = (
+        f"warning: {tmp_path} lies where files cannot be locked (fuse.gcsfuse locks them for this "
+    )
+    assert said.startswith(words) and "nothing keeps a second process from training there" in said
 
 
 def test_a_lock_that_fails_is_not_another_process(tmp_path, monkeypatch):
