@@ -42,7 +42,8 @@ def sampling_timesteps(
     if spacing == "leading":
         steps = np.arange(count)[::-1] * (total // count) + offset
     elif spacing == "trailing":
-        steps = np.round(np.arange(total, 0, -total / count)).astype(np.int64) - 1
+        # Rounding may leave arange a value just above 0 behind the last: of 61 steps it has 62.
+        steps = np.round(np.arange(total, 0, -total / count)[:count]).astype(np.int64) - 1
     elif spacing == "linspace":
         steps = np.round(np.linspace(0, total - 1, count))[::-1]
     else:

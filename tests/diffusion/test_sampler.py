@@ -25,12 +25,14 @@ def test_published_timesteps():
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("count", [3, 7, 30, 35, 50])
+@pytest.mark.parametrize("count", [3, 7, 30, 35, 50, 61])
 def test_timesteps_equal_diffusers(spacing, count):
     other = published(SCHEDULES["sd15"], timestep_spacing=spacing)
     other.set_timesteps(count)
     ours = sampling_timesteps(SCHEDULES["sd15"], count, spacing=spacing)
-    np.testing.assert_array_equal(ours, other.timesteps.numpy())
+    assert len(ours) == count
+    # With "trailing" and 61 steps theirs has a 62nd, which no one asked for: rounding makes it.
+    np.testing.assert_array_equal(ours, other.timesteps.numpy()[:count])
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
