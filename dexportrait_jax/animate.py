@@ -160,13 +160,16 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
 
     typed = driving.parse_typed_pose(chosen.pose) if chosen.pose_is_typed else None
     clock = {name: None if one.still else one.times for name, one in drivers.items()}
-    frames = job.max_frames
-    if typed:
-        clock["typed"] = None
-        last = int(typed[-1].get("frame", 0))
-        if last and all(times is None for times in clock.values()):
-            frames = frames or last + 1  # what is typed is held for as long as one likes
-    timeline = driving.timeline(clock, length=job.length, frames=frames)
+    timeline = driving.timeline(
+        clock,
+        length=job.length,
+        frames=job.max_frames,
+        typed=driving.keyframed(typed) if typed else 0,
+    )
+    # Who asks for so many frames knows where they end.
+    missed = driving.beyond(typed, timeline.frames) if typed else None
+    if missed and timeline.frames != job.max_frames:
+        print(f"note: {job.out}: {missed}", file=sys.stderr)
 
     tracks: dict[str, driver_track.Track] = {}
     for name, driver in drivers.items():

@@ -72,8 +72,8 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "length",
-        "when pose and expression drivers differ in length: end with the shortest, or hold "
-        "the last frame (default: %(default)s)",
+        "when pose and expression drivers differ in length: end with the shortest, or hold the last frame of the "
+        "others to the end of the longest, or to the last typed keyframe (default: %(default)s)",
         choices=choices.ANIMATE["length"],
         default="shortest",
     )

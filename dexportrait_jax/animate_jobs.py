@@ -120,8 +120,7 @@ def check(job: Job) -> None:
                 f"--{name}={value!r} is no file, and poses alone can be typed, with --pose; give the path of a file"
             )
     drivers = driving.choose_drivers(job.source, job.driving, job.pose, job.expression)
-    if drivers.pose_is_typed:
-        driving.parse_typed_pose(drivers.pose)
+    typed = driving.parse_typed_pose(drivers.pose) if drivers.pose_is_typed else []
     if job.driving is not None and is_image(job.driving):
         raise UserError(
             f"--driving={job.driving} is a picture and moves nothing; give a video, or hold a "
@@ -135,7 +134,7 @@ def check(job: Job) -> None:
             f"--relative_pose: no component {unknown[0]!r}; "
             f"there are {', '.join(pose_transfer.COMPONENTS)}"
         )
-    _refuse_idle_flags(job, drivers)
+    _refuse_idle_flags(job, drivers, typed)
     if job.paste_back and drivers.mode != "expression_only":
         raise UserError(
             "--paste_back puts the face back where it was, so the pose must be the source's own: "
@@ -191,8 +190,11 @@ def _check_numbers(job: Job) -> None:
             raise UserError(f"--{name}={value:g}: a part of the crop's side, from 0 to below 0.5")
 
 
-def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
-    """UserError for flags that would change nothing: who gives one expects something of it."""
+def _refuse_idle_flags(job: Job, drivers: driving.Drivers, typed: list[dict[str, float]]) -> None:
+    """UserError for flags that would change nothing: who gives one expects something of it.
+
+    ``typed``: keyframes of the pose, if it is typed.
+    """
     if job.driving and job.pose and job.expression:
         raise UserError(
             f"--driving={job.driving}: --pose and --expression leave nothing to it; leave out one of the three"
@@ -240,10 +242,11 @@ def _refuse_idle_flags(job: Job, drivers: driving.Drivers) -> None:
     two = (
         pose_moves and expression_moves and not driving.same_file(drivers.pose, drivers.expression)
     )
-    if job.length == "hold" and not two:
+    keyframes_go_on = typed and expression_moves and driving.keyframed(typed)
+    if job.length == "hold" and not two and not keyframes_go_on:
         raise UserError(
-            "--length=hold: there are not two videos of which one could end first; leave it out, or give one as --pose "
-            "and another as --expression"
+            "--length=hold: there are not two videos, nor a video and keyframes, of which one could end first; leave "
+            "it out, or give a video or keyframes as --pose and another video as --expression"
         )
 
 

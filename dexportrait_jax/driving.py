@@ -158,6 +158,24 @@ def parse_typed_pose(text: str) -> list[dict[str, float]]:
     return keyframes
 
 
+def keyframed(keyframes: Sequence[dict[str, float]]) -> int:
+    """Frames up to the last keyframe, that one with them; 0 where it is frame 0, as of a pose that stands still."""
+    last = int(keyframes[-1].get("frame", 0))
+    return last + 1 if last else 0
+
+
+def beyond(keyframes: Sequence[dict[str, float]], frames: int) -> str | None:
+    """What to tell where ``frames`` frames end before the last keyframe; None where they reach all of them."""
+    numbers = [int(keyframe.get("frame", 0)) for keyframe in keyframes]
+    missed = next((number for number in numbers if number >= frames), None)
+    if missed is None:
+        return None
+    return (
+        f"keyframes from frame {missed} on are not reached: the video has {frames} frames, as many as its driver; "
+        "--length=hold goes on to the last keyframe, with the driver's last frame held"
+    )
+
+
 def typed_poses(
     keyframes: Sequence[dict[str, float]],
     source: Float[np.ndarray, "3 4"],
@@ -234,6 +252,7 @@ def timeline(
     *,
     length: str = "shortest",
     frames: int | None = None,
+    typed: int = 0,
 ) -> Timeline:
     """One clock for drivers of different length and rate.
 
@@ -241,8 +260,9 @@ def timeline(
     output has the frames and times of the first moving driver, also where its rate varies (25 per
     second if none moves); each of the others is read at the nearest earlier frame in time.
     ``length``: "shortest" ends with the first driver that ends, "hold" goes on to the longest, at the
-    mean rate, and holds the last frame of the others. ``frames`` shortens the clip, and gives the
-    length where only stills drive (default 1 second).
+    mean rate, and holds the last frame of the others. ``typed``: frames that a pose is typed for
+    (`keyframed`), to which "hold" goes on as well. ``frames`` shortens the clip, and gives the
+    length where nothing moves (default: ``typed``, or 1 second).
     """
     if length not in ("shortest", "hold"):
         raise UserError(f"--length={length}: there are shortest and hold")
@@ -257,12 +277,12 @@ def timeline(
         if length == "shortest":
             times = times[times < max(min(ends) - SLACK / fps, SLACK / fps)]
         else:
-            more = int((max(ends) - ends[0]) * fps + SLACK)
+            more = max(int((max(ends) - ends[0]) * fps + SLACK), typed - len(times))
             times = np.concatenate([times, times[-1] + np.arange(1, more + 1) / fps])
         times = times[:frames]
     else:
         fps = STILL_FPS
-        times = np.arange(frames or round(fps)) / fps
+        times = np.arange(frames or typed or round(fps)) / fps
     indices = {}
     for name, own in drivers.items():
         if own is None:

@@ -24,6 +24,7 @@ from tests.data_pipelines.prepare import scripted
 PEOPLE = {"a": 0, "b": 1, "c": 2}
 FRAMES = 6
 TYPED = '{"yaw": 10}'
+TURNED = {"source": "a.png", "pose": '[{"frame": 0, "yaw": 0}, {"frame": 9, "yaw": 10}]'}
 SMOOTHED = {"source": "a.png", "driving": "b.mp4", "smooth": "kalman"}
 BOTH = {"source": "a.png", "pose": "b.mp4", "expression": "c.mp4"}
 PASTED = {"source": "a.png", "expression": "b.mp4", "paste_back": True}
@@ -184,6 +185,35 @@ def test_a_typed_pose_is_held_after_its_last_keyframe(model, files, tmp_path):
         poses = model.drives[-1].poses
         yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in poses]
         np.testing.assert_allclose(yaw, wanted, atol=1e-3)
+
+
+def test_keyframes_beyond_the_driver(model, files, tmp_path, capsys):
+    """They end with it, and a line says so, or its last frame is held; --max_frames knows what it cuts off."""
+    flags = {"source": "a.png", "expression": "c.mp4", "overwrite": True}
+    flags["pose"] = '[{"frame": 0, "yaw": -20}, {"frame": 8, "yaw": 20}, {"frame": 10, "yaw": 0}]'
+    wanted = [*np.linspace(-20, 20, 9), 10, 0]
+
+    def made(**more):
+        run(files, tmp_path, **flags, **more)
+        drive = model.drives[-1]
+        yaw = [pose_transfer.euler_degrees(pose_transfer.split_pose(p)[0])[1] for p in drive.poses]
+        np.testing.assert_allclose(yaw, wanted[: len(yaw)], atol=1e-3)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+        return drive, said
+
+    told = f"note: {tmp_path / 'result.mp4'}: keyframes from frame 8 on are not reached: the video has {FRAMES} frames"
+    for more in ({}, {"max_frames": FRAMES + 1}):
+        drive, (line,) = made(**more)
+        assert len(drive) == FRAMES and line.startswith(told) and "--length=hold" in line
+    assert [len(part) for part in made(max_frames=3)] == [3, 0]
+    assert [len(part) for part in made(length="hold", max_frames=8)] == [8, 0]
+    drive, said = made(length="hold")
+    assert len(drive) == 11 and said == []
+    codes = animate.encode_clip(model, fixtures.make_clip(PEOPLE["c"], FRAMES))[1]
+    held = np.concatenate([codes, np.repeat(codes[-1:], 5, 0)])
+    np.testing.assert_allclose(drive.expressions, held, atol=1e-4)
+    shown = [frame.time for frame in video.read_frames(tmp_path / "result.mp4")]
+    np.testing.assert_allclose(shown, np.arange(11) / 25, atol=1e-4)
 
 
 def test_files_that_are_called_as_json_begins(model, files, tmp_path, monkeypatch):
@@ -571,6 +601,11 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "expression": "b.png", "relative_expression": True}, "the expression"),
         ({"source": "a.png", "expression": "b.mp4", "paste_mask": "crop"}, "add --paste_back"),
         ({"source": "a.png", "pose": TYPED, "length": "hold"}, "not two videos"),
+        ({**TURNED, "expression": "b.png", "length": "hold"}, "not two videos"),
+        (
+            {"source": "a.png", "pose": TYPED, "driving": "b.mp4", "length": "hold"},
+            "not two videos",
+        ),
         ({"source": "a.png", "driving": "b.mp4", "length": "hold"}, "not two videos"),
         ({"source": "a.png", "driving": "b.mp4", "guidance": float("nan")}, "--guidance=nan"),
         ({"source": "a.png", "driving": "b.mp4", "guidance": float("inf")}, "--guidance=inf"),
@@ -605,6 +640,7 @@ def test_refused_before_the_model_is_loaded(flags, message, files, tmp_path):
         {"pose": TYPED, "relative_pose": "all"},
         {"pose": "b.mp4", "expression": "c.png", "smooth": "gaussian", "relative_pose": "all"},
         {"pose": "b.mp4", "expression": "c.mp4", "length": "hold"},
+        {"pose": '[{"frame": 9, "yaw": 1}]', "expression": "c.mp4", "length": "hold"},
         {"pose": TYPED, "expression": "c.mp4", "relative_expression": True},
         {"driving": "b.mp4", "smooth": "kalman", "smooth_strength": 0.5, "overlap": 0},
         {"expression": "b.mp4", "paste_back": True, "paste_mask": "crop", "paste_border": 0.0},

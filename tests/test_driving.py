@@ -322,6 +322,22 @@ def test_timeline_shortest_and_hold():
     assert first_ends_last.frames == 4
 
 
+def test_timeline_of_a_typed_pose():
+    """It gives the length where nothing moves, and is what "hold" goes on to where something does."""
+    keyframes = driving.parse_typed_pose('[{"frame": 2, "yaw": 0}, {"frame": 7, "yaw": 9}]')
+    typed = driving.keyframed(keyframes)
+    assert typed == 8 and driving.keyframed(driving.parse_typed_pose('{"yaw": 3}')) == 0
+    assert driving.timeline({}, typed=typed).frames == 8
+    assert driving.timeline({"expression": None}, typed=typed, frames=3).frames == 3
+    video = {"expression": steady(6, 10.0)}
+    assert driving.timeline(video, typed=typed).frames == 6
+    hold = driving.timeline(video, typed=typed, length="hold")
+    assert hold.indices["expression"].tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    np.testing.assert_allclose(hold.times, steady(8, 10.0))
+    assert driving.timeline(video, typed=4, length="hold").frames == 6
+    assert driving.timeline(video, typed=typed, length="hold", frames=7).frames == 7
+
+
 def test_timeline_follows_the_clock_when_rates_differ():
     result = driving.timeline({"pose": steady(6, 30.0), "expression": steady(3, 15.0)})
     assert result.fps == pytest.approx(30.0) and result.steady
