@@ -16,7 +16,8 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "source",
-        "the portrait: an image, or a video whose first frame is taken",
+        "the portrait: an image, or a video, of which the first usable frame is taken; of one that drives as well, the "
+        "first of the shot that drives",
         default=None,
     )
     flag(
@@ -163,7 +164,7 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "max_frames",
-        "frames to make (default: all of the driver's, or up to the last typed keyframe)",
+        "frames to make (default: all of the driver's; where nothing moves, up to the last typed keyframe, or 25)",
         type=int,
         default=None,
     )

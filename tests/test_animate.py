@@ -343,6 +343,19 @@ def test_a_portrait_is_the_first_usable_frame_of_a_video(model, tmp_path, capsys
     assert capsys.readouterr().err == told
 
 
+def test_help_of_what_is_taken(model, files, tmp_path, capsys):
+    """Of a video as the source, its first usable frame; of a pose that stands still, 25 frames."""
+    assert cli.run(["animate", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "of which the first usable frame is taken; of one that drives as well, the first of" in said
+    )
+    assert "where nothing moves, up to the last typed keyframe, or 25" in said
+    for pose, frames in ((TYPED, 25), (TURNED["pose"], 10)):
+        run(files, tmp_path, source="a.png", pose=pose, overwrite=True)
+        assert len(model.drives[-1]) == frames
+
+
 def test_a_portrait_of_nobody(model, tmp_path):
     path = tmp_path / "empty.mp4"
     with video.VideoWriter(path, 25, quality=4) as writer:
