@@ -181,10 +181,11 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     if typed:
         poses = driving.typed_poses(typed, source_pose, timeline.frames, relative)
     elif "pose" in tracks:
+        track = tracks["pose"].poses
         track = pose_transfer.smooth_poses(
-            tracks["pose"].poses,
+            track,
             job.smooth,
-            fps=drivers["pose"].fps,
+            times=drivers["pose"].times[: len(track)],
             strength=job.smooth_strength or 1.0,
         )
         track = pose_transfer.transfer_pose(source_pose, track, relative)

@@ -220,7 +220,7 @@ def typed_poses(
 
 
 STILL_FPS = 25.0  # of a result that no video drives
-SLACK = 0.1  # of a frame: files round their times
+SLACK = 0.1  # of a frame's time: files round their times
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,8 @@ def timeline(
 
     ``drivers``: name -> seconds of its frames from 0, or None for a still, which is held for ever. The
     output has the frames and times of the first moving driver, also where its rate varies (25 per
-    second if none moves); each of the others is read at the nearest earlier frame in time.
+    second if none moves), and takes that one's frames one by one, as it does of another with the very same
+    times; each of the others is read at the nearest earlier frame in time.
     ``length``: "shortest" ends with the first driver that ends, "hold" goes on to the longest, at the
     mean rate, and holds the last frame of the others. ``typed``: frames that a pose is typed for
     (`keyframed`), to which "hold" goes on as well. ``frames`` shortens the clip, and gives the
@@ -270,12 +271,12 @@ def timeline(
         raise UserError(f"--frames={frames}: at least 1")
     moving = {name: np.asarray(times) for name, times in drivers.items() if times is not None}
     if moving:
-        times = next(iter(moving.values()))
-        fps = _rate(times)
+        clock = times = next(iter(moving.values()))
+        fps, slack = _rate(clock), _slack(clock)
         # A frame lasts as long as one does in the mean, so n of them at r per second last n / r.
         ends = [other[-1] + 1 / _rate(other) for other in moving.values()]
         if length == "shortest":
-            times = times[times < max(min(ends) - SLACK / fps, SLACK / fps)]
+            times = times[times < max(min(ends) - slack, slack)]
         else:
             more = max(int((max(ends) - ends[0]) * fps + SLACK), typed - len(times))
             times = np.concatenate([times, times[-1] + np.arange(1, more + 1) / fps])
@@ -287,8 +288,10 @@ def timeline(
     for name, own in drivers.items():
         if own is None:
             indices[name] = np.zeros(len(times), np.int64)
+        elif np.array_equal(own, clock):
+            indices[name] = np.minimum(np.arange(len(times)), len(own) - 1)
         else:
-            indices[name] = np.searchsorted(own, times + SLACK / _rate(own), side="right") - 1
+            indices[name] = np.searchsorted(own, times + _slack(own), side="right") - 1
     return Timeline(float(fps), times, indices)
 
 
@@ -303,3 +306,8 @@ def span(times: Float[np.ndarray, " n"], frames: int) -> float:
 
 def _rate(times: Float[np.ndarray, " n"]) -> float:
     return (len(times) - 1) / float(times[-1])
+
+
+def _slack(times: Float[np.ndarray, " n"]) -> float:
+    """Seconds that times may be off by. Of the median step: where frames come in bursts, the mean one holds many."""
+    return SLACK * float(np.median(np.diff(times)))

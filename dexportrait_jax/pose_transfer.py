@@ -95,7 +95,7 @@ def smooth_poses(
     poses: Float[np.ndarray, "frames 3 4"],
     kind: str,
     *,
-    fps: float = 25.0,
+    times: Float[np.ndarray, " frames"] | None = None,
     strength: float = 1.0,
 ) -> Float[np.ndarray, "frames 3 4"]:
     """Poses with less jitter, smoothed on (rotation, t, log s).
@@ -103,7 +103,8 @@ def smooth_poses(
     ``kind``: "none"; "gaussian" (sigma of 1.5 frames times ``strength``; looks ahead, no lag); "one_euro" (lowest
     cut-off of 1.5 Hz divided by ``strength``; causal, follows fast turns); "kalman" (a random walk with
     LivePortrait's variances, that of the observation, 3e-7, times ``strength``; looks ahead, no lag). Above 1 is
-    smoother, below 1 less, and ``strength`` is above 0.
+    smoother, below 1 less, and ``strength`` is above 0. ``times``: seconds of the frames, rising, which one_euro goes
+    by, at a varying rate too (default: 25 frames per second); the others go by frames.
     """
     if kind == "none" or len(poses) < 2:
         return np.asarray(poses, np.float32)
@@ -112,7 +113,8 @@ def smooth_poses(
     if kind == "gaussian":
         return _gaussian(rotation, translation, log_scale, SIGMA * strength)
     if kind == "one_euro":
-        return _one_euro(rotation, translation, log_scale, fps, CUTOFF / max(strength, 1e-6))
+        steps = np.full(len(poses) - 1, 0.04) if times is None else np.diff(times)
+        return _one_euro(rotation, translation, log_scale, steps, CUTOFF / max(strength, 1e-6))
     if kind == "kalman":
         return _kalman(rotation, translation, log_scale, OBSERVATION_VARIANCE * strength)
     raise UserError(f"--smooth={kind}: there are none, gaussian, one_euro and kalman")
@@ -191,24 +193,28 @@ def kalman_smoother(
     return np.stack(means)
 
 
-def _one_euro(rotation, translation, log_scale, fps, cutoff, beta=0.5, derivative_cutoff=1.0):
-    """Casiez et al. 2012, on the vector (t, log s) and, along geodesics, on the rotation."""
+def _one_euro(rotation, translation, log_scale, steps, cutoff, beta=0.5, derivative_cutoff=1.0):
+    """Casiez et al. 2012, on the vector (t, log s) and, along geodesics, on the rotation.
 
-    def gain(frequency):
-        rate = 2 * math.pi * frequency / fps
+    ``steps``: (frames - 1,) seconds from each frame to the next.
+    """
+
+    def gain(frequency, seconds):
+        rate = 2 * math.pi * frequency * seconds
         return rate / (rate + 1)
 
     values = np.concatenate([translation, log_scale[:, None]], axis=1)
     smooth_values, smooth_rotation = [values[0]], [rotation[0]]
     speed, angular_speed = np.zeros(values.shape[1]), 0.0
-    for index in range(1, len(values)):
+    for index, seconds in enumerate(steps, 1):
         change = values[index] - values[index - 1]
-        speed += gain(derivative_cutoff) * (change * fps - speed)
-        step = gain(cutoff + beta * np.linalg.norm(speed))
+        speed += gain(derivative_cutoff, seconds) * (change / seconds - speed)
+        step = gain(cutoff + beta * np.linalg.norm(speed), seconds)
         smooth_values.append(smooth_values[-1] + step * (values[index] - smooth_values[-1]))
         turn = rotation_vector(rotation[index - 1].T @ rotation[index])
-        angular_speed += gain(derivative_cutoff) * (np.linalg.norm(turn) * fps - angular_speed)
-        step = gain(cutoff + beta * angular_speed)
+        faster = np.linalg.norm(turn) / seconds - angular_speed
+        angular_speed += gain(derivative_cutoff, seconds) * faster
+        step = gain(cutoff + beta * angular_speed, seconds)
         lag = rotation_vector(smooth_rotation[-1].T @ rotation[index])
         smooth_rotation.append(smooth_rotation[-1] @ rotation_from_vector(step * lag))
     smooth_values = np.stack(smooth_values)

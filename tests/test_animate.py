@@ -288,7 +288,7 @@ def test_strength_of_smoothing_is_that_of_the_flag(model, files, tmp_path):
     clip = fixtures.make_clip(PEOPLE["b"], FRAMES)
     poses = animate.encode_clip(model, clip)[0]
     for drive, strength in zip(model.drives, (1.0, 3.0), strict=True):
-        wanted = pose_transfer.smooth_poses(poses, "gaussian", fps=25, strength=strength)
+        wanted = pose_transfer.smooth_poses(poses, "gaussian", strength=strength)
         np.testing.assert_allclose(drive.poses, wanted, atol=1e-6)
     assert np.abs(model.drives[0].poses - model.drives[1].poses).max() > 5e-5
 
@@ -577,6 +577,22 @@ def test_a_variable_rate_drives_at_its_own_times(model, files, tmp_path, monkeyp
     for path in (out, tmp_path / "s.mp4"):
         shown = [frame.time for frame in video.read_frames(path)]
         np.testing.assert_allclose(shown, times, atol=1e-4)
+
+
+def test_frames_in_bursts_are_driven_and_smoothed_at_their_own_times(
+    model, files, tmp_path, monkeypatch
+):
+    """60 frames a second, then one picture for a minute: every frame has its own pose, and one_euro its own steps."""
+    times = np.array([0, 1, 2, 3, 4, 3604]) / 60
+    bursts = Driver(fixtures.make_clip(1, 6), times, np.ones(6, bool))
+    monkeypatch.setattr(DrawnFaces, "_video", lambda self, path, *wanted: bursts)
+    poses, codes = animate.encode_clip(model, bursts.clip)
+    for smooth in ("none", "one_euro"):
+        flags = {"source": "a.png", "driving": "b.mp4", "smooth": smooth, "overwrite": True}
+        run(files, tmp_path, **flags)
+        wanted = pose_transfer.smooth_poses(poses, smooth, times=times)
+        np.testing.assert_allclose(model.drives[-1].poses, wanted, atol=1e-6)
+        np.testing.assert_allclose(model.drives[-1].expressions, codes, atol=1e-4)
 
 
 def test_relative_expression(model, files, tmp_path):

@@ -170,8 +170,29 @@ def test_strength_by_hand():
         return 1 / (1 + 25 / (2 * np.pi * hertz))
 
     speed = share(1.0) * 0.1 * 25
-    one_euro = pose_transfer.smooth_poses(step, "one_euro", fps=25.0, strength=2.0)
+    one_euro = pose_transfer.smooth_poses(step, "one_euro", strength=2.0)
     assert one_euro[1, 0, 3] == pytest.approx(0.1 * share(0.75 + 0.5 * speed), rel=1e-5)
+
+
+def test_one_euro_goes_by_the_time_between_frames():
+    """0.1 in t_x and a turn of 0.1 about y, 0.02 s after the first frame; the same 3 s later is all but reached."""
+    turned = pose_transfer.rotation_from_vector(np.array([0, 0.1, 0]))
+    moved = pose_transfer.join_pose(turned, np.array([0.1, 0, 0]), np.array(1.0))
+    times = np.array([0.0, 0.02, 3.02])
+    smooth = pose_transfer.smooth_poses(np.stack([pose(), moved, moved]), "one_euro", times=times)
+
+    def share(hertz, seconds):
+        return 1 - 1 / (1 + 2 * np.pi * hertz * seconds)
+
+    speed = share(1.0, 0.02) * 0.1 / 0.02
+    first = 0.1 * share(1.5 + 0.5 * speed, 0.02)
+    speed -= share(1.0, 3.0) * speed
+    then = first + share(1.5 + 0.5 * speed, 3.0) * (0.1 - first)
+    rotation, translation, _ = pose_transfer.split_pose(smooth)
+    np.testing.assert_allclose(translation[:, 0], [0, first, then], atol=1e-6)
+    angles = [pose_transfer.rotation_vector(turn)[1] for turn in rotation]
+    np.testing.assert_allclose(angles, [0, first, then], atol=1e-6)
+    assert first < 0.04 and then > 0.097
 
 
 def test_kalman_smoother_by_hand():
@@ -352,6 +373,21 @@ def test_timeline_of_a_variable_rate_is_the_drivers():
     assert result.indices["pose"].tolist() == [0, 1, 2, 3, 4] and not result.steady
     # What the other driver shows at 0, 0.04, 0.2, 0.24 and 0.48 s, the last before 0.5 s.
     assert result.indices["expression"].tolist() == [0, 1, 5, 6, 12]
+
+
+def test_a_clock_takes_its_own_frames_where_they_come_in_bursts():
+    """Five seconds at 60 a second, then a still of a minute: a tenth of the mean step is longer than one of these."""
+    times = np.append(np.arange(300) / 60, 65.0)
+    other = np.append(0.0, times[1:] - 0.0005)  # the same rate, other rounding
+    result = driving.timeline({"pose": times, "expression": times.copy(), "other": other})
+    for name in ("pose", "expression", "other"):
+        assert result.indices[name].tolist() == list(range(301)), name
+    hold = driving.timeline({"pose": times, "expression": steady(700, 10.0)}, length="hold")
+    own = hold.indices["pose"].tolist()
+    assert own[:301] == list(range(301)) and set(own[301:]) == {300}
+    # A burst that another driver ends in is used up to there.
+    result = driving.timeline({"pose": times, "expression": steady(40, 10.0)})
+    assert result.frames == 240
 
 
 def test_times_rounded_to_milliseconds_are_steady():

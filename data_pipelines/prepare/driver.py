@@ -52,11 +52,6 @@ class Driver:
         return len(self.times) == 1
 
     @property
-    def fps(self) -> float:
-        """Frames per second in the mean."""
-        return (len(self) - 1) / float(self.times[-1]) if not self.still else self.clip.fps
-
-    @property
     def shown(self) -> np.ndarray:
         """(frames,) int, the frame of the clip to show for every frame: in a gap, the last before it."""
         return np.cumsum(self.seen) - 1

@@ -39,7 +39,6 @@ def test_a_face_that_leaves_for_a_while_leaves_the_clock_alone(tmp_path):
     driver = drive(write(tmp_path / "a.mp4", [picture(n) for n in faces]))
     np.testing.assert_array_equal(driver.seen, np.array(faces) == 1)
     np.testing.assert_allclose(driver.times, np.arange(15) * 0.04, atol=1e-3)
-    assert driver.fps == pytest.approx(25, abs=0.01)
     assert len(driver.clip) == 11 == driver.seen.sum()
     assert driver.shown.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8, 8, 9, 10]
     assert driver.left_out == (
