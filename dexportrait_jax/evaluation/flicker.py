@@ -37,14 +37,14 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
     """warped_error of results, and of the true frames (warped_error_truth), which no result need be below.
 
     Mean absolute difference in [0, 1]. ``runner.run_frames`` consecutive frames of every clip, at the stride that
-    the model was trained with. Blur lowers the figure too, so psnr to the true frames stands beside it. ``beside``:
-    another model on the same frames, for warped_error_beside and psnr_beside. UserError where it was trained with
-    another stride, so that these are no frames of its own, or makes pictures of another size.
+    models of clips were trained with. Blur lowers the figure too, so psnr to the true frames stands beside it.
+    ``beside``: another model on the same frames, for warped_error_beside and psnr_beside. UserError where both are of
+    clips at different strides, so that these are no frames of its own, or it makes pictures of another size.
     """
-    stride = runner.model.config.data.frame_stride
     models = {"": runner, **({"_beside": beside} if beside else {})}
+    stride = _common_stride([one.model for one in models.values()])
     if beside is not None:
-        _check_alike(runner.model, beside.model)
+        _check_size(runner.model, beside.model)
     count = max(one.run_frames for one in models.values())
     first, people = FirstFrames(clips.directory), runner.people(clips)
     chosen = [number for number, name in enumerate(clips.index["identity"]) if name in people]
@@ -76,13 +76,21 @@ def evaluate_flicker(runner: Runner, clips: ClipDataset, beside: Runner | None =
     return Findings({**pooled.means(), "frame_stride": stride}, items, rows.pictures)
 
 
-def _check_alike(model: PortraitModel, other: PortraitModel) -> None:
-    strides = [one.config.data.frame_stride for one in (model, other)]
-    if strides[0] != strides[1]:
+def _common_stride(models: list[PortraitModel]) -> int:
+    """Frames from one to the next, as models of clips were trained; 1 where none is of clips.
+
+    A model of single frames is at home on any: its stage never reads data.frame_stride. UserError where two differ.
+    """
+    strides = [one.config.data.frame_stride for one in models if one.clip_length > 1]
+    if len(set(strides)) > 1:
         raise UserError(
             f"--weights were trained with data.frame_stride={strides[0]}, --beside with {strides[1]}: the farther "
             "frames are apart, the more changes, so flicker cannot be compared; give models of one stride"
         )
+    return strides[0] if strides else 1
+
+
+def _check_size(model: PortraitModel, other: PortraitModel) -> None:
     if model.image_size != other.image_size:
         raise UserError(
             f"--weights make pictures of {model.image_size} pixels, --beside of {other.image_size}; give models "

@@ -72,12 +72,16 @@ def test_the_protocol(dataset, model, tmp_path):
     result = run(dataset, tmp_path / "out", "flicker", max_frames=4)
     assert result["warped_error"] > 0 and result["warped_error_truth"] > 0
     assert len(result["items"]) == 3 and result["frames"] == 12
-    # Consecutive at the stride of training, which is 2 here.
+    # Consecutive, at the stride of training, which is 2 here and only a model of clips has.
     clip = ClipDataset(dataset, "validation")[0]
     runner = flicker.Runner(model, None, 4)
-    truth = runner.pictures(clip, [1, 3, 5, 7])
-    errors = flicker.warped_errors(truth, flows_of(truth))
-    assert result["items"][0]["warped_error_truth"] == pytest.approx(errors.mean())
+    for clip_length, indices in ((1, [1, 2, 3, 4]), (4, [1, 3, 5, 7])):
+        model.clip_length = clip_length
+        result = run(dataset, tmp_path / str(clip_length), "flicker", max_frames=4)
+        truth = runner.pictures(clip, indices)
+        errors = flicker.warped_errors(truth, flows_of(truth))
+        assert result["items"][0]["warped_error_truth"] == pytest.approx(errors.mean())
+        assert result["frame_stride"] == indices[1] - indices[0]
 
 
 def test_a_model_of_clips_makes_no_run_shorter_than_its_own(dataset, model, tmp_path, monkeypatch):
@@ -99,7 +103,9 @@ class Flickering(CopyModel):
 
 
 def test_two_models_on_the_same_frames(dataset, model, tmp_path, monkeypatch, capsys):
-    models = {"weights": model, "other": Flickering()}
+    """An image stage beside a video stage, say, on the frames of the latter, whose stride alone counts."""
+    models = {"weights": model, "other": Flickering(clip_length=4)}
+    model.config.data.frame_stride = 1  # which a model of single frames never reads
     monkeypatch.setattr(protocols, "load_model", models.get)
     result = run(dataset, tmp_path / "out", "flicker", max_frames=4, beside="other")
     assert result["warped_error_beside"] > result["warped_error"] + 0.03
@@ -111,12 +117,17 @@ def test_two_models_on_the_same_frames(dataset, model, tmp_path, monkeypatch, ca
     assert result["items"][0]["psnr"] == pytest.approx(np.mean(-10 * np.log10(error)), abs=0.01)
     said = capsys.readouterr().out
     assert f"psnr {result['psnr']:.4g}" in said and "psnr_beside" in said
+    turned = {"weights": models["other"], "other": model}
+    monkeypatch.setattr(protocols, "load_model", turned.get)
+    other = run(dataset, tmp_path / "turned", "flicker", max_frames=4, beside="other")
+    assert other["warped_error_beside"] == result["warped_error"] and other["frame_stride"] == 2
     alone = run(dataset, tmp_path / "alone", "flicker", max_frames=4)
-    assert alone["warped_error"] == result["warped_error"] and "psnr_beside" not in alone
+    assert alone["warped_error"] == result["warped_error_beside"] and "psnr_beside" not in alone
 
 
 def test_models_that_cannot_stand_beside_each_other(dataset, model, tmp_path, monkeypatch):
-    other = Flickering()
+    other = Flickering(clip_length=4)
+    model.clip_length = 4
     monkeypatch.setattr(protocols, "load_model", {"weights": model, "other": other}.get)
     other.config.data.frame_stride = 1
     with pytest.raises(UserError, match="frame_stride=2, --beside with 1:"):
