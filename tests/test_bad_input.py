@@ -270,9 +270,7 @@ def test_a_loss_between_people_wants_several(tmp_path, monkeypatch, fails):
     )
 
 
-@pytest.mark.parametrize(
-    ("protocol", "least"), [("cross", 2), ("disentangled", 3), ("synthetic", 3)]
-)
+@pytest.mark.parametrize(("protocol", "least"), [("cross", 2), ("disentangled", 3)])
 @pytest.mark.parametrize("frames", [(4, 4), (4, 1, 1, 1)])
 def test_protocols_that_need_other_people(fails, weights, tmp_path, protocol, least, frames):
     clips = [

@@ -15,6 +15,10 @@ from dexportrait_jax.face_clips import encode_clip, model_inputs
 from dexportrait_jax.inference import BATCH, Drive, PortraitModel, Sampling, padded
 
 SHOWN_ROWS, SHOWN_COLUMNS = 6, 9
+MORE_PEOPLE = (
+    "prepare longer videos or more people, or render more of both; where other splits have them, hold out the end of "
+    "every clip with --holdout=time"
+)
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "frames h w 3"]
 
@@ -167,10 +171,12 @@ class ChosenClips(Sequence[Clip]):
         return self._clips[self._numbers[index]]
 
 
-def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str) -> ChosenClips:
+def one_clip_each(
+    runner: Runner, clips: ClipDataset, least: int, protocol: str, advice: str = MORE_PEOPLE
+) -> ChosenClips:
     """The first clip with two frames of each person, of as many people as the runner takes.
 
-    UserError where they are fewer than ``least``.
+    UserError where they are fewer than ``least``, with ``advice`` on how to get more.
     """
     chosen: dict[str, int] = {}
     for number, identity in enumerate(clips.index["identity"]):
@@ -185,8 +191,7 @@ def one_clip_each(runner: Runner, clips: ClipDataset, least: int, protocol: str)
         )
         raise UserError(
             f"--protocol={protocol} needs {least} people with clips of two frames; split '{clips.split}' of "
-            f"{clips.directory} has {len(chosen)}{short}: prepare longer videos or more people, or render more of "
-            "both; where other splits have them, hold out the end of every clip with --holdout=time"
+            f"{clips.directory} has {len(chosen)}{short}: {advice}"
         )
     if runner.max_people is not None and runner.max_people < least:
         raise UserError(

@@ -207,12 +207,37 @@ def test_every_frame_weighs_the_same_whoever_it_shows(monkeypatch, tmp_path):
 
 
 def test_other_videos_are_refused(monkeypatch, tmp_path):
-    faces = fixtures.make_dataset(tmp_path / "faces", clips=2, frames=4, validation_clips=3)
-    with pytest.raises(UserError, match="no rendered head"):
-        _run(monkeypatch, tmp_path, CopyModel(), str(faces))
-    with pytest.raises(UserError, match="3 people"):
-        _run(monkeypatch, tmp_path, CopyModel(), "synthetic:identities=5,frames=2,holdout=0.2")
+    """As such before anything else, also where they show too few people, or people that were trained on."""
+    few = fixtures.make_dataset(tmp_path / "few", clips=2, frames=4, validation_clips=2)
+    clips = [fixtures.make_clip(number, 4) for number in range(3)]
+    in_time = {
+        "train": lambda: (clip.part(0, 2) for clip in clips),
+        "validation": lambda: (clip.part(2, 4) for clip in clips),
+    }
+    known = builder.write_dataset(in_time, tmp_path / "known")
+    for data in (few, known):
+        with pytest.raises(UserError, match="no rendered head") as error:
+            _run(monkeypatch, tmp_path, CopyModel(), str(data))
+        assert "`dexportrait render`" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("synthetic:identities=5,frames=2,holdout=0.2", "has [12]: "),
+        (
+            "synthetic:identities=10,frames=1,holdout=0.4",
+            "has 0, [0-9] more in clips of one frame alone: ",
+        ),
+    ],
+)
+def test_of_few_people_more_are_asked_for(monkeypatch, tmp_path, data, words):
+    """And nothing that would only be refused for another reason, such as --holdout=time."""
+    advice = "`dexportrait render` more --identities, or a larger --holdout_fraction"
+    with pytest.raises(UserError, match=f"synthetic needs 3 people.*{words}{advice}") as error:
+        _run(monkeypatch, tmp_path, CopyModel(), data)
+    assert "time" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_masks_of_eyes_and_mouth_leave_out_what_hides_them():
