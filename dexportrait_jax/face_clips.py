@@ -121,15 +121,14 @@ class Faces:
     def _video(self, path: str, max_frames: int | None, seconds: float) -> Driver:
         key = (path, max_frames, seconds)
         if key not in self._videos:
-            total = video.probe(path).frames  # 0 where it is not known
-            progress = Progress(f"read {Path(path).name}", total, unit="frame")
+            # What the header says: 0 where it does not, and perhaps less than there are.
+            progress = Progress(f"read {Path(path).name}", video.probe(path).frames, unit="frame")
             looked = 0
 
             def on_frame(number: int) -> None:
                 nonlocal looked
                 looked = number
-                if total:
-                    progress.update(number)
+                progress.update(number)
 
             driver = driver_from_video(
                 path,
@@ -140,7 +139,7 @@ class Faces:
                 seconds=seconds,
                 on_frame=on_frame,
             )
-            if looked < total:  # enough of it: the line ends as if that were all
+            if looked != progress.total:  # enough of it, or all: the line ends with that
                 progress.total = looked
                 progress.update(looked)
             if driver.left_out:

@@ -131,7 +131,7 @@ class Progress:
 
     Args:
       label: what is being done.
-      total: number of units.
+      total: number of units; less than what is done, it is not known.
       done: units done before this process started; they do not count for the rate.
       unit: name of a unit, for the rate.
 
@@ -153,28 +153,28 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Tells that `done` units are finished; `note` is shown behind the rate."""
-        now = time.monotonic()
-        if now < self._next and done < self.total:
+        now, known, last = time.monotonic(), done <= self.total, done == self.total
+        if now < self._next and not last:
             return
         self._next = now + self._every
         self._recent.append((now, done))
         while len(self._recent) > 2 and self._recent[1][0] < now - self.RECENT:
             self._recent.popleft()
-        since, before = self._recent[0] if done < self.total else self._first
+        since, before = self._first if last else self._recent[0]
         rate = (done - before) / max(now - since, 1e-6)
-        left = (self.total - done) / rate if rate > 0 else float("nan")
-        text = f"{self.label}: {done}/{self.total} {self.unit}s"
+        text = f"{self.label}: {done}{f'/{self.total}' if known else ''} {self.unit}s"
         if rate > 0:
             speed = f"{rate:.2f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.2f} s/{self.unit}"
             text += f", {speed}"
-            text += (
-                f", {_duration(left)} left" if done < self.total else f", {_duration(now - since)}"
-            )
+            if last:
+                text += f", {_duration(now - since)}"
+            elif known:
+                text += f", {_duration((self.total - done) / rate)} left"
         text += f", {note}" if note else ""
         if self._terminal:
             print(
                 f"\r\x1b[K{text}",
-                end="\n" if done >= self.total else "",
+                end="\n" if last else "",
                 file=sys.stderr,
                 flush=True,
             )

@@ -356,6 +356,23 @@ def test_help_of_what_is_taken(model, files, tmp_path, capsys):
         assert len(model.drives[-1]) == frames
 
 
+@pytest.mark.parametrize("counted", [0, 3, 8, 12])
+def test_a_header_that_miscounts_its_frames(model, tmp_path, capsys, monkeypatch, counted):
+    """It is not known then how many there are: no line for each of those that it does not count."""
+    path = tmp_path / "eight.mp4"
+    with video.VideoWriter(path, 25, quality=4) as writer:
+        for _ in range(8):
+            writer.write(scripted.picture())
+    told = video.probe(path)._replace(frames=counted)
+    monkeypatch.setattr(video, "probe", lambda path: told)
+    with ScriptedFaces(model) as faces:
+        assert len(faces.driver(str(path))) == 8
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in said] == [
+        f"read eight.mp4: {frames}/{frames} frames" for frames in ([3, 8] if counted == 3 else [8])
+    ]
+
+
 def test_a_portrait_of_nobody(model, tmp_path):
     path = tmp_path / "empty.mp4"
     with video.VideoWriter(path, 25, quality=4) as writer:

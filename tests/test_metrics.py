@@ -66,6 +66,25 @@ def test_non_finite_values_are_null_in_valid_json(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
 
 
+def test_a_total_that_is_wrong_is_unknown(monkeypatch, capsys):
+    """What is done beyond it is told now and then, without a time left, until the total is known."""
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    for total, lines in ((0, 5), (4, 4)):
+        progress = Progress("read", total, unit="frame")
+        for done in range(1, 101):
+            clock[0] += 0.5
+            progress.update(done)
+        progress.total = 100
+        progress.update(100)
+        said = capsys.readouterr().err.splitlines()
+        if total:
+            assert said.pop(0) == "read: 4/4 frames, 2.00 frames/s, 2s"
+        assert said[0].startswith("read: ") and said[0].endswith(" frames, 2.00 frames/s")
+        assert len(said) == lines and "/" not in "".join(said[:-1]).replace("frames/s", "")
+        assert said[-1] == "read: 100/100 frames, 2.00 frames/s, 50s"
+
+
 def test_time_left_is_told_from_the_recent_rate(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
