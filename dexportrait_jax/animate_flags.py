@@ -29,7 +29,8 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "jobs",
-        "several videos at once: a JSON list of objects of these flags",
+        "several videos at once: a JSON list of objects of these flags, such as "
+        '[{"source": "me.jpg", "pose": {"yaw": 20}, "out": "a.mp4"}]; --weights, and what they share, beside it',
         default=None,
     )
     flag(parser, "driving", "video that gives both pose and expression", default=None)

@@ -92,7 +92,12 @@ def read_entries(path: str, flags: dict[str, Any]) -> list[dict[str, Any]]:
 def checked_job(entry: dict[str, Any]) -> Job:
     """The job of an entry of a file. UserError for whatever is wrong about it."""
     known = {field.name for field in fields(Job)}
+    entry = {name: _as_typed(name, value) for name, value in entry.items()}
     for name, value in entry.items():
+        if name in ("weights", "jobs"):
+            raise UserError(
+                f"{name!r} belongs on the command line: one model makes all videos of a file"
+            )
         if name not in known:
             raise UserError(f"{name!r} is no flag of animate")
         wanted = _KINDS.get(name, str)
@@ -109,6 +114,15 @@ def checked_job(entry: dict[str, Any]) -> Job:
     job = Job(**{name: value for name, value in entry.items() if value is not None})
     check(job)
     return job
+
+
+def _as_typed(name: str, value: Any) -> Any:
+    """A value of an entry as it is typed on the command line, where JSON has another way to say it."""
+    if name == "pose" and isinstance(value, dict | list):
+        return json.dumps(value)
+    if name == "relative_pose" and isinstance(value, bool):
+        return "all" if value else ""
+    return value
 
 
 def check(job: Job) -> None:

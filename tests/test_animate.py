@@ -407,6 +407,28 @@ def test_several_jobs_of_a_file(model, files, tmp_path):
             animate.run_animate("weights", jobs=str(path))
 
 
+def test_entries_of_a_file_say_it_in_json(model, files, tmp_path):
+    """A pose need not be quoted and a switch is true; what is of the whole file is told so."""
+    source, driver, out = (str(path) for path in (files / "a.png", files / "b.mp4", "1.mp4"))
+    entry = {"source": source, "driving": driver, "out": out}
+    keyframes = [{"frame": 0, "yaw": -20}, {"frame": 8, "yaw": 20}]
+    for pose in (keyframes, {"yaw": 10}):
+        job = animate_jobs.checked_job({**entry, "pose": pose})
+        assert driving.parse_typed_pose(job.pose) == (pose if pose is keyframes else [pose])
+    for given, meant in ((True, "all"), (False, ""), ("rotation,scale", "rotation,scale")):
+        assert animate_jobs.checked_job({**entry, "relative_pose": given}).relative_pose == meant
+    for wrong, message in (
+        ({"pose": []}, "^--pose wants an object or a list"),
+        ({"pose": {"yow": 1}}, "^--pose: no key 'yow'"),
+        ({"pose": True}, "^pose cannot be True$"),
+        ({"expression": {"smile": 1}}, "^expression cannot be "),
+        ({"weights": "exports/a"}, "^'weights' belongs on the command line: one model makes all"),
+        ({"jobs": "more.json"}, "^'jobs' belongs on the command line: one model makes all"),
+    ):
+        with pytest.raises(UserError, match=message):
+            animate_jobs.checked_job({**entry, **wrong})
+
+
 def test_flags_that_change_nothing_are_told(model, files, tmp_path, capsys, monkeypatch):
     asked = []
 
