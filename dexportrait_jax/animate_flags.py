@@ -158,7 +158,7 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "eta",
-        "noise added in every step: 0 none, 1 as much as DDPM (default: the config's)",
+        "noise added in every step, from 0, none, to 1, as much as DDPM (default: the config's)",
         type=float,
         default=None,
     )

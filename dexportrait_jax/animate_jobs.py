@@ -190,11 +190,15 @@ def _check_numbers(job: Job) -> None:
         value = getattr(job, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: at least {least}")
-    for name, least in (("guidance", -math.inf), ("eta", 0), ("expression_guidance", 0)):
+    for name, least, most, words in (
+        ("guidance", -math.inf, math.inf, "a finite number"),
+        ("expression_guidance", 0, math.inf, "a number from 0"),
+        ("eta", 0, 1, "a number from 0 to 1, as much noise as DDPM"),
+    ):
         value = getattr(job, name)
-        if value is not None and not (least <= value and abs(value) < math.inf):  # NaN is neither
-            limit = "a number from 0" if least == 0 else "a finite number"
-            raise UserError(f"--{name}={value:g}: {limit}")
+        # NaN is within no bounds
+        if value is not None and not (least <= value <= most and abs(value) < math.inf):
+            raise UserError(f"--{name}={value:g}: {words}")
     strength = job.smooth_strength
     if strength is not None and not 0 < strength < math.inf:
         raise UserError(f"--smooth_strength={strength:g}: a number above 0, where 1 is the usual")

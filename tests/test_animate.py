@@ -678,6 +678,8 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "driving": "b.mp4", "guidance": float("nan")}, "--guidance=nan"),
         ({"source": "a.png", "driving": "b.mp4", "guidance": float("inf")}, "--guidance=inf"),
         ({"source": "a.png", "driving": "b.mp4", "eta": float("nan")}, "--eta=nan"),
+        ({"source": "a.png", "driving": "b.mp4", "eta": 1.5}, "^--eta=1.5: a number from 0 to 1"),
+        ({"source": "a.png", "driving": "b.mp4", "eta": -0.1}, "^--eta=-0.1: a number from 0 to 1"),
         ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
         ({"source": "a.png", "driving": "b.mp4", "overlap": -1}, "--overlap=-1: at least 0"),
         ({"source": "a.png", "driving": "b.mp4", "smooth_strength": 2.0}, "nothing is smoothed"),
@@ -705,7 +707,7 @@ def test_refused_before_the_model_is_loaded(flags, message, files, tmp_path):
     "flags",
     [
         {"pose": "b.png", "relative_pose": "rotation"},  # the rest is the picture's
-        {"pose": TYPED, "relative_pose": "all"},
+        {"pose": TYPED, "relative_pose": "all", "eta": 1.0},
         {"pose": "b.mp4", "expression": "c.png", "smooth": "gaussian", "relative_pose": "all"},
         {"pose": "b.mp4", "expression": "c.mp4", "length": "hold"},
         {"pose": '[{"frame": 9, "yaw": 1}]', "expression": "c.mp4", "length": "hold"},
@@ -728,6 +730,8 @@ def test_a_number_of_a_file_that_is_none(files, tmp_path):
     entry |= json.loads('{"out": "x.mp4", "guidance": NaN}')
     with pytest.raises(UserError, match="^--guidance=nan: a finite number$"):
         animate_jobs.checked_job(entry)
+    with pytest.raises(UserError, match="^--eta=2: a number from 0 to 1"):
+        animate_jobs.checked_job({**entry, "guidance": None, "eta": 2})
 
 
 def test_outputs_are_protected(model, files, tmp_path):
