@@ -228,7 +228,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "protocol",
-        "what to measure",
+        "what to measure; cross and disentangled say how pose and expression follow, not whether the source's identity "
+        "is kept, which is not measured on real clips",
         choices=("self", "cross", "disentangled", "synthetic", "flicker"),
         required=True,
     )

@@ -463,6 +463,12 @@ def test_the_command_line_knows_every_protocol(protocol):
     assert cli._parse("evaluate", cli.JOBS["evaluate"], flags)[0]["protocol"] == protocol
 
 
+def test_help_says_that_identity_is_not_measured(capsys):
+    assert cli.run(["evaluate", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not whether the source's identity is kept, which is not measured on real clips" in said
+
+
 def test_distances():
     first = Estimate(np.array([0.0, 179.0, 5.0]), np.array([0.5, 0.0]))
     second = Estimate(np.array([3.0, -179.0, 1.0]), np.array([0.0, 0.1]))
