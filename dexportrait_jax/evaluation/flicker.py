@@ -1,6 +1,6 @@
 """Protocol `flicker`: what changes from frame to frame beyond what moves.
 
-The first frame of a video drives to consecutive frames of it, in the same crop. Optical flow of the true frames says
+The first frame of a shot drives to consecutive frames of it, in the same crop. Optical flow of the true frames says
 where every point goes; each result is moved along and compared with the next one, where forward and backward flow
 agree (the warping error of Lai et al. 2018, "Learning Blind Video Temporal Consistency"). The flow is the true frames',
 so models are compared on the same points.

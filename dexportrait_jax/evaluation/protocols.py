@@ -1,6 +1,6 @@
 """Job `evaluate`: figures and pictures of an exported model on held-out clips (method.md 8.1).
 
-- self: the first frame of a video drives to others of the same video and crop, so there is a ground truth:
+- self: the first frame of a shot drives to others of the same shot and crop, so there is a ground truth:
   PSNR, SSIM and LPIPS, each beside that of repeating the source frame; PSNR round eyes and mouth.
 - cross: pose and expression of another person: APD and AED of result and driver. A grid of every
   portrait by every driver.
@@ -149,8 +149,8 @@ def _measure(
 def evaluate_self(runner: Runner, clips: ClipDataset, estimate: FaceEstimator) -> Findings:
     """PSNR, SSIM and LPIPS of held-out frames, and of the source frame in their place.
 
-    The source is the first frame in the clip's crop of the video that it was cut from (method.md 7.3),
-    in whichever split that frame is (`FirstFrames`); measured are frames of the evaluated split.
+    The source is the first frame of the clip's shot in its crop (method.md 7.3), also where training
+    has that part of the shot (`FirstFrames`); measured are frames of the evaluated split.
     parts_psnr: PSNR round eyes and mouth; parts_psnr_own_expression: the same with the source
     frame's expression in place of the driving frame's; expression_use_db: what the latter adds.
     Further keys: `following`.

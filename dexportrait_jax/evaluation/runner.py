@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +21,10 @@ MORE_PEOPLE = (
     "prepare longer videos or more people, or render more of both; where other splits have them, hold out the end of "
     "every clip with --holdout=time"
 )
+TRAINED = "train"  # the split that training reads
+_OF_A_VIDEO = re.compile(
+    r"(?P<video>.+)-(?P<first>\d+)-(?P<last>\d+)"
+)  # clip ids, see `records.Clip`
 Picture = UInt8[np.ndarray, "h w 3"]
 Frames = UInt8[np.ndarray, "frames h w 3"]
 
@@ -121,39 +127,40 @@ class Runner:
 
 
 class FirstFrames:
-    """The first frame of a clip's video in the clip's own crop, over all splits of a dataset, or of rendered heads.
+    """What drives a clip's frames: the first frame of its shot in its own crop, over all splits of a dataset.
 
     Where the end of every clip was held out, the beginning of a held-out part is a moment before
-    the frames to be measured, and repeating it would be hard to beat and prove nothing. Its other
-    part has the same crop. Another clip of the video has another one, in which the face has another
-    size and place: it would be no picture that the clip's frames can be compared with. So where
-    no earlier clip has the crop, the clip's own frame 0 is taken, which is never driven to.
+    the frames to be measured, and repeating it would be hard to beat and prove nothing. So the
+    first frame of the part before it is taken, which training has: of the clips of one file the
+    one directly before it. Another clip would not do. Its crop is another, in which the face has
+    another size and place, or, of videos that were cropped before, the same, and it shows another
+    shot. Without such a part the clip's own frame 0 is taken, which is never driven to.
     """
 
     def __init__(self, directory: str | Path):
-        self._videos: dict[tuple, list[tuple[float, ClipDataset, int]]] = {}
-        self._crop_boxes: dict[tuple[str, int], tuple[float, ...]] = {}
+        videos: dict[str, list[tuple[int, int, ClipDataset, int]]] = {}
         for split in available_splits(directory):
             clips = open_clips(directory, split)
-            columns = [clips.index[name] for name in ("identity", "session", "camera", "start")]
-            for number, (*video, start) in enumerate(zip(*columns, strict=True)):
-                self._videos.setdefault(tuple(video), []).append((start, clips, number))
-        for clips_of_video in self._videos.values():
-            clips_of_video.sort(key=lambda one: one[0])
+            for number, clip_id in enumerate(clips.index["clip_id"]):
+                named = _OF_A_VIDEO.fullmatch(clip_id)
+                if named:
+                    part = int(named["first"]), int(named["last"]), clips, number
+                    videos.setdefault(named["video"], []).append(part)
+        self._parts_before: dict[str, tuple[ClipDataset, int]] = {}
+        for parts in videos.values():
+            parts.sort(key=lambda part: part[:2])
+            for (_, last, clips, number), (first, _, own, own_number) in itertools.pairwise(parts):
+                # What training has in front of what it has not was one clip: people are on one side with all theirs.
+                if last < first and clips.split == TRAINED != own.split:
+                    self._parts_before[own.index["clip_id"][own_number]] = clips, number
 
     def __call__(self, clip: Clip) -> Clip:
-        wanted = tuple(clip.crop_box.tolist())
-        for _, clips, number in self._videos[clip.identity, clip.session, clip.camera]:
-            if self._crop_box(clips, number) == wanted:
-                return clips[number].part(0, 1)
+        if clip.clip_id in self._parts_before:
+            clips, number = self._parts_before[clip.clip_id]
+            before = clips[number]
+            if np.array_equal(before.crop_box, clip.crop_box):
+                return before.part(0, 1)
         return clip.part(0, 1)
-
-    def _crop_box(self, clips: ClipDataset, number: int) -> tuple[float, ...]:
-        """Of a clip, which the index does not hold; a record is read for it once."""
-        key = clips.split, number
-        if key not in self._crop_boxes:
-            self._crop_boxes[key] = tuple(clips[number].crop_box.tolist())
-        return self._crop_boxes[key]
 
 
 class ChosenClips(Sequence[Clip]):

@@ -16,6 +16,7 @@ from data_pipelines import files
 from data_pipelines.augment import default_augment
 from data_pipelines.dataset import ClipDataset
 from data_pipelines.prepare import builder
+from data_pipelines.prepare.splits import split
 from data_pipelines.records import BLENDSHAPES
 from dexportrait_jax import cli
 from dexportrait_jax.errors import UserError
@@ -28,7 +29,7 @@ from dexportrait_jax.evaluation.estimators import (
     pose_distance,
 )
 from dexportrait_jax.evaluation.eyes_and_mouth import clip_masks
-from dexportrait_jax.evaluation.runner import SHOWN_ROWS, one_clip_each
+from dexportrait_jax.evaluation.runner import SHOWN_ROWS, FirstFrames, one_clip_each
 from dexportrait_jax.face_clips import model_inputs
 from dexportrait_jax.inference import Sampling
 from tests import fixtures
@@ -108,8 +109,8 @@ def test_the_source_is_the_first_frame_of_the_video(model, tmp_path):
     """Also where that frame is in another split."""
     whole = fixtures.make_clip(5, 12, session="video")
     splits = {
-        "train": lambda: iter([whole.part(0, 8)]),
-        "validation": lambda: iter([whole.part(8, 12)]),
+        "train": lambda: iter([whole.part(0, 8, "video-000000-000007")]),
+        "validation": lambda: iter([whole.part(8, 12, "video-000008-000011")]),
     }
     data = builder.write_dataset(splits, tmp_path / "data")
     result = run(data, tmp_path / "out", "self", max_frames=3)
@@ -122,12 +123,12 @@ def test_the_source_is_the_first_frame_of_the_video(model, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["self", "flicker"])
 def test_the_source_has_the_crop_of_what_it_drives_to(model, tmp_path, protocol):
-    """An earlier clip of the video if one has that crop, in any split; else the clip's own first frame."""
+    """The part of its shot that training has, if it has that crop; else the clip's own first frame."""
     whole = fixtures.make_clip(5, 24, session="video")
     model.config.data.frame_stride = 1
 
     def cut(first, last, shift):
-        clip = whole.part(first, last, f"video-{first}")
+        clip = whole.part(first, last, f"video-{first:06d}-{last - 1:06d}")
         return dataclasses.replace(clip, crop_box=clip.crop_box + np.float32(shift))
 
     splits = {
@@ -136,17 +137,18 @@ def test_the_source_has_the_crop_of_what_it_drives_to(model, tmp_path, protocol)
     }
     data = builder.write_dataset(splits, tmp_path / "data")
     result = run(data, tmp_path / "out", protocol, max_frames=3)
+    # The clip from 16 on has the crop of the one from 4 on, and may well be another shot.
     sources = {item["clip"]: item["source"] for item in result["items"]}
-    assert sources == {
-        "video-4": "video-4",
-        "video-12": "video-8",
-        "video-16": "video-4",
-        "video-20": "video-20",
+    assert {clip[6:12]: source[6:12] for clip, source in sources.items()} == {
+        "000004": "000004",
+        "000012": "000008",
+        "000016": "000016",
+        "000020": "000020",
     }
     # A clip that is its own source is driven to its other frames alone.
     runner = protocols.Runner(model, Sampling(), 3)
     driven = model_inputs(model, whole, np.arange(21, 24))
-    own = next(item for item in result["items"] if item["clip"] == "video-20")
+    own = next(item for item in result["items"] if item["clip"] == "video-000020-000023")
     pictures = np.repeat(runner.pictures(whole, [20]), 3, 0)
     psnr = np.asarray(metrics.psnr(pictures, driven["image"], data_range=255))
     assert own["psnr"] == pytest.approx(psnr.mean(), abs=1e-3)
@@ -154,6 +156,37 @@ def test_the_source_has_the_crop_of_what_it_drives_to(model, tmp_path, protocol)
     np.testing.assert_allclose(
         model.drives[-1 if protocol == "flicker" else -2].expressions, expressions
     )
+
+
+@pytest.mark.parametrize("holdout", ["identity", "time"])
+def test_no_source_is_of_another_shot(tmp_path, holdout):
+    """Videos that were cropped before, with cuts: all clips have one crop, whatever is held out."""
+    videos = {
+        name: [
+            dataclasses.replace(
+                fixtures.make_clip(10 * person + shot, 40),
+                clip_id=f"{name}-{40 * shot:06d}-{40 * shot + 39:06d}",
+                identity=name,
+                session=name,
+                timestamps=np.arange(40 * shot, 40 * shot + 40, dtype=np.float32) / 25,
+            )
+            for shot in range(3)
+        ]
+        for person, name in enumerate(("anna", "bert", "two-words"))
+    }
+    parts = split([lambda clips=clips: iter(clips) for clips in videos.values()], holdout, 0.3, 5)
+    data = builder.write_dataset(parts, tmp_path / "data")
+    first = FirstFrames(data)
+    for name in ("train", "validation"):
+        clips = ClipDataset(data, name)
+        for clip in (clips[number] for number in range(len(clips))):
+            source = first(clip)
+            taken, begin = (int(one.clip_id.split("-")[-2]) for one in (source, clip))
+            assert taken // 40 == begin // 40 and len(source) == 1
+            # Held out in time, the other part of the shot gives it, which is far from what is measured.
+            elsewhere = holdout == "time" and name == "validation"
+            assert begin - taken > 20 if elsewhere else begin == taken
+            assert source.frames[0] == videos[clip.identity][begin // 40].frames[taken % 40]
 
 
 def test_self_and_flicker_of_heads_that_are_drawn_while_they_are_read(model, tmp_path):
