@@ -38,7 +38,7 @@ from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.programs import build, first_state, try_programs
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
-from dexportrait_jax.train_checks import check, check_shares
+from dexportrait_jax.train_checks import check, check_same_data, check_shares
 from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
 
 RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
@@ -129,6 +129,7 @@ def train(
         # Data: batch number `done` is the next one, whatever happened before. What is missing is found here, before
         # anything is compiled, and not when the first evaluation comes.
         found = survey(config.data, config.evaluate.split if evaluates else "")
+        check_same_data(config.data.path, found.fingerprint)
         task.check_data(found)
         for warning in found.warnings:
             say(warning, file=sys.stderr)

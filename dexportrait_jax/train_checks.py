@@ -1,12 +1,18 @@
-"""What no stage can be trained with, found before anything is read or compiled: of a config alone, and on a mesh."""
+"""What no stage can be trained with, found before anything is compiled: of a config alone, on a mesh, and of data."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import socket
+from collections.abc import Mapping
+
 import jax
 import ml_collections
+import numpy as np
 
 from data_pipelines import loading
-from dexportrait_jax import config_values, metric_sinks
+from dexportrait_jax import config_values, distributed, metric_sinks
 from dexportrait_jax.errors import UserError
 
 
@@ -48,3 +54,25 @@ def check_shares(
             f"mesh data x fsdp = {replicas} has {config.data.batch_size // (replicas * config.accumulate)}; choose "
             f"config.accumulate={config.data.batch_size // replicas}, or more of data and fsdp"
         )
+
+
+def check_same_data(path: str, fingerprint: Mapping[str, str]) -> None:
+    """Raises UserError in every process where one sees other data than the main process; all must ask.
+
+    A batch is a function of (seed, n) and the data: rows of other data would be put beside each other unnoticed.
+
+    Args:
+      path: of the data, to be told.
+      fingerprint: of what this process sees, as `survey.Survey` has it.
+    """
+    digest = hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).digest()
+    mine = np.frombuffer(digest, "<u2").tolist()
+    same = distributed.from_main(mine) == mine
+    if distributed.everywhere(same):
+        return
+    here = f"process {jax.process_index()} on {socket.gethostname()}"
+    raise UserError(
+        f"not every process sees the same data in {path}: {here} sees "
+        + ("what the main process sees" if same else "other data than the main process")
+        + "; give all hosts the same copy, or a shared disk"
+    )

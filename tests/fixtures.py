@@ -7,6 +7,7 @@ detector, no model.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import cv2
@@ -188,6 +189,28 @@ def make_older(directory: Path, split: str = "train") -> None:
     """Rewrites a split as it was before the motion of backgrounds was stored."""
     _rewrite(directory, split, b"background_motion")
     (directory / dataset.background_name(split)).unlink()
+
+
+def spread(directory: Path, shards: int, split: str = "train") -> list[Path]:
+    """Writes the records of a split anew in so many shards of equal numbers of records; returns the shards."""
+    (whole,) = dataset.shards(directory)[split]
+    source = array_record_data_source.ArrayRecordDataSource([whole])
+    lengths = [len(part) for part in np.array_split(np.arange(len(source)), shards)]
+    stem = str(whole).removesuffix("-00000-of-00001")
+    paths = [Path(f"{stem}-{number:05d}-of-{shards:05d}") for number in range(shards)]
+    following = iter(range(len(source)))
+    for path, length in zip(paths, lengths, strict=True):
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for _ in range(length):
+            writer.write(source[next(following)])
+        writer.close()
+    whole.unlink()
+    info = json.loads((directory / dataset.INFO).read_text())
+    for described in info["splits"]:
+        if described["name"] == split:
+            described["shardLengths"] = [str(length) for length in lengths]
+    (directory / dataset.INFO).write_text(json.dumps(info))
+    return paths
 
 
 def _rewrite(

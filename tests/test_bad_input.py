@@ -229,6 +229,14 @@ def test_records_without_masks(fails, tmp_path, kind):
     assert str(data) in line and "no mask polygons of right_eye" in line and "prepare" in line
 
 
+def test_a_file_of_the_dataset_is_missing(fails, tmp_path):
+    data = fixtures.make_dataset(tmp_path / "data", clips=4, frames=2, size=64)
+    fixtures.spread(data, 4)[1].unlink()
+    line = fails(*train_motion(data, tmp_path / "run"))
+    assert f"split 'train' of {data} lacks 1 of its 4 files" in line
+    assert "train.array_record-00001-of-00004" in line and "copy it whole" in line
+
+
 def test_clips_that_are_all_too_short(fails, tmp_path):
     data = fixtures.make_dataset(tmp_path / "data", clips=2, frames=1, size=64)
     line = fails(*train_motion(data, tmp_path / "run"))

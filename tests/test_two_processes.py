@@ -15,6 +15,7 @@ import pytest
 
 from dexportrait_jax.metrics import read_rows
 from launch.local_processes import free_port
+from tests import fixtures
 from tests.benchmarks import soak
 from tests.compiling import QUICK_FLAGS
 from tests.stages import micro
@@ -272,3 +273,34 @@ def of_two_processes(program, *arguments):
         for number in range(2)
     ]
     return [process.communicate(timeout=120) for process in processes]
+
+
+OTHER_DATA = """
+import os
+from pathlib import Path
+
+from tests.stages import micro
+
+
+def get_config(variant=""):
+    data = Path({folder!r}) / os.environ["JAX_PROCESS_ID"]
+    return micro("autoencoder", data, data, data__batch_size=2, mesh__data=2)
+"""
+
+
+def test_processes_that_see_other_data_end_with_a_line_each(tmp_path):
+    """As where a host has its own copy, which lacks what was prepared last; before anything is compiled."""
+    for number, clips in enumerate((3, 2)):
+        fixtures.make_dataset(tmp_path / str(number), clips, 2, 64)
+    config = tmp_path / "stage.py"
+    config.write_text(OTHER_DATA.format(folder=str(tmp_path)))
+    launcher = [sys.executable, "-m", "launch.local_processes", "--processes=2", "--"]
+    job = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run([*launcher, *job], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "ready to train" not in done.stdout
+    said = [line for line in done.stderr.splitlines() if "not every process sees the same" in line]
+    assert len(said) == 2
+    for number, sees in enumerate(("what the main process sees", "other data than the main")):
+        (line,) = [line for line in said if f"process {number} on " in line]
+        assert f" sees {sees}" in line and f" in {tmp_path / str(number)}: " in line

@@ -1,0 +1,83 @@
+"""A dataset's files are all there and are those of its index, or it is not read."""
+
+import pytest
+
+from data_pipelines import dataset, records
+from data_pipelines.dataset import ClipDataset
+from dexportrait_jax.errors import UserError
+from tests import fixtures
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Eight people's clips in four shards, and one that is held out."""
+    made = fixtures.make_dataset(tmp_path / "data", 8, 4, 32)
+    fixtures.spread(made, 4)
+    return made
+
+
+def refused(directory):
+    with pytest.raises(UserError) as caught:
+        ClipDataset(directory, "train")
+    assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
+    return str(caught.value)
+
+
+def test_all_shards_make_a_split(directory):
+    clips = ClipDataset(directory, "train")
+    assert [clip.identity for clip in clips] == [f"drawn{number}" for number in range(8)]
+    assert len(ClipDataset(directory, "validation")) == 1
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_missing_shards_are_named(directory, index):
+    """Also the last, and where the index would be made of what is there."""
+    paths = dataset.shards(directory)["train"]
+    if not index:
+        (directory / dataset.index_name("train")).unlink()
+    paths[3].unlink()
+    assert f"lacks 1 of its 4 files ({paths[3].name})" in refused(directory)
+    paths[1].unlink()
+    assert f"lacks 2 of its 4 files ({paths[1].name}, {paths[3].name})" in refused(directory)
+
+
+def test_many_missing_shards_are_counted(tmp_path):
+    name = "portrait_clips-train.array_record-{:05d}-of-01000"
+    (tmp_path / name.format(999)).touch()
+    first = ", ".join(name.format(number) for number in range(3))
+    with pytest.raises(UserError) as caught:
+        dataset.split_names(tmp_path)
+    assert f"lacks 999 of its 1000 files ({first} and 996 more)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["portrait_clips-train.array_record", "portrait_clips-train.array_record-00000-of-00002"],
+)
+def test_shards_of_several_datasets(directory, left):
+    (directory / left).touch()
+    said = refused(directory)
+    assert "several datasets (" in said and "train.array_record-*-of-00004" in said
+    assert left.replace("-00000-", "-*-") in said
+
+
+def test_a_file_without_a_number_is_a_whole_split(tmp_path):
+    made = fixtures.make_dataset(tmp_path / "data", 2, 4, 32)
+    (shard,) = dataset.shards(made)["train"]
+    shard.rename(made / "portrait_clips-train.array_record")
+    assert [clip.identity for clip in ClipDataset(made, "train")] == ["drawn0", "drawn1"]
+
+
+def test_records_of_other_clips_than_the_index_says(directory):
+    """Shards that changed places: clips are as long as those of the index, and other people's."""
+    first, second, *_ = dataset.shards(directory)["train"]
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+    clips = ClipDataset(directory, "train")
+    assert clips[4].identity == "drawn4"
+    with pytest.raises(
+        records.RecordError, match="record 1 is of clip drawn3.*says drawn1"
+    ) as caught:
+        clips[1]
+    assert caught.value.clip_id == clips.index["clip_id"][1]
