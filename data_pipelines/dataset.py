@@ -178,11 +178,11 @@ class ClipDataset:
                 "prepare it with another --holdout or --holdout_fraction, or choose another split"
             )
         self.paths = found[split]
-        self._records = shard_reader.ShardReader(self.paths)
         self.index = self._read_index()
         self.frames = np.asarray(self.index["frames"], np.int64)
         if len(self.frames) == 0:
             raise UserError(f"split '{split}' of {self.directory} is empty; prepare more videos")
+        self._records = shard_reader.ShardReader(self.paths, self._shard_lengths())
         self._starts = np.concatenate([[0], np.cumsum(self.frames)])
         path = self.directory / background_name(split)
         self._motion_path = path if path.exists() else None
@@ -197,10 +197,34 @@ class ClipDataset:
                 return json.loads(path.read_text())
             return build_index(self.directory, self.split, measure=False)[0]
         except shard_reader.ERRORS as error:
-            raise UserError(
-                f"the dataset {self.directory} cannot be read ({error}); "
-                "prepare it again with --overwrite"
-            ) from error
+            raise self._cannot_be_read(error) from error
+
+    def _shard_lengths(self) -> list[int]:
+        """Records of every shard, as the dataset says, so that one that cannot be opened has its numbers too.
+
+        Where it does not say so, all shards are opened.
+        """
+        try:
+            info = json.loads((self.directory / INFO).read_text())
+            (split,) = [split for split in info["splits"] if split["name"] == self.split]
+            lengths = [int(length) for length in split["shardLengths"]]
+            if len(lengths) == len(self.paths) and sum(lengths) == len(self.frames):
+                return lengths
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        try:
+            lengths = shard_reader.record_counts(self.paths)
+            if sum(lengths) != len(self.frames):
+                raise ValueError(f"{sum(lengths)} records, the index has {len(self.frames)}")
+        except shard_reader.ERRORS as error:
+            raise self._cannot_be_read(error) from error
+        return lengths
+
+    def _cannot_be_read(self, error: Exception) -> UserError:
+        return UserError(
+            f"the dataset {self.directory} cannot be read ({' '.join(str(error).split())}); "
+            "prepare it again with --overwrite"
+        )
 
     def _forget(self) -> None:
         self._cache: collections.OrderedDict[int, tuple[records.Clip, int]] = (

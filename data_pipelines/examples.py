@@ -18,11 +18,19 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import augment as augmentation
-from data_pipelines import background, dataset, latents, network_inputs, records
+from data_pipelines import (
+    background,
+    dataset,
+    latents,
+    network_inputs,
+    records,
+    shard_reader,
+)
 from data_pipelines.cross_view import CrossView, Shown, far_frames
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
+_ATTEMPTS = 100  # damaged records in a row before all count as damaged
 
 
 class Examples:
@@ -31,7 +39,8 @@ class Examples:
     Every epoch shows all usable clips in an order of its own. (Grain's own shuffle walks through a
     large cipher for every index, which takes 7 ms for a dataset of four clips.)
 
-    Damaged records are reported once, over all worker processes, and replaced by the next one.
+    Damaged records, and shards that cannot be read, are reported once, over all worker processes. Their clips are
+    replaced by the next ones in the order of the epoch, so that those of a shard are not all replaced by the same one.
     """
 
     def __init__(self, config: Mapping[str, Any], split: str | None = None, seed: int = 0):
@@ -99,41 +108,55 @@ class Examples:
     def __call__(self, position: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The training example at a position; `rng` decides frames and augmentation."""
         epoch, place = divmod(int(position), len(self))
-        number = int(self.order(epoch)[place])
         seed = rng.integers(0, 1 << 63)
-        return self._replacing(number, lambda at: self._training(at, np.random.default_rng(seed)))
+        return self._replacing(
+            self.order(epoch), place, lambda at: self._training(at, np.random.default_rng(seed))
+        )
 
     def evaluation_example(self, row: int) -> dict[str, np.ndarray]:
         """A deterministic example, see `evaluation_batches`."""
-        count, passes = len(self), row // len(self)
-        return self._replacing(row % count, lambda at: self._evaluation(at, passes))
+        passes, place = divmod(row, len(self))
+        return self._replacing(range(len(self)), place, lambda at: self._evaluation(at, passes))
 
-    def _replacing(self, number: int, make) -> dict[str, np.ndarray]:
-        for attempt in range(min(len(self), 100)):
-            clip = int(self.usable[(number + attempt) % len(self)])
+    def _replacing(self, order: Sequence[int], place: int, make) -> dict[str, np.ndarray]:
+        """`make` of the clip at a place of an order of `usable`, or of the first one after it that can be read."""
+        failed = 0
+        for attempt in range(len(self)):
+            clip = int(self.usable[order[(place + attempt) % len(self)]])
             try:
                 return make(clip)
+            except shard_reader.ShardError as error:
+                if (
+                    error.known
+                ):  # which costs nothing: a shard may hold more clips than may be damaged in a row
+                    continue
+                self._report(error.path.name, f"{error}; its clips are left out until it can be")
             except records.RecordError as error:
-                self._report(clip, error)
+                damaged = self._damaged(clip, error)
+                self._report(str(damaged), f"record {damaged} is damaged and left out: {error}")
+            failed += 1
+            if failed == _ATTEMPTS:
+                break
         raise UserError(
-            f"the records of {self.clips.directory} are damaged, 100 in a row or all; "
+            f"the records of {self.clips.directory} are damaged, {_ATTEMPTS} in a row or all; "
             "prepare it again"
         )
 
-    def _report(self, clip: int, error: records.RecordError) -> None:
-        """Says once which record is damaged: that of `clip`, or another camera's that its example shows."""
+    def _damaged(self, clip: int, error: records.RecordError) -> int:
+        """The record that is damaged: that of `clip`, or another camera's that its example shows."""
         ids = self.clips.index["clip_id"]
-        if error.clip_id in ids:
-            clip = ids.index(error.clip_id)
+        return ids.index(error.clip_id) if error.clip_id in ids else clip
+
+    def _report(self, name: str, text: str) -> None:
+        """Says once what is left out; `name` is its own."""
         try:
-            (self.reported / str(clip)).touch(exist_ok=False)
+            (self.reported / name).touch(exist_ok=False)
         except FileExistsError:
             return
         except OSError:
             pass  # no way to know whether it was said: say it
         print(
-            f"warning: {self.clips.directory}, split {self.clips.split}, record {clip} is damaged "
-            f"and left out: {error}",
+            f"warning: {self.clips.directory}, split {self.clips.split}, {text}",
             file=sys.stderr,
             flush=True,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,7 @@ class Latents:
         self._clip_ids = clips.index["clip_id"]
         count = len(self.description.shards)
         paths = [self.directory / shard_name(number, count) for number in range(count)]
-        self._records = shard_reader.ShardReader(paths)
-        self._check_whole()
+        self._records = shard_reader.ShardReader(paths, self._counts_of_whole(paths))
 
     def __call__(self, clip: int, frame: int, flip: bool) -> np.ndarray:
         """(2, h, w, c) of float16 or float32: mean and log-variance, unscaled.
@@ -135,7 +134,8 @@ class Latents:
         try:
             data = self._records[number]
         except records.RecordError as error:
-            raise records.RecordError(f"latents of {self.directory}: {error}", clip_id) from error
+            error.clip_id = clip_id
+            raise
         if not data:
             raise records.RecordError(f"{self.directory} has no latent of frame {frame}", clip_id)
         values = np.frombuffer(data, f"<{np.dtype(self.description.dtype).str[1:]}")
@@ -180,18 +180,20 @@ class Latents:
                 f"{clips.frames.sum()} frames); encode again with --overwrite"
             )
 
-    def _check_whole(self) -> None:
+    def _counts_of_whole(self, paths: Sequence[Path]) -> list[int]:
+        """Latents of every shard; UserError where some are missing."""
         try:
-            found = len(self._records)
+            counts = shard_reader.record_counts(paths)
         except shard_reader.ERRORS as error:
             raise UserError(
                 f"{self.directory} cannot be read ({' '.join(str(error).split())[:200]}); encode again with --overwrite"
             ) from error
-        if found != self.description.frames * self.description.sets:
+        if sum(counts) != self.description.frames * self.description.sets:
             raise UserError(
-                f"{self.directory} holds {found} latents, its {DESCRIPTION} says "
+                f"{self.directory} holds {sum(counts)} latents, its {DESCRIPTION} says "
                 f"{self.description.frames * self.description.sets}; copy it whole, or encode again with --overwrite"
             )
+        return counts
 
 
 def refuse_rendered(clips: Any) -> None:

@@ -2,76 +2,158 @@
 
 A batch is a function of (seed, n) only if every record is read: a shared disk that does not answer once must not look
 like a damaged record, in whose place another clip would be taken, on this host and perhaps on no other.
+
+Every shard has a reader of its own, so that one that stays unreadable takes no other with it.
 """
 
 from __future__ import annotations
 
+import bisect
+import collections
+import concurrent.futures
+import itertools
+import resource
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from array_record.python import array_record_data_source
+from array_record.python import array_record_data_source, array_record_module
 
 from data_pipelines import records
 
 # What array_record raises where a file cannot be read and where it holds no record alike.
 ERRORS = (OSError, ValueError, RuntimeError, IndexError)
 PAUSES = (0.2, 1.0, 4.0)  # seconds before a record is asked for again
+AGAIN = 300.0  # seconds before a shard that could not be opened is waited for again
+
+
+class ShardError(records.RecordError):
+    """The whole shard of a record cannot be read.
+
+    Attributes:
+        path: of the shard.
+        known: it was known before, so that nothing was read for this record.
+    """
+
+    def __init__(self, text: str, path: Path, known: bool):
+        super().__init__(text)
+        self.path, self.known = path, known
+
+
+def record_counts(paths: Sequence[Path]) -> list[int]:
+    """How many records each shard has, of which all are opened; one of ERRORS where one cannot be."""
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        return list(pool.map(_record_count, paths))
+
+
+def _record_count(path: Path) -> int:
+    if not path.stat().st_size:  # what a writer leaves that was given nothing
+        return 0
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()  # says whether it could be opened at all
+    return count
 
 
 class ShardReader:
     """The records of several shards, one shard after the other.
 
-    Cheap to pickle and to send to worker processes: files are opened at the first read.
+    Cheap to pickle and to send to worker processes: a shard is opened when a record of it is first read.
 
     Args:
         paths: of the shards.
+        counts: how many records each has.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
+        self.paths, self._edges = list(paths), [0, *itertools.accumulate(counts)]
+        self._filled = sum(count > 0 for count in counts)
         self._forget()
 
     def _forget(self) -> None:
-        self._source = None
+        # Those that are open, the one read last at the end; one that is closed for another's sake is opened again.
+        self._open: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._most_open = _most_open()
+        self._away: dict[
+            int, tuple[float, str]
+        ] = {}  # shard -> when it was waited for, and what was said
         self._unreadable: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths}
+        return {"paths": self.paths, "_edges": self._edges, "_filled": self._filled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
 
     def __len__(self) -> int:
-        """How many records there are; one of ERRORS where the shards cannot be read."""
-        with self._lock:
-            return len(self._open())
+        return self._edges[-1]
 
     def __getitem__(self, number: int) -> bytes:
         """Reads one record.
 
         Raises:
+            IndexError: there is no such record.
             records.RecordError: it cannot be read, and could not be after the last of PAUSES.
+            ShardError: its shard cannot be opened. It is waited for every AGAIN seconds; where no shard can be opened,
+                for every record, because there is none to go on with.
         """
+        if not 0 <= number < len(self):
+            raise IndexError(f"there is no record {number} of {len(self)}")
+        shard = bisect.bisect_right(self._edges, number) - 1
         with self._lock:  # Grain reads from several threads
             if number in self._unreadable:  # and is not waited for a second time
                 raise records.RecordError(self._unreadable[number])
-            for pause in (*PAUSES, None):
-                try:
-                    return self._open()[number]
-                except ERRORS as error:
-                    # Files that were open before the disk went away stay unreadable when it comes back.
-                    self._source, failure = None, error
-                if pause is not None:
-                    time.sleep(pause)
-            self._unreadable[number] = f"record {number} cannot be read: {failure}"
-            raise records.RecordError(self._unreadable[number]) from failure
+            if shard in self._away:
+                waited, text = self._away[shard]
+                if len(self._away) < self._filled and time.monotonic() < waited + AGAIN:
+                    raise ShardError(text, self.paths[shard], known=True)
+            return self._read(number, shard)
 
-    def _open(self) -> array_record_data_source.ArrayRecordDataSource:
-        if self._source is None:
-            self._source = array_record_data_source.ArrayRecordDataSource(self.paths)
-        return self._source
+    def _read(self, number: int, shard: int) -> bytes:
+        path, place = self.paths[shard], number - self._edges[shard]
+        for pause in (*PAUSES, None):
+            opened = False
+            try:
+                source = self._opened(shard)
+                opened = True
+                return source[place]
+            except ERRORS as error:
+                # Files that were open before the disk went away stay unreadable when it comes back.
+                self._open.pop(shard, None)
+                failure = error
+            if pause is not None:
+                time.sleep(pause)
+        said = " ".join(str(failure).split())
+        if opened:
+            self._unreadable[number] = f"record {place} of {path} cannot be read: {said}"
+            raise records.RecordError(self._unreadable[number]) from failure
+        text = f"{path} cannot be read: {said}"
+        self._away[shard] = time.monotonic(), text
+        raise ShardError(text, path, known=False) from failure
+
+    def _opened(self, shard: int) -> Any:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        source = array_record_data_source.ArrayRecordDataSource([self.paths[shard]])
+        expected = self._edges[shard + 1] - self._edges[shard]
+        if len(source) != expected:
+            raise ValueError(f"it holds {len(source)} records and not {expected}")
+        self._away.pop(shard, None)
+        self._open[shard] = source
+        if len(self._open) > self._most_open:
+            self._open.popitem(last=False)
+        return source
+
+
+def _most_open() -> int:
+    """Shards that a reader has open at most: of the files that a process may open a quarter, as it has several readers.
+
+    An open shard is a file and some ten kilobytes.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if files == resource.RLIM_INFINITY else max(1, min(4096, files // 4))

@@ -15,7 +15,7 @@ from data_pipelines import background, dataset, records, transforms
 from data_pipelines.examples import Examples
 from dexportrait_jax.errors import UserError
 
-_ATTEMPTS = 100  # damaged records in a row before a split counts as damaged; as in `examples`
+_ATTEMPTS = 100  # damaged records before a split counts as damaged
 _MEASURED = 256  # frames that are measured of a dataset that does not say how much backgrounds move
 _FEW = 0.1  # calm windows that are worth a warning
 
@@ -79,9 +79,13 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
 
 
 def _check_readable(examples: Examples) -> None:
-    """One clip with one of its frames; that others are damaged is found and said while loading."""
+    """One clip with one of its frames; that others are damaged is found and said while loading.
+
+    Where the first is damaged, some from all over the split: its shard may be.
+    """
     first = None
-    for number in examples.usable[:_ATTEMPTS]:
+    spaced = np.linspace(0, len(examples) - 1, min(len(examples), _ATTEMPTS)).astype(int)
+    for number in examples.usable[spaced]:
         try:
             transforms.decode_frame(examples.clips[int(number)], 0)
             return

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 
 from data_pipelines import dataset, files, latents, records, shard_reader, transforms
 from dexportrait_jax.errors import UserError
@@ -90,12 +90,7 @@ def write(
 def _clips_of_shards(clips: dataset.ClipDataset) -> list[range]:
     """The clips of every shard of a split; UserError where one cannot be read."""
     try:
-        counts = [
-            len(array_record_data_source.ArrayRecordDataSource([path]))
-            if path.stat().st_size
-            else 0
-            for path in clips.paths
-        ]
+        counts = shard_reader.record_counts(clips.paths)
     except shard_reader.ERRORS as error:
         raise UserError(
             f"the dataset {clips.directory} cannot be read ({' '.join(str(error).split())}); "

@@ -1,5 +1,8 @@
 """A dataset's files are all there and are those of its index, or it is not read."""
 
+import json
+import shutil
+
 import pytest
 
 from data_pipelines import dataset, records
@@ -66,6 +69,26 @@ def test_a_file_without_a_number_is_a_whole_split(tmp_path):
     (shard,) = dataset.shards(made)["train"]
     shard.rename(made / "portrait_clips-train.array_record")
     assert [clip.identity for clip in ClipDataset(made, "train")] == ["drawn0", "drawn1"]
+
+
+@pytest.mark.parametrize("says", ["nothing", "other shards"])
+def test_shards_are_counted_where_the_dataset_does_not_say(directory, says):
+    (directory / dataset.INFO).unlink()
+    if says == "other shards":
+        other = fixtures.make_dataset(directory.parent / "other", 7, 4, 32)
+        shutil.copy(other / dataset.INFO, directory)
+    clips = ClipDataset(directory, "train")
+    assert [clip.identity for clip in clips] == [f"drawn{number}" for number in range(8)]
+    shard = clips.paths[3]
+    whole = shard.read_bytes()
+    shard.write_bytes(clips.paths[1].read_bytes()[:1000])
+    assert "cannot be read (" in refused(directory)
+    index = json.loads((directory / dataset.index_name("train")).read_text())
+    shard.write_bytes(whole)
+    fewer = {name: values[:7] for name, values in index.items()}
+    (directory / dataset.index_name("train")).write_text(json.dumps(fewer))
+    (directory / dataset.background_name("train")).unlink()
+    assert "8 records, the index has 7" in refused(directory)
 
 
 def test_records_of_other_clips_than_the_index_says(directory):

@@ -20,11 +20,13 @@ from data_pipelines import (
     loading,
     network_inputs,
     records,
+    shard_reader,
     transforms,
 )
 from data_pipelines.examples import Examples
 from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
+from data_pipelines.survey import survey
 from dexportrait_jax.errors import UserError
 from tests import fixtures
 from tests.data_pipelines.batches import assert_same, take
@@ -386,6 +388,57 @@ def test_flipped_bytes_in_a_shard_are_survived(tmp_path, capfd):
     shard.write_bytes(data)
     assert len(take(_config(directory), 4)) == 4
     assert capfd.readouterr().err.count("is damaged") >= 1
+
+
+def _torn(tmp_path, frames=4):
+    """Twelve people's clips in four shards, of which the second cannot be opened; its path, and its clips."""
+    directory = fixtures.make_dataset(tmp_path / "data", 12, frames, 32)
+    shard = fixtures.spread(directory, 4)[1]
+    shard.write_bytes(shard.read_bytes()[:1000])
+    return directory, shard, range(3, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_cannot_be_read_is_said_once_and_its_clips_replaced(tmp_path, capfd, workers):
+    """While loading, whoever reads it, and where a run is started; other shards' clips are where they were."""
+    directory, shard, left_out = _torn(tmp_path)
+    config = _quiet(_config(directory, cross_view=0.0, workers=workers, batch_size=12, targets=1))
+    assert survey(config).warnings == ()
+    batches = take(config, 3)
+    said = capfd.readouterr().err
+    assert said.count(f"split train, {shard} cannot be read: ") == said.count("warning") == 1
+    clips = [fixtures.make_clip(number, 4, 32, session=f"session{number}") for number in range(12)]
+    poses = {
+        clip.head_pose[frame].tobytes(): n for n, clip in enumerate(clips) for frame in range(4)
+    }
+    order = Examples(config).order
+    replaced = []
+    for epoch, batch in enumerate(batches):
+        shown = [poses[pose.tobytes()] for pose in batch["source_head_pose"]]
+        for place, number in enumerate(order(epoch)):
+            if number in left_out:
+                assert shown[place] not in left_out
+                replaced.append(shown[place])
+            else:
+                assert shown[place] == number
+    assert len(set(replaced)) > 3  # and not all by the first clip of the next shard
+
+
+def test_a_shard_may_hold_more_clips_than_may_be_damaged_in_a_row(tmp_path, monkeypatch, capfd):
+    """An evaluation goes through it clip by clip."""
+    monkeypatch.setattr("data_pipelines.examples._ATTEMPTS", 2)
+    monkeypatch.setattr(shard_reader, "PAUSES", (1.0,))
+    slept = []
+    monkeypatch.setattr(shard_reader.time, "sleep", slept.append)
+    directory, shard, _ = _torn(tmp_path)
+    batches = list(loading.evaluation_batches(_config(directory), "train", 3))
+    for row in (3, 4, 5):
+        batch, place = divmod(row, 4)
+        np.testing.assert_array_equal(
+            batches[batch]["source_image"][place], batches[1]["source_image"][2]
+        )
+    assert capfd.readouterr().err.count(f"{shard} cannot be read") == 1
+    assert slept == [1.0]
 
 
 def test_nothing_but_bad_records_is_an_error(tmp_path):

@@ -122,6 +122,16 @@ def test_records_without_masks_are_an_error(tmp_path, kind, index):
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)
 
 
+def test_a_first_shard_that_cannot_be_read_is_not_all(tmp_path, monkeypatch):
+    """However many clips it holds."""
+    monkeypatch.setattr("data_pipelines.survey._ATTEMPTS", 3)
+    monkeypatch.setattr("data_pipelines.shard_reader.PAUSES", ())
+    directory = fixtures.make_dataset(tmp_path / "data", 10, 4, 32)
+    shard, _ = fixtures.spread(directory, 2)
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert survey(_data(directory)).warnings == ()
+
+
 def test_one_good_record_is_enough(tmp_path, capfd):
     """The others are reported one by one while loading."""
     directory = _dataset(tmp_path, train=[(0, 4), (1, 4), (2, 4)])
