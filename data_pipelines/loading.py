@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from data_pipelines.examples import Examples
 from dexportrait_jax.errors import UserError
 
 _ENDLESS = 1 << 60
+_DEATHS = 3  # of workers without a batch in between, before the run ends
 
 
 def default_data() -> dict[str, Any]:
@@ -112,22 +114,28 @@ def make_loader(
         local = batch // process_count
         rows = range(process_index * local, (process_index + 1) * local)
     data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(Examples(config, seed=seed))
-    data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))[step:]
+    data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))
     processes = config["workers"]
-    if processes:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
-        iterator = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        iterator = iterator.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=processes),
-            worker_init_fn=workers.live_with_the_parent,
-        )
-    else:
+    if not processes:
         threads = min(4, os.cpu_count() or 1)
-        iterator = data.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        return Loader(lambda first: iter(data[first:].to_iter_dataset(options)), step)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+    def start(first: int) -> Iterator[dict[str, np.ndarray]]:
+        prefetched = (
+            data[first:]
+            .to_iter_dataset(options)
+            .mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=processes),
+                worker_init_fn=workers.live_with_the_parent,
+            )
         )
-    return Loader(iter(iterator), starts_processes=processes > 0)
+        return iter(prefetched)
+
+    return Loader(start, step, starts_processes=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,17 +188,55 @@ def batch_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
 class Loader(Iterator[dict[str, np.ndarray]]):
     """An iterator of batches that ends its threads and worker processes when closed or forgotten.
 
-    `starts_processes`: with its first batch.
+    Where a worker process is killed, it starts all of them again at the batch that is due: batches are a function of
+    their number.
+
+    Args:
+        start: number of a batch -> iterator of the batches from it on.
+        step: number of the first batch.
+        starts_processes: whether such an iterator does so, with its first batch.
+
+    Raises:
+        UserError: when iterated: workers were killed `_DEATHS` times, and no batch was made in between.
     """
 
-    def __init__(self, iterator, *, starts_processes: bool):
-        self._holder = [iterator]
+    def __init__(
+        self, start: Callable[[int], Iterator], step: int, *, starts_processes: bool = False
+    ):
+        self._start, self._number = start, step
         self._starts_processes = starts_processes
+        self._holder = [start(step)]
         self.close = weakref.finalize(self, _let_go, self._holder)  # also called when Python ends
 
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._holder:
             raise StopIteration
+        for deaths in range(1, _DEATHS + 1):
+            try:
+                batch = self._due()
+            except RuntimeError as error:
+                killed = workers.killed_by(error)
+                if killed is None:
+                    raise
+                failure = error
+            else:
+                self._number += 1
+                return batch
+            if deaths < _DEATHS:
+                print(
+                    f"warning: a data worker was killed by {killed}; all start again at batch {self._number}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                _let_go(self._holder)
+                self._holder.append(self._start(self._number))
+                self._starts_processes = True
+        raise UserError(
+            f"data workers were killed by {killed} {_DEATHS} times before batch {self._number} was made; give the job "
+            "more memory, or lower --config.data.workers or --config.data.cache_megabytes"
+        ) from failure
+
+    def _due(self) -> dict[str, np.ndarray]:
         if not self._starts_processes:
             return next(self._holder[0])
         self._starts_processes = False

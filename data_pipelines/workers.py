@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from multiprocessing import resource_tracker
 
 # A terminal and a batch system send them to all processes of a group.
 _TO_THE_GROUP = (signal.SIGTERM, signal.SIGINT)
+
+_KILLED = re.compile(r"Worker process was terminated unexpectedly with exit code -(\d+)")
+_USUALLY = {"SIGKILL": "memory was full", "SIGBUS": "/dev/shm was full"}
 
 
 @contextlib.contextmanager
@@ -40,3 +44,16 @@ def live_with_the_parent(*_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def killed_by(error: RuntimeError) -> str | None:
+    """The signal that killed one of Grain's workers, and what is usually its cause; None: the error is another one.
+
+    A worker that ended by itself is another error: it would do so again.
+    """
+    found = _KILLED.search(str(error))
+    if not found:
+        return None
+    number = int(found[1])
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (usually because {_USUALLY[name]})" if name in _USUALLY else name

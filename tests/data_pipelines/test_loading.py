@@ -141,6 +141,85 @@ def test_signals_to_the_whole_group_leave_the_workers(directory, sent):
     assert not _workers()
 
 
+def test_a_killed_worker_changes_nothing(directory, capfd):
+    """The batches after it are those of a run that lost none, from the very one that is due."""
+    config = _config(directory)
+    loader = loading.make_loader(config | {"workers": 2}, seed=0, step=3)
+    batches = []
+    for number in range(24):
+        if number in (2, 13):  # fewer than eleven are made ahead
+            os.kill(_workers()[0].pid, signal.SIGKILL)
+        batches.append({name: np.array(value) for name, value in next(loader).items()})
+    assert len(_workers()) == 2
+    loader.close()
+    assert not _workers()
+    for one, other in zip(batches, take(config, 24, step=3), strict=True):
+        assert_same(one, other)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(lines) == 2
+    for line in lines:
+        assert "a data worker was killed by SIGKILL (usually because memory was full)" in line
+
+
+def _dies_at_birth(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_are_killed_again_and_again_end_the_run(directory, monkeypatch, capfd):
+    monkeypatch.setattr(loading.workers, "live_with_the_parent", _dies_at_birth)
+    loader = loading.make_loader(_config(directory, workers=1), seed=0, step=7)
+    with pytest.raises(UserError, match="3 times before batch 7 was made; give the job") as caught:
+        next(loader)
+    assert "SIGKILL (usually because memory was full)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err.count("all start again at batch 7") == 2
+    loader.close()
+    assert not _workers()
+
+
+class _Killed:
+    """Batches that are their number, where every attempt but each third ends in `message`."""
+
+    attempts = 0
+
+    def __init__(self, first, message):
+        self.number, self.message = first, message
+
+    def __next__(self):
+        _Killed.attempts += 1
+        if _Killed.attempts % 3:
+            raise RuntimeError(self.message)
+        self.number += 1
+        return self.number - 1
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(-9, "SIGKILL"), (-7, "SIGBUS (usually because /dev/shm was full)"), (-11, "SIGSEGV;")],
+)
+def test_deaths_are_counted_from_the_last_batch(code, name, monkeypatch, capfd):
+    monkeypatch.setattr(_Killed, "attempts", 0)
+    message = f"Worker process was terminated unexpectedly with exit code {code}. Search the logs"
+    loader = loading.Loader(lambda first: _Killed(first, message), 5)
+    assert [next(loader) for _ in range(4)] == [5, 6, 7, 8]
+    assert capfd.readouterr().err.count(f"killed by {name}") == 8
+
+
+def test_other_errors_of_workers_end_the_run(capfd):
+    """One that ended by itself would do so again."""
+    for message in (
+        "Worker process was terminated unexpectedly with exit code 1.",
+        "shapes differ",
+    ):
+        loader = loading.Loader(lambda first, message=message: _Killed(first, message), 5)
+        with pytest.raises(RuntimeError, match=message):
+            next(loader)
+    assert "warning" not in capfd.readouterr().err
+
+
 PARENT = """
 import json, multiprocessing, os, signal, sys, threading, time
 from data_pipelines import loading
