@@ -51,10 +51,18 @@ class Transfer(NamedTuple):
     links: int
 
 
-def transfer(instruction: Instruction, around: Computation, grid: Grid | None) -> Transfer | None:
-    """What an instruction receives from other devices of its slice; None where it receives nothing, or goes on."""
+def transfer(
+    instruction: Instruction, around: Computation, grid: Grid | None, fused: bool = False
+) -> Transfer | None:
+    """What an instruction receives from other devices of its slice; None where it is no collective.
+
+    Args:
+      around: the computation in which it stands.
+      grid: where the devices are; without it no axes and links are told.
+      fused: that computation is a fusion's.
+    """
     kind = instruction.kind.removesuffix("-start")
-    if kind not in KINDS or goes_on(instruction, around):
+    if kind not in KINDS:
         return None
     sent = sum(size(around[name].shape) for name in instruction.operands if name in around)
     if kind == "collective-permute":
@@ -63,7 +71,7 @@ def transfer(instruction: Instruction, around: Computation, grid: Grid | None) -
     group = members(instruction.rest)
     if group is None:
         return Transfer(kind, None, (), 0)
-    if kind == "all-reduce" and _keeps_a_part(instruction, around):
+    if fused and kind == "all-reduce" and _keeps_a_part(instruction, around):
         kind = "reduce-scatter"
     others = len(group) - 1
     share = sent * others / len(group)
@@ -72,7 +80,7 @@ def transfer(instruction: Instruction, around: Computation, grid: Grid | None) -
 
 
 def goes_on(instruction: Instruction, around: Computation) -> bool:
-    """A collective that runs beside products appears in several fusions; all but the first go on with it."""
+    """Of a collective in a fusion: one that runs beside products appears in several, and all but the first go on."""
     flag = re.search(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"', instruction.rest)
     ends = any("AsyncCollectiveDone" in one.rest for one in around.values())
     return ends or (flag is not None and int(flag[1]) >= 0)

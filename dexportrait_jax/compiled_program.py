@@ -114,8 +114,10 @@ def _walk(
             program.flops += times * _flops(instruction, body)
             program.flops += times * sum(_flops_within(inner, computations))
             program.hbm_bytes += times * _traffic(instruction, body, inner)
-            for one, around in ((instruction, body), *((one, inner) for one in inner.values())):
-                _communication(one, around, times, program, grid)
+            _communication(instruction, body, times, program, grid)
+            for one in inner.values():
+                if one.kind not in KINDS or not goes_on(one, inner):
+                    _communication(one, inner, times, program, grid, fused=True)
             if 'custom_call_target="tpu_custom_call"' in instruction.rest:
                 _kernel(instruction, body, times, program)
 
@@ -139,6 +141,7 @@ def _communication(
     times: int,
     program: Program,
     grid: Grid | None,
+    fused: bool = False,
 ) -> None:
     if instruction.kind == "send" and "megascale" in instruction.rest:
         sent = size(around[instruction.operands[0]].shape)
@@ -146,7 +149,7 @@ def _communication(
         slices = grid.slices if grid else 2
         program.between_slices += times * sent * 2 * (slices - 1) / slices
         return
-    found = transfer(instruction, around, grid)
+    found = transfer(instruction, around, grid, fused)
     if found is None:
         return
     total = program.collectives.setdefault(found.kind, Collective())

@@ -16,6 +16,7 @@ _BYTES = {
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (.*)$")
+_BRACKET = re.compile(r"[()]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 Computation = dict[str, "Instruction"]
@@ -77,10 +78,10 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """The position behind the bracket that closes the one at `start`."""
     depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == "(") - (text[position] == ")")
+    for bracket in _BRACKET.finditer(text, start):
+        depth += 1 if bracket[0] == "(" else -1
         if not depth:
-            return position + 1
+            return bracket.end()
     raise ValueError(f"a bracket is not closed: {text[start : start + 60]}")
 
 
