@@ -72,6 +72,7 @@ def summary(
         "collectives": {
             kind: {"count": round(mean["count"], 2), "bytes": round(mean["bytes"])}
             for kind, mean in sorted(collectives.items())
+            if mean["count"]  # some are of the program between the steps alone
         },
         "between_slices_bytes": round(between),
         "bound_seconds": bound,

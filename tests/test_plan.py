@@ -129,7 +129,8 @@ def test_collectives_are_those_of_the_mean_step():
         link_bytes={"0,1": 50e9},
         between_slices_bytes_per_device=3200.0,
     )
-    found = summary([program(share=15 / 16), rare], CHIPS["v5e"], 4)
+    between = program(share=0.0, collectives={"all-gather": {"count": 1, "bytes": 8}})
+    found = summary([program(share=15 / 16), rare, between], CHIPS["v5e"], 4)
     assert found["collectives"] == {
         "all-reduce": {"count": round(3 * 15 / 16 + 30 / 16, 2), "bytes": 31.25e9},
         "all-to-all": {"count": 0.25, "bytes": 100},
