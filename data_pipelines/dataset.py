@@ -37,6 +37,11 @@ def background_name(split: str) -> str:
     return f"background_motion-{split}.npy"
 
 
+def shard_name(split: str, number: int, count: int) -> str:
+    """As TFDS names the ArrayRecord file with this number, from 0, of the `count` of a split."""
+    return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
+
+
 def shards(directory: str | Path) -> dict[str, list[Path]]:
     """split -> its ArrayRecord files, in order.
 

@@ -1,31 +1,36 @@
-"""Clips -> a dataset directory: ArrayRecord shards written by a TFDS builder, without TensorFlow.
+"""Clips -> a dataset directory: ArrayRecord shards with the metadata that TFDS reads, without TensorFlow.
 
 The directory is made beside its final place and renamed when whole. It holds what TFDS expects
 (`dataset_info.json`,
 `features.json`, the shards) and per split one small `clip_index-SPLIT.json` and
 `background_motion-SPLIT.npy`, read back from the shards, so that a training run knows every clip's
 length, keys and calm windows without opening all records.
+
+TFDS writes the metadata alone: its own writer keeps a split of up to 1000 MiB in memory, to shuffle it, and needs
+TensorFlow beyond that. Here a record is written as soon as it is made.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from data_pipelines import background, dataset, files, records
 from dexportrait_jax.errors import UserError
 
 VERSION = "1.0.0"
+# Bytes of the records of a shard, unless a single one is larger. Every host opens shards as it reads, a quarter of the
+# files that it may open at a time: a terabyte should be a few thousand of them, which small shards would not be. It is
+# copied, and encoded to latents, shard by shard, for which large ones would not do.
+SHARD_BYTES = 512 << 20
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -58,49 +63,6 @@ def features() -> tfds.features.FeaturesDict:
     )
 
 
-def example(clip: records.Clip) -> dict[str, Any]:
-    """A clip as the nested dict that `features` encodes."""
-    flat = records.to_features(background.measured(clip))
-    nested = {name: value for name, value in flat.items() if "/" not in name}
-    nested["mask_polygons"] = {name: flat[f"mask_polygons/{name}"] for name in records.POLYGONS}
-    return nested
-
-
-class _Info(tfds.core.DatasetInfo):
-    """TFDS looks for a new dataset in Google's bucket, where ours is not, and leaves an empty folder in /tmp."""
-
-    def initialize_from_bucket(self) -> None:
-        pass
-
-
-class PortraitClips(tfds.core.GeneratorBasedBuilder):
-    """Cropped clips of talking faces. Constructed with the generators of its splits."""
-
-    VERSION = tfds.core.Version(VERSION)
-    # Where TFDS would look for checksums of downloads; we have none, and its search needs a package
-    # it does not require.
-    code_path = None
-
-    def __init__(self, *, clips: Mapping[str, Callable[[], Iterable[records.Clip]]], **kwargs):
-        self._clips = clips
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _Info(
-            builder=self,
-            features=features(),
-            description="One face in one fixed square crop per clip, with pseudo labels.",
-            disable_shuffling=True,  # the loader shuffles; order here is the order of the input
-        )
-
-    def _split_generators(self, download_manager):
-        return {split: self._generate_examples(clips) for split, clips in self._clips.items()}
-
-    def _generate_examples(self, clips):
-        for number, clip in enumerate(clips()):
-            yield number, example(clip)
-
-
 def write_dataset(
     splits: Mapping[str, Callable[[], Iterable[records.Clip]]],
     out: str | Path,
@@ -118,7 +80,7 @@ def write_dataset(
         overwrite: replace a dataset that is there.
 
     Raises:
-        UserError: `out` is there already, is no dataset, or cannot be written.
+        UserError: `out` is there already, is no dataset, or cannot be written; or there is no clip at all.
     """
     out = Path(out).absolute()
     if files.already_there(out, "a dataset", dataset.is_dataset) and not overwrite:
@@ -128,48 +90,67 @@ def write_dataset(
         with files.writing_to(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
-            directory = _prepare(splits, temporary)
+            written = [_write_split(name, clips(), temporary) for name, clips in splits.items()]
+            filled = [split for split in written if split.shard_lengths]
+            if not filled:
+                raise UserError(f"there is no clip to write to {out}; give videos of faces")
+            _write_metadata(temporary, filled)
             for name, content in (reports or {}).items():
                 text = content if isinstance(content, str) else content()
-                files.write_bytes(directory / name, text.encode())
-            for split in dataset.split_names(directory):
-                index, motion = dataset.build_index(directory, split)
+                files.write_bytes(temporary / name, text.encode())
+            for split in dataset.split_names(temporary):
+                index, motion = dataset.build_index(temporary, split)
                 text = json.dumps(index)
-                files.write_bytes(directory / dataset.index_name(split), text.encode())
-                dataset.write_background_motion(directory, split, motion)
-            files.replace_directory(directory, out)
+                files.write_bytes(temporary / dataset.index_name(split), text.encode())
+                dataset.write_background_motion(temporary, split, motion)
+            files.replace_directory(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
-def _prepare(splits, temporary: Path) -> Path:
-    tfds.disable_progress_bar()
-    builder = PortraitClips(
-        clips=dict(_filled(splits)), data_dir=temporary, file_format="array_record"
+def _write_split(name: str, clips: Iterable[records.Clip], directory: Path) -> tfds.core.SplitInfo:
+    """Writes the shards of a split, which has none where there is no clip; returns what the metadata tell of it."""
+    lengths, size = [], 0
+    encoded = (records.encode(background.measured(clip)) for clip in clips)
+    record = next(encoded, None)
+    while record is not None:
+        length, room = 0, SHARD_BYTES
+        with _shard(directory / _unfinished(name, len(lengths))) as write:
+            while record is not None and (len(record) <= room or length == 0):
+                write(record)
+                length, room, size = length + 1, room - len(record), size + len(record)
+                record = next(encoded, None)
+        lengths.append(length)
+    for number in range(len(lengths)):  # only now it is known of how many
+        finished = directory / dataset.shard_name(name, number, len(lengths))
+        (directory / _unfinished(name, number)).rename(finished)
+    return tfds.core.SplitInfo(
+        name=name, shard_lengths=lengths, num_bytes=size, filename_template=None
     )
-    with contextlib.redirect_stdout(
-        sys.stderr if os.environ.get("DEXPORTRAIT_DEBUG") else _Silence()
-    ):
-        builder.download_and_prepare()
-    return Path(builder.data_path)
 
 
-def _filled(splits) -> Iterator[tuple[str, Callable[[], Iterable[records.Clip]]]]:
-    """The splits that have a clip, each to be asked once: TFDS fails at one that turns out to be empty."""
-    for name, clips in splits.items():
-        following = iter(clips())
-        for first in following:
-            whole = itertools.chain([first], following)
-            yield name, lambda whole=whole: whole
-            break
+def _unfinished(split: str, number: int) -> str:
+    return f"{split}-{number}.incomplete"
 
 
-class _Silence:
-    """TFDS prints what it does; our job prints its own progress."""
+@contextmanager
+def _shard(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """What writes a record to a new shard, which is whole and on the disk once the block has ended without error."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    yield writer.write
+    writer.close()
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
-    def write(self, text: str) -> int:
-        return len(text)
 
-    def flush(self) -> None:
-        pass
+def _write_metadata(directory: Path, splits: list[tfds.core.SplitInfo]) -> None:
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features(),
+        split_infos=splits,
+        version=VERSION,
+        check_data=False,  # it would need TensorFlow
+        description="One face in one fixed square crop per clip, with pseudo labels.",
+        disable_shuffling=True,  # the loader shuffles; order here is the order of the input
+    )

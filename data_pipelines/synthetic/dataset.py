@@ -7,11 +7,9 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import cv2
 
@@ -154,12 +152,12 @@ def _cores() -> int:
 
 
 class _Progress:
-    """Says how far it is, at most every `EVERY` seconds, where it was made: the writer of datasets silences stdout."""
+    """Says how far it is, at most every `EVERY` seconds."""
 
     EVERY = 5.0
 
     def __init__(self, total: int):
-        self.total, self.done, self.stream = total, 0, sys.stdout
+        self.total, self.done = total, 0
         self.started = self.said = time.monotonic()
 
     def count(self, clip: records.Clip) -> records.Clip:
@@ -168,9 +166,9 @@ class _Progress:
         if now - self.said > self.EVERY:
             self.said = now
             left = (now - self.started) / self.done * (self.total - self.done)
-            _say(f"{self.done} of {self.total} clips, about {left:.0f} s to go", self.stream)
+            _say(f"{self.done} of {self.total} clips, about {left:.0f} s to go")
         return clip
 
 
-def _say(text: str, stream: TextIO | None = None) -> None:
-    print(f"render: {text}", file=stream, flush=True)
+def _say(text: str) -> None:
+    print(f"render: {text}", flush=True)

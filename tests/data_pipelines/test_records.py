@@ -1,16 +1,18 @@
 """Records: there and back, and the same bytes for TFDS."""
 
 import dataclasses
+import json
 import tempfile
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, records
+from data_pipelines import dataset, records, shard_reader
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
+from tests.disks import small_disk
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,11 @@ def test_tfds_understands_our_bytes(clip):
 
 
 def test_we_understand_tfds_bytes(clip):
-    features = builder.features()
-    data = features.serialize_example(features.encode_example(builder.example(clip)))
-    _assert_same(records.decode(data), clip)
+    """Those of datasets that TFDS's own writer made."""
+    features, flat = builder.features(), records.to_features(clip)
+    nested = {name: value for name, value in flat.items() if "/" not in name}
+    nested["mask_polygons"] = {name: flat[f"mask_polygons/{name}"] for name in records.POLYGONS}
+    _assert_same(records.decode(features.serialize_example(features.encode_example(nested))), clip)
 
 
 def test_integers_are_parsed():
@@ -116,15 +120,14 @@ def test_part_cuts_every_array(clip):
     np.testing.assert_array_equal(part.background_motion[1:], clip.background_motion[2:4])
 
 
-def test_records_of_older_versions_lack_the_motion_of_backgrounds(clip):
+def test_records_of_older_versions_lack_the_motion_of_backgrounds(clip, tmp_path):
     older = dataclasses.replace(clip, background_motion=None)
     data = records.encode(older)
     assert b"background_motion" not in data
     _assert_same(records.decode(data), older)
     assert older.part(1, 4).background_motion is None
-    np.testing.assert_array_equal(
-        builder.example(older)["background_motion"], clip.background_motion
-    )
+    anew = builder.write_dataset({"train": lambda: [older]}, tmp_path / "data")
+    _assert_same(dataset.ClipDataset(anew, "train")[0], clip)
 
 
 def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
@@ -174,6 +177,90 @@ def test_errors_of_opening_a_dataset(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 1, 4, 32, validation_clips=0)
     with pytest.raises(UserError, match="no split 'validation'"):
         dataset.ClipDataset(directory, "validation")
+
+
+def test_a_split_of_several_shards(tmp_path, monkeypatch, capsys):
+    """In the order of its clips; as TFDS says what is in it, it is read by TFDS and by us."""
+    import tensorflow_datasets as tfds
+
+    clips = [fixtures.make_clip(number, 4 + number % 3, 32) for number in range(9)]
+    sizes = [len(records.encode(clip)) for clip in clips]
+    monkeypatch.setattr(builder, "SHARD_BYTES", sum(sizes[:2]))  # two clips a shard, or one
+    splits = {"train": lambda: clips[:7], "nobody": list, "validation": lambda: clips[7:]}
+    directory = builder.write_dataset(splits, tmp_path / "data")
+    assert capsys.readouterr() == ("", "")
+    names = [path.name for path in dataset.shards(directory)["train"]]
+    count = len(names)
+    assert 4 <= count <= 6
+    assert names == [
+        f"portrait_clips-train.array_record-{number:05d}-of-{count:05d}" for number in range(count)
+    ]
+    info = json.loads((directory / dataset.INFO).read_text())
+    train, validation = info["splits"]
+    lengths = [int(length) for length in train["shardLengths"]]
+    assert lengths == shard_reader.record_counts(dataset.shards(directory)["train"])
+    assert set(lengths) == {1, 2} and sum(lengths) == 7
+    assert int(train["numBytes"]) == sum(sizes[:7])
+    assert (train["name"], validation["name"]) == ("train", "validation")
+    expected = [clip.clip_id for clip in clips[:7]]
+    assert [clip.clip_id for clip in dataset.ClipDataset(directory, "train")] == expected
+    source = tfds.builder_from_directory(directory).as_data_source(split="train")
+    assert [clip["clip_id"].decode() for clip in source] == expected
+    assert [len(clip["frames"]) for clip in source] == [len(clip) for clip in clips[:7]]
+    for name in ("data", "again"):
+        again = builder.write_dataset(splits, tmp_path / name, overwrite=True)
+        contents = {path.name: path.read_bytes() for path in directory.iterdir()}
+        assert contents == {path.name: path.read_bytes() for path in again.iterdir()}
+
+
+def test_a_clip_larger_than_a_shard_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "SHARD_BYTES", 1)
+    directory = fixtures.make_dataset(tmp_path / "data", clips=3, frames=4, size=32)
+    clips = dataset.ClipDataset(directory, "train")
+    assert len(clips.paths) == len(clips) == 3
+    assert [clip.identity for clip in clips] == ["drawn0", "drawn1", "drawn2"]
+
+
+def test_a_split_may_be_larger_than_what_tfds_keeps_in_memory(tmp_path, monkeypatch):
+    """Of the clips that are written one is in memory, however many there are."""
+    from tensorflow_datasets.core import shuffle
+
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1 << 16)
+    clip = fixtures.make_clip(0, 20, 64)
+    size = len(records.encode(clip))
+    assert size > 1 << 16
+    splits = {"train": lambda: (dataclasses.replace(clip) for _ in range(30))}
+    builder.write_dataset(splits, tmp_path / "first")  # what is imported for it
+    tracemalloc.start()
+    directory = builder.write_dataset(splits, tmp_path / "data")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(dataset.ClipDataset(directory, "train")) == 30
+    assert peak < 10 * size
+
+
+def test_a_full_disk_among_many_shards(tmp_path, monkeypatch):
+    clips = [fixtures.make_clip(number, 20, 64) for number in range(5)]
+    size = len(records.encode(clips[0]))
+    monkeypatch.setattr(builder, "SHARD_BYTES", 4 * size)
+    taken = []
+
+    def many():
+        for number in range(1000):
+            taken.append(number)
+            yield clips[number % len(clips)]
+
+    with small_disk(tmp_path / "disk", "size=4m") as disk:
+        with pytest.raises(UserError, match="cannot write .*data: the disk is full") as caught:
+            builder.write_dataset({"train": many}, disk / "data")
+        assert "\n" not in str(caught.value) and list(disk.iterdir()) == []
+    assert len(taken) < 100  # and not when all clips have been made
+
+
+def test_a_dataset_without_clips_is_none(tmp_path):
+    with pytest.raises(UserError, match="no clip to write to .*data;"):
+        builder.write_dataset({"train": list}, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_dataset_never_leaves_half_of_it(tmp_path, monkeypatch):
