@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
 
 from data_pipelines import background, files, records, shard_reader
 from dexportrait_jax.errors import UserError
@@ -119,7 +118,9 @@ def build_index(
         the index, one list per key in record order; and the clips' `background_motion` (frames,) float32, one
         clip after the other, or nothing without `measure`.
     """
-    source = array_record_data_source.ArrayRecordDataSource(shards(directory)[split])
+    paths = shards(directory)[split]
+    # Not all open at once: a large split has more of them than a process may have open.
+    source = shard_reader.ShardReader(paths, shard_reader.record_counts(paths))
     columns = ("clip_id", "identity", "session", "camera", "frames", "fps", "start", "size")
     index: dict[str, list] = {name: [] for name in columns}
     motions = [np.zeros(0, np.float32)]

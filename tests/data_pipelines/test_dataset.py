@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -104,3 +106,22 @@ def test_records_of_other_clips_than_the_index_says(directory):
     ) as caught:
         clips[1]
     assert caught.value.clip_id == clips.index["clip_id"][1]
+
+
+def test_an_index_is_made_of_more_shards_than_may_be_open(tmp_path):
+    """That of a new dataset, of one that lacks it, and the motion of its backgrounds."""
+    made = fixtures.make_dataset(tmp_path / "data", 60, 1, 16, validation_clips=0)
+    index = ClipDataset(made, "train").index
+    fixtures.spread(made, 60)
+    (made / dataset.index_name("train")).unlink()
+    (made / dataset.background_name("train")).unlink()
+    code = """
+import json, os, resource, sys
+from data_pipelines import dataset, measure
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30,) * 2)
+measure.run_measure(sys.argv[1])
+print(json.dumps(dataset.ClipDataset(sys.argv[1], "train").index))
+"""
+    done = subprocess.run([sys.executable, "-c", code, made], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == index
