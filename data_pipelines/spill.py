@@ -18,7 +18,7 @@ import numpy as np
 from data_pipelines import files
 from dexportrait_jax.errors import UserError
 
-CHUNK = 256  # rows of `Rows` that are mapped together
+CHUNK = 256  # rows of `Rows` that are mapped together, at least
 
 
 class NoRoomError(UserError):
@@ -49,16 +49,23 @@ def zeros(shape: Sequence[int], dtype: np.dtype | type = np.float32) -> np.ndarr
 
 
 class Rows:
-    """Arrays of one shape and type that come one by one."""
+    """Arrays of one shape and type that come one by one.
+
+    Up to half as much again is reserved for those to come. Every chunk is a file that stays open, so chunks grow with
+    what is there: a million rows take 21 of them.
+    """
 
     def __init__(self) -> None:
         self._chunk = np.empty((0, 0))
-        self._used = 0
+        self._used = 0  # of this chunk
+        self._before = 0  # in those before it
 
     def append(self, row: np.ndarray) -> np.ndarray:
         """A copy of ``row`` that lies on disk."""
         if self._used == len(self._chunk):
-            self._chunk, self._used = zeros((CHUNK, *row.shape), row.dtype), 0
+            self._before += self._used
+            rows = max(CHUNK, self._before // 2)
+            self._chunk, self._used = zeros((rows, *row.shape), row.dtype), 0
         self._used += 1
         self._chunk[self._used - 1] = row
         return self._chunk[self._used - 1]

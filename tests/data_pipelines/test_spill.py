@@ -1,6 +1,7 @@
 """spill.py: what lies on disk is read back, costs no memory, and is never left behind."""
 
 import os
+import resource
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_rows(folder):
     kept = [rows.append(row) for row in wanted]
     np.testing.assert_array_equal(np.stack(kept), wanted)
     assert kept[0].dtype == np.float64
+
+
+def test_many_rows_take_few_files(folder, monkeypatch):
+    """Of which a process may have 1024 open on most systems: an hour of video would be beyond that."""
+    monkeypatch.setattr(spill, "CHUNK", 4)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    rows, kept = spill.Rows(), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        for number in range(4000):
+            kept.append(rows.append(np.full(3, number)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_array_equal(np.stack(kept)[:, 2], np.arange(4000))
+    sizes = {id(row.base): len(row.base) for row in kept}
+    assert 4000 <= sum(sizes.values()) < 1.5 * 4000  # what is reserved
 
 
 def test_frames_are_a_list_of_bytes(folder):
