@@ -18,9 +18,14 @@ from dexportrait_jax.errors import UserError
 LABELLED = 32  # frames whose labels are computed together
 
 
+def printable(text: str | os.PathLike) -> str:
+    r"""A path as text that can be stored and printed: bytes of it that are not UTF-8 become such as `\xe9`."""
+    return os.fspath(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """Keys of the clips of one video; without a rig, one session and one camera."""
+    """Keys of the clips of one video, printable; without a rig, one session and one camera."""
 
     name: str
     identity: str
@@ -29,7 +34,7 @@ class Naming:
 
     @classmethod
     def of(cls, path: str | os.PathLike) -> Naming:
-        stem = Path(path).stem
+        stem = Path(printable(path)).stem
         return cls(stem, stem, stem)
 
 
@@ -219,7 +224,7 @@ def _clip(clip_id, naming, path, seen, frames, box, settings, *, spilled=False) 
         identity=naming.identity,
         session=naming.session,
         camera=naming.camera,
-        source=Path(path).name,
+        source=Path(printable(path)).name,
         fps=(len(seen) - 1) / length if length > 0 else 25.0,
         size=settings.size,
         frames=frames,

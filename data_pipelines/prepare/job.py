@@ -158,7 +158,8 @@ def _check_flags(
 
 def _people(names: str | None, holdout: str, identities: set[str]) -> list[str]:
     """The people that `--holdout_people` names, in alphabetical order."""
-    people = sorted({name.strip() for name in (names or "").split(",")} - {""})
+    listed = clip_making.printable(names or "").split(",")
+    people = sorted({name.strip() for name in listed} - {""})
     if not people:
         return []
     if holdout != "identity":
@@ -216,13 +217,15 @@ def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]
             f"--identity={pattern} has no group named identity or session; name what tells people apart, such as "
             "'(?P<identity>id[0-9]+)/'"
         )
-    stems = collections.Counter(path.stem for path in paths)
+    shown = [Path(clip_making.printable(path)) for path in paths]
+    stems = collections.Counter(path.stem for path in shown)
     namings = []
-    for path in paths:
+    for real, path in zip(paths, shown, strict=True):
         name = path.stem
         if stems[name] > 1:
-            digest = hashlib.sha256(os.fspath(path.absolute()).encode()).hexdigest()[:6]
-            name = f"{path.absolute().parent.name}-{path.stem}-{digest}"
+            whole = os.fspath(real.absolute())
+            digest = hashlib.sha256(whole.encode(errors="surrogateescape")).hexdigest()[:6]
+            name = f"{Path(clip_making.printable(whole)).parent.name}-{path.stem}-{digest}"
         groups: Mapping[str, str | None] = {}
         if expression:
             match = expression.search(os.fspath(path))
@@ -343,4 +346,4 @@ def _say_funnel(funnel: dict[str, Any]) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"prepare: {text}", flush=True)
+    print(f"prepare: {clip_making.printable(text)}", flush=True)

@@ -65,7 +65,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     """Changes whenever a file does; hashing its content would take as long as reading it."""
     status = Path(path).stat()
     text = f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # Names are bytes to the system, and need not be UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def process(

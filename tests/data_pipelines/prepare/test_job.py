@@ -1,5 +1,6 @@
 """The job `prepare` on scripted videos: verdicts, restart, splits, errors; nothing half-written."""
 
+import hashlib
 import json
 import os
 import weakref
@@ -55,9 +56,10 @@ def landmarker(monkeypatch, tmp_path):
     return model
 
 
-def _run(videos, out, **options):
+def _run(videos, out, *, landmarker=None, **options):
     options = {"size": 48, "settings": SETTINGS} | options
-    job.run_prepare(f"{videos}/*.mp4", out, landmarker_path=videos.parent / "model", **options)
+    model = landmarker or videos.parent / "model"
+    job.run_prepare(f"{videos}/*.mp4", out, landmarker_path=model, **options)
 
 
 def test_every_video_gets_a_verdict(videos, tmp_path, capsys):
@@ -221,6 +223,45 @@ def test_a_name_with_brackets_is_found(videos, tmp_path):
         landmarker_path=tmp_path / "model",
     )  # fmt: skip
     assert dataset.ClipDataset(tmp_path / "out", "train").index["identity"] == ["talk [id],1"]
+
+
+def test_names_that_are_not_utf8(videos, tmp_path, capsys):
+    """Are names too, whatever the file turns out to be, and told as text that can be stored and printed."""
+    old = os.fsencode(videos) + b"/old\xfc"
+    os.mkdir(old)  # noqa: PTH102 - pathlib takes no bytes
+    for name, new in (
+        ("anna", b"%s/caf\xe8" % old),
+        ("bert", b"%s/caf\xe9" % old),
+        ("carl", b"%s/caf\\xe9" % old),
+        ("text", b"%s/text\xff" % old),
+        ("wall", "%s/wände".encode() % os.fsencode(videos)),
+    ):
+        (videos / f"{name}.mp4").rename(os.fsdecode(new + b".mp4"))
+    _run(f"{videos}/**", tmp_path / "out", holdout_fraction=0, landmarker=tmp_path / "model")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    reasons = {os.fsencode(one["source"]): one["reason"] for one in report["videos"]}
+    assert reasons[old + b"/text\xff.mp4"] == "unreadable"
+    assert reasons[os.fsencode(videos) + "/wände.mp4".encode()] == "no face found"
+    clips_there = list(dataset.ClipDataset(tmp_path / "out", "train"))
+    assert len({clip.clip_id for clip in clips_there}) == len(clips_there) == 4
+    assert {clip.source for clip in clips_there} == {r"caf\xe8.mp4", r"caf\xe9.mp4"}
+    assert {clip.identity for clip in clips_there} == {r"caf\xe8", r"caf\xe9"}
+    assert r"caf\xe8: kept" in capsys.readouterr().out
+    _run(f"{videos}/**", tmp_path / "out", holdout_fraction=0, landmarker=tmp_path / "model")
+    assert "already prepared" in capsys.readouterr().out
+    rig = {"identity": r"(?P<identity>[^/]+)\.mp4", "holdout_people": os.fsdecode(b"caf\xe8")}
+    _run(os.fsdecode(old), tmp_path / "rig", landmarker=tmp_path / "model", **rig)
+    held = dataset.ClipDataset(tmp_path / "rig", "validation").index
+    assert held["identity"] == [r"caf\xe8"]
+
+
+def test_names_that_are_utf8_have_the_fingerprint_they_had(tmp_path):
+    """Or jobs that were killed would begin anew."""
+    path = tmp_path / "wände.mp4"
+    path.write_bytes(b"12345")
+    os.utime(path, ns=(0, 67890))
+    expected = hashlib.sha256(f"{path} 5 67890".encode()).hexdigest()[:16]
+    assert processing.fingerprint(path) == expected
 
 
 def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkeypatch):
