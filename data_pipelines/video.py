@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,22 @@ from dexportrait_jax.errors import UserError
 TIME_BASE = Fraction(1, 90_000)  # of videos whose frames come at a varying rate
 AVCOL_SPC_UNSPECIFIED = 2  # FFmpeg's, which PyAV gives as a number without a name
 SLACK = 2  # frames that a whole file may lack at its end: edit lists and decoders drop some
+# What a disk or a mount says that does not answer, or is not there any more.
+AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN}
+
+
+class DiskError(UserError):
+    """The disk of a video does not answer: a fault of the machine, and not of the video.
+
+    Attributes:
+        why: what the system says of it.
+    """
+
+    def __init__(self, path: str | os.PathLike, why: str):
+        super().__init__(
+            f"{path} cannot be read ({why}): its disk does not answer; start the same command again when it does"
+        )
+        self.why = why
 
 
 class Frame(NamedTuple):
@@ -43,8 +60,9 @@ def probe(path: str | os.PathLike) -> VideoInfo:
 
     Raises:
         UserError: it is missing, not a video, or its first frame cannot be decoded.
+        DiskError: its disk does not answer.
     """
-    with _open(path) as container:
+    with _from_disk(path), _open(path) as container:
         stream = container.streams.video[0]
         try:
             frame = next(container.decode(stream), None)
@@ -52,6 +70,8 @@ def probe(path: str | os.PathLike) -> VideoInfo:
                 raise UserError(f"{path} holds no video frames")
             height, width = _upright(frame, stream.sample_aspect_ratio).shape[:2]
         except av.error.FFmpegError as error:
+            if error.errno in AWAY:
+                raise
             raise _undecodable(path, error) from error
         return VideoInfo(width, height, _rate(stream), stream.frames)
 
@@ -72,8 +92,10 @@ def read_frames(
 
     Raises:
         UserError: it is missing, not a video, or not one frame can be decoded.
+        DiskError: its disk does not answer, at its start or in the middle. FFmpeg tells that of most files; an MP4
+            whose index it could not read is to it one that has none.
     """
-    with _open(path) as container:
+    with _from_disk(path), _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         rate, aspect = _rate(stream), stream.sample_aspect_ratio
@@ -93,6 +115,8 @@ def read_frames(
                     yield Frame(_upright(frame, aspect), time)
                     number += 1
         except av.error.FFmpegError as error:
+            if error.errno in AWAY:  # what came so far is not all there is
+                raise
             if number == 0:
                 raise _undecodable(path, error) from error
             if on_damage is not None:
@@ -156,6 +180,8 @@ def _turned_like(raw: np.ndarray, picture: np.ndarray) -> np.ndarray:
 def _first_frame(path: str | os.PathLike) -> np.ndarray:
     try:
         return next(read_frames(path, max_frames=1)).image
+    except DiskError:
+        raise
     except UserError as error:
         raise _neither(path) from error
 
@@ -286,6 +312,17 @@ def _check_file(path: str | os.PathLike) -> None:
         raise UserError(f"{path} is a folder, not a file")
 
 
+@contextmanager
+def _from_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the system says of a disk that does not answer into a DiskError about ``path``."""
+    try:
+        yield
+    except OSError as error:  # FFmpeg's of this kind are among them
+        if error.errno not in AWAY:
+            raise
+        raise DiskError(path, error.strerror) from error
+
+
 def _open(path: str | os.PathLike):
     path = Path(path)
     if not path.exists():
@@ -295,6 +332,8 @@ def _open(path: str | os.PathLike):
     try:
         container = av.open(os.fspath(path), metadata_errors="ignore")
     except (av.error.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in AWAY:
+            raise
         what = "it is empty" if path.stat().st_size == 0 else getattr(error, "strerror", error)
         raise UserError(f"{path} is not a video that can be read ({what})") from error
     if not container.streams.video:

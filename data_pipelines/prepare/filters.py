@@ -25,6 +25,7 @@ TOO_SHORT = "too few good frames in a row"
 TOO_FEW = "too few frames"
 UNREADABLE = "unreadable"
 FAILED = "failed"
+UNREACHABLE = "cannot be reached any more"  # of the machine and not of the video: never kept
 
 # The same point of a mirrored face: corners and lids of the eyes, mouth, brows, cheeks, midline.
 _MIRROR_PAIRS = np.array(
@@ -74,6 +75,8 @@ class Verdict:
 
     def words(self) -> str:
         """One line for people."""
+        if self.reason == UNREACHABLE:
+            return f"not done: {self.reason}{self.detail}"
         if not self.kept:
             return f"dropped: {self.reason}{self.detail}"
         text = f"kept {self.kept_frames} of {self.frames} frames in {self.clips} clip(s)"

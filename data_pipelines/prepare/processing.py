@@ -2,6 +2,7 @@
 
 Each video's clips and verdict go to a file of their own as soon as they are there, so an interrupted
 job goes on where it was. A process that dies (native code can) costs the video it was at, not the job.
+A video whose disk drops out gets no verdict: it is left to the next start of the same command.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from data_pipelines import files, records, spill
+from data_pipelines import files, records, spill, video
 from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, detect, filters
 from dexportrait_jax.errors import UserError
@@ -33,7 +34,14 @@ from dexportrait_jax.errors import UserError
 # 3: a crop that is larger than the picture shows all of it; times held out are the same for all cameras.
 VERSION = 3
 
+PAUSES = (
+    1.0,
+    10.0,
+    60.0,
+)  # seconds before a video is tried again whose disk does not answer: a mount made anew
+
 _landmarker: detect.Landmarker | UserError | None = None  # of a worker process, loaded once
+_answers = True  # of a worker process: whether the last video could be reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +88,8 @@ def process(
         say: gets one line of progress a video.
 
     Raises:
-        UserError: the results cannot be written, or the landmarker cannot be loaded.
+        UserError: the results cannot be written, the landmarker cannot be loaded, or some videos cannot be reached
+            any more: the others are done then, and that is kept.
     """
     verdicts = {job: _done(job) for job in jobs}
     waiting = [job for job in jobs if verdicts[job] is None]
@@ -103,6 +112,13 @@ def process(
             if _run([job], model, 1, tell):
                 tell(job, filters.Verdict(job.path, False, filters.FAILED, ": its process died"))
         left = [job for job in left if verdicts[job] is None]
+    away = [verdict for verdict in verdicts.values() if verdict.reason == filters.UNREACHABLE]
+    if away:
+        first = f"{away[0].source}{away[0].detail}"
+        raise UserError(
+            f"{len(away)} of {len(jobs)} video(s) cannot be reached any more (first: {first}); start the same command "
+            "again when they can, or without them: what is done is kept"
+        )
     return [verdicts[job] for job in jobs]
 
 
@@ -121,7 +137,7 @@ def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
     )
     try:
         # The longest first, so that no core waits for one big video at the end.
-        ordered = iter(sorted(jobs, key=lambda job: -Path(job.path).stat().st_size))
+        ordered = iter(sorted(jobs, key=lambda job: -_size(job.path)))
         begun: dict[concurrent.futures.Future, Job] = {}
         broken: list[Job] = []
         while True:
@@ -141,6 +157,14 @@ def _run(jobs: list[Job], model: str, workers: int, tell) -> list[Job]:
                     broken.append(job)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file, 0 where it cannot be reached."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return 0
 
 
 def _start(model: str) -> None:
@@ -167,8 +191,27 @@ def _end_with_parent() -> None:
 
 
 def _look_at(job: Job) -> filters.Verdict:
+    """The verdict on a video, kept with its clips; UNREACHABLE, and nothing kept, after the last of PAUSES."""
+    global _answers
     if isinstance(_landmarker, UserError):
         raise _landmarker
+    # Once a disk has been waited for, the other videos on it are not, or a heap of them would take days to fail.
+    for pause in (*(PAUSES if _answers else ()), None):
+        try:
+            verdict = _kept(job)
+        except video.DiskError as error:
+            failure = error
+        else:
+            _answers = True
+            return verdict
+        if pause is not None:
+            time.sleep(pause)
+    _answers = False
+    return filters.Verdict(job.path, False, filters.UNREACHABLE, f" ({failure.why})")
+
+
+def _kept(job: Job) -> filters.Verdict:
+    """Looks at a video and writes its result file; where its disk does not answer, a DiskError, and no file."""
     with files.writing_to(job.folder), files.staged_stream(job.result) as stream:
         for part in _made(job):
             if isinstance(part, filters.Verdict):
@@ -187,16 +230,40 @@ def _made(job: Job) -> Iterator[filters.Verdict | bytes]:
         clips, verdict = clip_making.clips_from_video(
             job.path, _landmarker, job.settings, max_frames=job.max_frames, naming=job.naming
         )
+        if verdict.damaged:
+            _check_reachable(job)
         yield verdict
         yield from map(records.encode, clips)
-    except spill.NoRoomError:
-        raise  # the next video would fare no better
+    except (spill.NoRoomError, video.DiskError):
+        raise  # a fault of the machine
     except UserError as error:
+        _check_reachable(job)
         detail = f" ({str(error).removeprefix(job.path).strip()})"
         yield filters.Verdict(job.path, False, filters.UNREADABLE, detail)
     except Exception as error:  # one strange video must not end a job of days
+        _check_reachable(job)
         detail = f": {type(error).__name__}: {error}"
         yield filters.Verdict(job.path, False, filters.FAILED, detail)
+
+
+def _check_reachable(job: Job) -> None:
+    """Raises DiskError unless a video is there as it was when the job began, and every byte of it can be read.
+
+    What is wrong with a file that is there is for FFmpeg to say; that it is not there FFmpeg does not always.
+    """
+    try:
+        # Of another job, as this one's was named when the video was first asked for.
+        changed = dataclasses.replace(job).result != job.result
+        with Path(job.path).open("rb", buffering=0) as stream:
+            buffer = bytearray(1 << 20)
+            while stream.readinto(buffer):
+                pass
+    except PermissionError:
+        return  # it is there
+    except OSError as error:
+        raise video.DiskError(job.path, error.strerror) from error
+    if changed:
+        raise video.DiskError(job.path, "it was changed while it was read")
 
 
 def _parts(result: Path) -> Iterator[bytes]:

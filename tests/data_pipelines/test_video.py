@@ -218,6 +218,54 @@ def test_max_frames_and_damage(tmp_path):
     assert not said  # all that was asked for is there
 
 
+def fail_after(monkeypatch, packets, name=""):
+    """From then on the disk of the videos with ``name`` in their path does not answer."""
+    real = av.open
+
+    class Failing:
+        def __init__(self, *args, **options):
+            self._container, self._path = real(*args, **options), args[0]
+
+        def __getattr__(self, attribute):
+            return getattr(self._container, attribute)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._container.close()
+
+        def demux(self, stream):
+            for number, packet in enumerate(self._container.demux(stream)):
+                if number == packets and name in self._path:
+                    raise av.error.OSError(5, "Input/output error", self._path)
+                yield packet
+
+    monkeypatch.setattr(av, "open", Failing)
+
+
+@pytest.mark.parametrize("packets", [0, 30])
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, packets):
+    _write(tmp_path / "a.mp4", _frames(40))
+    fail_after(monkeypatch, packets)
+    said = []
+    with pytest.raises(video.DiskError, match=r"a.mp4 cannot be read \(Input/output error\)"):
+        list(video.read_frames(tmp_path / "a.mp4", on_damage=said.append))
+    assert not said
+
+
+def test_a_disk_that_is_gone_makes_no_broken_video(tmp_path, monkeypatch):
+    _write(tmp_path / "a.mp4", _frames(4))
+
+    def stale(path, **options):
+        raise av.error.OSError(116, "Stale file handle", path)
+
+    monkeypatch.setattr(av, "open", stale)
+    for read in (lambda path: next(video.read_frames(path)), video.probe, video.read_image):
+        with pytest.raises(video.DiskError, match="Stale file handle"):
+            read(tmp_path / "a.mp4")
+
+
 def _noise_file(path, codec, options, sound):
     """60 frames of noise in groups of 10, and so many seconds of silence; where the bytes of each packet end."""
     with av.open(str(path), "w", options=options) as container:

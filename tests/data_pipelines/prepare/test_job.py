@@ -14,6 +14,7 @@ from data_pipelines.prepare import builder, clips, crop, job, processing
 from data_pipelines.synthetic.dataset import run_render
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
+from tests.data_pipelines.test_video import fail_after
 from tests.disks import resize, small_disk
 
 SETTINGS = crop.Settings(min_frames=6)
@@ -51,6 +52,7 @@ def landmarker(monkeypatch, tmp_path):
         return []
 
     monkeypatch.setattr(processing, "_landmarker", model)
+    monkeypatch.setattr(processing, "_answers", True)
     monkeypatch.setattr(processing, "_run", run)
     (tmp_path / "model").write_text("scripted")
     return model
@@ -370,6 +372,100 @@ def test_a_full_temporary_directory_is_no_fault_of_the_video(videos, tmp_path, m
     _run(videos, tmp_path / "out")
     report = json.loads((tmp_path / "out" / job.REPORT).read_text())
     assert report["funnel"]["videos_kept"] == 3
+
+
+def _kept(out):
+    """Names and lengths of a dataset's clips."""
+    train, held = (dataset.ClipDataset(out, name).index for name in ("train", "validation"))
+    names, frames = (train[key] + held[key] for key in ("clip_id", "frames"))
+    return sorted(zip(names, frames, strict=True))
+
+
+def _disk_drops_out_at(monkeypatch, videos, name, away):
+    """While the video of this name is opened, until ``away`` is renamed back."""
+    real = clips.clips_from_video
+
+    def drops_out(path, *args, **options):
+        if name in str(path) and videos.exists():
+            videos.rename(away)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(clips, "clips_from_video", drops_out)
+
+
+def test_a_disk_that_drops_out_is_no_fault_of_the_videos(videos, tmp_path, monkeypatch, capsys):
+    _run(videos, tmp_path / "whole")
+    capsys.readouterr()
+    waited, away = [], tmp_path / "away"
+    monkeypatch.setattr(processing.time, "sleep", waited.append)
+    with monkeypatch.context() as patched:
+        _disk_drops_out_at(patched, videos, "carl", away)
+        words = r"5 of 7 video\(s\) cannot be reached any more \(first: .*carl.mp4 \(No such file"
+        with pytest.raises(UserError, match=words) as caught:
+            _run(videos, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert waited == list(processing.PAUSES)  # not for each of those that follow
+    said = capsys.readouterr().out
+    assert "carl: not done: cannot be reached any more" in said and "unreadable" not in said
+    assert not (tmp_path / "out").exists()
+    away.rename(videos)
+    _run(videos, tmp_path / "out")
+    assert "going on: 2 of 7 videos are done already" in capsys.readouterr().out
+    assert _kept(tmp_path / "out") == _kept(tmp_path / "whole")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    assert report["funnel"]["videos_dropped"]["unreadable"] == 1  # the one that is none
+
+
+def test_a_disk_that_comes_back_is_waited_for(videos, tmp_path, monkeypatch):
+    _run(videos, tmp_path / "whole")
+    away = tmp_path / "away"
+    waited, real = [], clips.clips_from_video
+    _disk_drops_out_at(monkeypatch, videos, "anna", away)
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            away.rename(videos)
+            monkeypatch.setattr(clips, "clips_from_video", real)
+
+    monkeypatch.setattr(processing.time, "sleep", wait)
+    _run(videos, tmp_path / "out")
+    assert waited == list(processing.PAUSES[:2])
+    assert _kept(tmp_path / "out") == _kept(tmp_path / "whole")
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_file_cuts_no_clip(videos, tmp_path, monkeypatch):
+    _run(videos, tmp_path / "whole")
+    monkeypatch.setattr(processing, "PAUSES", ())
+    with monkeypatch.context() as patched:
+        fail_after(patched, 12, "anna")
+        with pytest.raises(UserError, match=r"1 of 7 .*anna.mp4 \(Input/output error\)"):
+            _run(videos, tmp_path / "out")
+    _run(videos, tmp_path / "out")
+    assert _kept(tmp_path / "out") == _kept(tmp_path / "whole")
+
+
+def test_what_ffmpeg_does_not_tell_of_a_disk_is_asked(videos, tmp_path, monkeypatch):
+    """Of an MP4 whose index cannot be read it says that it is none."""
+    monkeypatch.setattr(processing, "PAUSES", ())
+    real = Path.open
+
+    def fails(path, mode="r", *args, **options):
+        if path.name == "text.mp4" and mode == "rb":
+            raise OSError(5, "Input/output error")
+        return real(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(UserError, match=r"1 of 7 .*text.mp4 \(Input/output error\)"):
+        _run(videos, tmp_path / "out")
+
+
+def test_a_file_that_is_cut_off_is_no_fault_of_the_disk(videos, tmp_path):
+    data = (videos / "anna.mp4").read_bytes()
+    (videos / "anna.mp4").write_bytes(data[: data.index(b"mdat") + 1500])
+    _run(videos, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / job.REPORT).read_text())
+    assert "cut off" in report["videos"][0]["damaged"] and report["videos"][0]["kept"]
 
 
 def test_a_video_that_changes_after_it_was_read_costs_nothing(videos, tmp_path, monkeypatch):
