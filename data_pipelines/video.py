@@ -15,11 +15,13 @@ import av
 import cv2
 import numpy as np
 
-from data_pipelines import files
+from data_pipelines import files, high_dynamic_range
 from dexportrait_jax.errors import UserError
 
 TIME_BASE = Fraction(1, 90_000)  # of videos whose frames come at a varying rate
-AVCOL_SPC_UNSPECIFIED = 2  # FFmpeg's, which PyAV gives as a number without a name
+# FFmpeg's, which PyAV gives as numbers without a name.
+AVCOL_SPC_UNSPECIFIED = 2
+HDR = (high_dynamic_range.PQ, high_dynamic_range.HLG)
 SLACK = 2  # frames that a whole file may lack at its end: edit lists and decoders drop some
 # What a disk or a mount says that does not answer, or is not there any more.
 AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN}
@@ -84,8 +86,8 @@ def read_frames(
 ) -> Iterator[Frame]:
     """Decodes a video from its start.
 
-    Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, and
-    times are those of the file, so a variable rate is told truthfully. A file that is damaged in
+    Rotation metadata and non-square pixels are honoured, alpha is dropped, grey becomes RGB, HDR
+    becomes SDR, and times are those of the file, so a variable rate is told truthfully. A file that is damaged in
     the middle, or cut off, ends there, and `on_damage` is told so in words. That it is cut off is known by the
     number of frames or the duration in its header, or by a last frame that is not whole: not of a stream that was
     recorded without either (live Matroska, MPEG-TS), nor of a fragmented MP4 that ends with a fragment.
@@ -394,18 +396,24 @@ def _matrix(frame: av.VideoFrame) -> str | None:
     """The colour matrix of a frame that tells none: BT.709 where it is HD, as in players; None leaves it to FFmpeg.
 
     FFmpeg takes all that is untagged as BT.601, which moves the reds and greens of an HD video by up to 16 of 255.
+    HDR is of BT.2020, in any size.
     """
     told = frame.colorspace != AVCOL_SPC_UNSPECIFIED
+    if not told and frame.color_trc in HDR:
+        return "bt2020"
     return None if told or (frame.width < 1280 and frame.height <= 576) else "ITU709"
 
 
 def _upright(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
-    """The picture as it is meant to be seen, of square pixels.
+    """The picture as it is meant to be seen on an SDR screen, of square pixels.
 
     ``aspect``: width of a stored pixel by its height, None where the file does not say. It is of the
     picture as stored: what is turned afterwards grows in height. As in players, rows stay as they are.
     """
-    image = frame.to_ndarray(format="rgb24", src_colorspace=_matrix(frame))
+    hdr = frame.color_trc in HDR
+    image = frame.to_ndarray(format="rgb48" if hdr else "rgb24", src_colorspace=_matrix(frame))
+    if hdr:
+        image = high_dynamic_range.to_srgb(image, frame.color_trc)
     height, width = image.shape[:2]
     # Beyond four to one it is a damaged header, and no picture that anybody filmed.
     wanted = max(1, round(width * aspect)) if aspect and 1 / 4 <= aspect <= 4 else width
