@@ -27,6 +27,8 @@ from dexportrait_jax.errors import UserError
 
 REPORT, MADE_WITH = "drop_report.json", "prepare.json"
 BETWEEN = "between training and validation"  # why frames are left out, with holdout="time"
+# Of the settings, what flags say; the other constants are the version's.
+ASKED = ("size", "face_scale", "minimum_scale")
 VERSION = "version"  # of the clips, in MADE_WITH; datasets made before it was written there lack it
 
 
@@ -255,6 +257,11 @@ def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:
             f"{out} is a dataset that `prepare` did not make, or whose {MADE_WITH} is damaged; "
             "choose another --out or pass --overwrite"
         ) from None
+    older = before.get(VERSION) != made_with[VERSION]
+    if older and isinstance(before.get("settings"), dict):
+        before["settings"] |= {
+            key: value for key, value in made_with["settings"].items() if key not in ASKED
+        }
     changed = [
         key for key, value in made_with.items() if key != VERSION and before.get(key) != value
     ]
@@ -263,7 +270,7 @@ def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:
             f"{out} is a dataset made with other {', '.join(changed)}; "
             "choose another --out or pass --overwrite"
         )
-    if before.get(VERSION) != made_with[VERSION]:
+    if older:
         made = f"version {before[VERSION]}" if VERSION in before else "an older version"
         _say(
             f"{out}: already prepared, {_contents(out)}, but by {made}, whose clips may differ from those of version "

@@ -175,6 +175,7 @@ def test_a_dataset_of_an_older_version_is_said_to_be_one(videos, tmp_path, capsy
     _run(videos, tmp_path / "out")
     path = tmp_path / "out" / job.MADE_WITH
     made_with = json.loads(path.read_text())
+    made_with["settings"]["max_cut_difference"] = 0.2  # as it was by default then
     for before, words in ((2, "by version 2"), (None, "by an older version")):
         made_with.pop(job.VERSION)
         path.write_text(json.dumps(made_with | ({job.VERSION: before} if before else {})))
@@ -185,6 +186,8 @@ def test_a_dataset_of_an_older_version_is_said_to_be_one(videos, tmp_path, capsy
         (said,) = capsys.readouterr().out.splitlines()
         assert words in said and "already prepared" in said and "--overwrite" in said
         assert (tmp_path / ".out.work").exists()
+    with pytest.raises(UserError, match="made with other settings"):
+        _run(videos, tmp_path / "out", size=64)
     _run(videos, tmp_path / "out", overwrite=True)
     capsys.readouterr()
     _run(videos, tmp_path / "out")
