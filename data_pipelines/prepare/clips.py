@@ -169,10 +169,16 @@ def _look(image, time, landmarker, settings, *, ask_mirror: bool) -> filters.Obs
     height, width = image.shape[:2]
     picture = (width, height)
     face, verdict = filters.judge(landmarker.detect(image), picture, settings)
-    error = None
-    if ask_mirror and face is not None:
-        error = filters.mirror_error(face, landmarker.detect(image[:, ::-1]), width)
-    return filters.Observation(time, face, verdict, False, error, picture)
+    seen = filters.Observation(time, face, verdict, False, None, picture)
+    return _asked(seen, image, landmarker) if ask_mirror else seen
+
+
+def _asked(seen: filters.Observation, image, landmarker) -> filters.Observation:
+    """The same with its `mirror_error`, where there is a face."""
+    if seen.face is None:
+        return seen
+    mirrored = landmarker.detect(image[:, ::-1])
+    return seen._replace(mirror_error=filters.mirror_error(seen.face, mirrored, seen.picture[0]))
 
 
 def observe(
@@ -196,14 +202,16 @@ def observe(
     thumbnail, asked = None, 0
     frames = video.read_frames(path, max_frames=max_frames, on_damage=on_damage)
     for index, frame in enumerate(frames):
-        ask = index >= asked
-        seen = _look(frame.image, frame.time, landmarker, settings, ask_mirror=ask)
-        if ask and seen.mirror_error is not None:
-            asked = index + settings.mirror_every
+        seen = _look(frame.image, frame.time, landmarker, settings, ask_mirror=False)
         now = filters.thumbnail(frame.image)
         if observations:
             difference = float(np.abs(now - thumbnail).mean())
             seen = seen._replace(cut=filters.is_cut(observations[-1], seen, difference, settings))
+        if seen.cut:
+            asked = index  # somebody else, perhaps
+        if index >= asked and seen.face is not None:
+            seen = _asked(seen, frame.image, landmarker)
+            asked = index + settings.mirror_every
         if spilled and seen.face is not None:
             face = (rows.append(part) for rows, part in zip(on_disk, seen.face, strict=True))
             seen = seen._replace(face=detect.Face(*face))

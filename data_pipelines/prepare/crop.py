@@ -35,7 +35,7 @@ class Settings:
         max_jump: movement of the face between two frames, in face boxes, that is a cut.
         max_pause: seconds between two frames that are a cut.
         mirror_error: how far landmarks of the mirrored picture may disagree, in face boxes.
-        mirror_every: every how many frames that is asked.
+        mirror_every: every how many frames of a shot that is asked, from its first face on.
     """
 
     size: int = 512

@@ -148,7 +148,10 @@ def _longest_shot(
 def _gaps(observations, span, seen) -> list[str]:
     if seen.all():
         return []
-    reasons = collections.Counter(observations[index].verdict for index in span[~seen])
+    # What is good by itself was left out with its run.
+    reasons = collections.Counter(
+        observations[index].verdict or filters.NOT_HUMAN for index in span[~seen]
+    )
     edges = np.flatnonzero(np.diff(seen.astype(int)))  # a gap lies behind an even one
     times = np.array([observations[index].time for index in span])
     lengths = times[edges[1::2] + 1] - times[edges[::2]]

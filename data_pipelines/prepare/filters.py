@@ -172,7 +172,10 @@ def is_cut(
 def segments(
     observations: list[Observation], source: str, settings: crop.Settings
 ) -> tuple[list[tuple[int, int]], Verdict]:
-    """Runs [first, last) of good frames without a cut, and the verdict on the whole video."""
+    """Runs [first, last) of good frames without a cut, and the verdict on the whole video.
+
+    A run is of a human face where the median of its mirror errors says so; where none was asked, that of its shot.
+    """
     counts = collections.Counter(seen.verdict for seen in observations if seen.verdict)
     verdict = Verdict(source=source, kept=False, frames=len(observations))
     verdict.cuts = sum(seen.cut for seen in observations)
@@ -180,10 +183,6 @@ def segments(
     if counts[SEVERAL] > settings.max_several * total:
         verdict.reason = SEVERAL
         verdict.detail = f" in {counts[SEVERAL]} of {total} frames"
-        return [], verdict
-    errors = [seen.mirror_error for seen in observations if seen.mirror_error is not None]
-    if errors and np.median(errors) > settings.mirror_error:
-        verdict.reason = NOT_HUMAN
         return [], verdict
 
     runs, first = [], None
@@ -195,8 +194,13 @@ def segments(
             first = index
     if first is not None:
         runs.append((first, len(observations)))
+    human = _human(runs, observations, settings)
+    strange = _frames(runs) - _frames(human)
+    if strange:
+        counts[NOT_HUMAN] += strange
+    runs = human
     kept = [run for run in runs if run[1] - run[0] >= settings.min_frames]
-    short = sum(last - start for start, last in runs) - sum(last - start for start, last in kept)
+    short = _frames(runs) - _frames(kept)
     if short:
         counts[TOO_SHORT] += short
     verdict.dropped_frames = dict(counts.most_common())
@@ -205,8 +209,31 @@ def segments(
         return [], verdict
     pieces = [piece for run in kept for piece in _pieces(*run, settings.clip_frames)]
     verdict.kept, verdict.clips = True, len(pieces)
-    verdict.kept_frames = sum(last - start for start, last in pieces)
+    verdict.kept_frames = _frames(pieces)
     return pieces, verdict
+
+
+def _frames(runs: list[tuple[int, int]]) -> int:
+    return sum(last - first for first, last in runs)
+
+
+def _human(
+    runs: list[tuple[int, int]], observations: list[Observation], settings: crop.Settings
+) -> list[tuple[int, int]]:
+    """The runs that show a human face: another shot of the same video may show a dog, or a doll."""
+    shots = np.cumsum([seen.cut for seen in observations])
+    errors = np.array(
+        [np.nan if seen.mirror_error is None else seen.mirror_error for seen in observations]
+    )
+    asked = ~np.isnan(errors)
+    human = []
+    for first, last in runs:
+        inside = errors[first:last][asked[first:last]]
+        if not len(inside):
+            inside = errors[asked & (shots == shots[first])]
+        if not len(inside) or np.median(inside) <= settings.mirror_error:
+            human.append((first, last))
+    return human
 
 
 def _pieces(first: int, last: int, longest: int) -> list[tuple[int, int]]:

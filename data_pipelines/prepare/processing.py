@@ -32,7 +32,8 @@ from dexportrait_jax.errors import UserError
 # Of clips; datasets say it too. Raise it when the same video and settings would give other ones.
 # 2: pose labels are of the face as its crop shows it.
 # 3: a crop that is larger than the picture shows all of it; times held out are the same for all cameras.
-# 4: HDR videos become SDR as on a screen; cuts between people in like framing are seen.
+# 4: HDR videos become SDR as on a screen; cuts between people in like framing are seen; faces that are not human are
+# left out by shot.
 VERSION = 4
 
 PAUSES = (

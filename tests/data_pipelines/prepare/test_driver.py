@@ -1,5 +1,6 @@
 """driver.py: a driver keeps time while the face is away, and says so."""
 
+import dataclasses
 from fractions import Fraction
 
 import av
@@ -45,6 +46,15 @@ def test_a_face_that_leaves_for_a_while_leaves_the_clock_alone(tmp_path):
         "4 of 15 frames show no usable face (no face found), in 2 gap(s), "
         "the longest of 0.16 s from 0.16 s: pose and expression are interpolated there"
     )
+
+
+def test_a_face_that_is_not_human_leaves_a_gap_that_says_so(tmp_path):
+    shown = [dict(), dict(faces=0), dict(dog=True), dict(faces=0), dict()]
+    path = write(tmp_path / "a.mp4", [picture(**one) for one in shown for _ in range(3)])
+    settings = dataclasses.replace(SETTINGS, mirror_every=1)
+    driver = driver_from_video(path, ScriptedLandmarker(), settings)
+    assert driver.seen.tolist() == [True] * 3 + [False] * 9 + [True] * 3
+    assert "(no face found, not a human face, or too unclear)" in driver.left_out
 
 
 def test_absence_at_the_ends_is_cut_off_and_told(tmp_path):

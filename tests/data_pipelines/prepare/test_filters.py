@@ -90,6 +90,29 @@ def test_whole_videos_are_refused_with_their_reason():
     assert reason([]).startswith("dropped: too few frames: 0")
 
 
+def test_faces_that_are_not_human_are_left_out_by_shot():
+    def shot(length, error, verdict=filters.GOOD):
+        return [_seen(verdict, cut=True, mirror_error=error), *[_seen()] * (length - 1)]
+
+    for dogs in (10, 90):  # whatever most of the video shows
+        frames = shot(10, 0.01) + shot(dogs, 0.06) + shot(12, 0.02)
+        runs, verdict = filters.segments(frames, "a", SETTINGS)
+        assert runs == [(0, 10), (10 + dogs, 22 + dogs)] and verdict.kept
+        assert verdict.dropped_frames == {filters.NOT_HUMAN: dogs}
+        assert verdict.kept_frames == 22 and verdict.frames == 22 + dogs
+    # A run in which nothing was asked is as human as its shot.
+    for error, left in ((0.06, [(9, 18)]), (0.01, [(1, 9), (9, 18)])):
+        frames = shot(9, error, filters.OUTSIDE) + shot(9, 0.01)
+        assert filters.segments(frames, "a", SETTINGS)[0] == left
+    # One frame that is unclear costs no run.
+    frames = shot(20, 0.01)
+    frames[5] = frames[10] = frames[5]._replace(mirror_error=0.03)
+    frames[15] = frames[15]._replace(mirror_error=0.2)
+    assert filters.segments(frames, "a", SETTINGS)[0] == [(0, 20)]
+    none = filters.segments(shot(9, 0.06) + shot(8, 0.05), "a", SETTINGS)[1]
+    assert none.words() == "dropped: not a human face, or too unclear in 17 of 17 frames"
+
+
 def test_mirror_error():
     face = _face()
     mirrored = face.landmarks.copy()

@@ -303,6 +303,24 @@ def test_what_a_killed_job_left_is_cleared_up(videos, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
 
 
+def test_a_shot_of_a_dog_is_left_out_and_no_other(tmp_path):
+    """However short it is: of its frames none is one of those that are asked anyway."""
+    shots = [(10, 120, False), (8, 30, True), (10, 200, False), (30, 90, True)]
+    pictures = [
+        scripted.picture(shade=shade, dog=dog)
+        for length, shade, dog in shots
+        for _ in range(length)
+    ]
+    pictures[18] = scripted.picture(0, shade=200)  # the face comes a frame after the cut
+    _write(tmp_path / "a.mp4", pictures)
+    made, verdict = clips.clips_from_video(
+        tmp_path / "a.mp4", scripted.ScriptedLandmarker(), crop.Settings(size=48, min_frames=6)
+    )
+    names = [clip.clip_id for clip in made]
+    assert names == ["a-000000-000009", "a-000019-000027"] and verdict.cuts == 3
+    assert verdict.dropped_frames == {"not a human face, or too unclear": 38, "no face found": 1}
+
+
 def test_a_strange_video_does_not_end_the_job(videos, tmp_path, monkeypatch):
     real = clips.clips_from_video
 
