@@ -55,6 +55,14 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture
+def cudnn_stubbed(monkeypatch):
+    """JAX's attention by cuDNN can be traced and lowered, though there is no cuDNN here."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+@pytest.fixture
 def programs():
     """Names of the programs that JAX compiles, small ones of single operations too."""
     import jax

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dexportrait_jax.models.partitioning import attend_in_parts
 from dexportrait_jax.models.rematerialisation import ATTENTION
@@ -43,32 +43,37 @@ def attention(
     query: Float[Array, "batch queries heads features"],
     key: Float[Array, "batch keys heads features"],
     value: Float[Array, "batch keys heads features"],
-    keep: Bool[Array, "batch keys"] | None = None,
+    keep: Bool[Array, "batch keys"] | Int[Array, " batch"] | None = None,
     *,
     backend: Backend = "auto",
 ) -> Float[Array, "batch queries heads features"]:
     """Scaled dot-product attention. Keys whose ``keep`` is False take no part (one must stay).
 
+    Where a sample's keys that take part all come before those that do not, ``keep`` may be how many they are: that
+    is all that cuDNN can be told without a bias as large as the logits.
+
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend; "cudnn" and a ``keep`` of every key.
     """
     if backend == "auto":
         backend = _chosen.value
     if backend == "auto":
-        backend = choose_backend(query, key)
+        backend = choose_backend(query, key, keep)
     return checkpoint_name(_attend(query, key, value, keep, backend), ATTENTION)
 
 
 def _attend(query: Array, key: Array, value: Array, keep: Array | None, backend: Backend) -> Array:
+    if backend == "cudnn":
+        return cudnn(query, key, value, keep)
+    if keep is not None and keep.ndim == 1:
+        keep = jnp.arange(key.shape[1]) < keep[:, None]
     if backend == "plain":
         return _plain(query, key, value, keep)
     if backend == "chunked":
         return _chunked(query, key, value, keep)
     if backend == "blocked":
+        keep = jnp.ones(key.shape[:2], bool) if keep is None else keep
         return attend_in_parts(_blocked, query, key, value, keep)
-    if backend == "cudnn":
-        mask = None if keep is None else keep[:, None, None, :]
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
     if backend == "splash":
         # Imported here: it brings Pallas, which no other platform needs.
         from dexportrait_jax.models.splash import splash
@@ -77,22 +82,53 @@ def _attend(query: Array, key: Array, value: Array, keep: Array | None, backend:
     raise ValueError(f"attention backend {backend!r} is none of {', '.join(get_args(Backend))}")
 
 
-def choose_backend(query: Array, key: Array) -> Backend:
-    """By the platform that the program is made for.
+def choose_backend(query: Array, key: Array, keep: Array | None = None) -> Backend:
+    """By the platform that the program is made for, and by what the arguments of ``attention`` are.
 
-    CPU: blocks of one head once the logits leave the cache. GPU in half precision: cuDNN. TPU: splash for long
-    sequences. Otherwise chunks of queries for long sequences, and plain attention for short ones everywhere.
+    CPU: blocks of one head once the logits leave the cache. GPU in half precision: cuDNN, where it can. TPU: splash
+    for long sequences. Otherwise chunks of queries for long sequences, and plain attention for short ones everywhere.
     """
     batch, queries, heads, features = query.shape
     platform = target_platform()
     if platform == "cpu" and batch * heads * queries * key.shape[1] >= BLOCKED_FROM_LOGITS:
         return "blocked"
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    if platform == "gpu" and half and features % 8 == 0 and features <= 128:
+    fits = features % 8 == 0 and features <= 128 and (keep is None or keep.ndim == 1)
+    # Of odd lengths JAX has no gradient from cuDNN.
+    even = queries % 2 == key.shape[1] % 2 == 0
+    if platform == "gpu" and half and fits and even:
         return "cudnn"
     if queries < LONG_FROM_QUERIES:
         return "plain"
     return "splash" if platform == "tpu" else "chunked"
+
+
+def cudnn(
+    query: Float[Array, "batch queries heads features"],
+    key: Float[Array, "batch keys heads features"],
+    value: Float[Array, "batch keys heads features"],
+    lengths: Int[Array, " batch"] | None = None,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "batch queries heads features"]:
+    """JAX's attention by cuDNN, to the first ``lengths`` keys of each sample; by XLA, the same for tests.
+
+    On a mesh every device works on its part: JAX's rule for cutting up cuDNN's ties the query's dimensions alone.
+
+    Raises:
+        ValueError: ``lengths`` that are a mask. JAX makes a bias of a mask, wants one for every query, and keeps
+            its gradient: 400 MB for six samples of 4096 queries and 8192 keys.
+    """
+    if lengths is not None and lengths.ndim > 1:
+        raise ValueError("attention backend 'cudnn' takes how many keys take part, no mask of them")
+
+    def attend(query: Array, key: Array, value: Array, lengths: Array | None = None) -> Array:
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths, implementation=implementation
+        )
+
+    of_samples = () if lengths is None else (lengths.astype(jnp.int32),)
+    return attend_in_parts(attend, query, key, value, *of_samples)
 
 
 def _plain(query: Array, key: Array, value: Array, keep: Array | None) -> Array:
@@ -267,12 +303,13 @@ class Attention(nnx.Module):
         context: Float[Array, "batch keys context"] | None = None,
         *,
         extra: tuple[Array, Array] | None = None,
-        extra_keep: Bool[Array, "batch extra_keys"] | None = None,
+        extra_keep: Bool[Array, "batch extra_keys"] | Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch queries features"]:
         """Attend to ``context`` (default: to ``hidden`` itself) and to ``extra`` keys and values.
 
         ``extra`` is a pair (keys, values) of shape (batch / n, extra_keys, features): each of its
-        rows serves n consecutive rows of the batch. ``extra_keep`` says which of them take part.
+        rows serves n consecutive rows of the batch. ``extra_keep`` says which of them take part, or, (batch,),
+        whether they do.
         """
         key, value = self.keys_values(hidden if context is None else context)
         keep = None
@@ -281,7 +318,9 @@ class Attention(nnx.Module):
             own = key.shape[1]
             key = jnp.concatenate([key, repeat_rows(extra[0], times)], axis=1)
             value = jnp.concatenate([value, repeat_rows(extra[1], times)], axis=1)
-            if extra_keep is not None:
+            if extra_keep is not None and extra_keep.ndim == 1:
+                keep = jnp.where(extra_keep, key.shape[1], own)
+            elif extra_keep is not None:
                 keep = jnp.pad(extra_keep, ((0, 0), (own, 0)), constant_values=True)
         result = attention(
             self._split(self.to_q(hidden)),

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Shaped
 
 SAMPLES = ("data", "fsdp")  # mesh axes that share the clips, or the sources, of a batch
 FRAMES = ("context",)  # mesh axis that shares a clip's frames, or a source's targets
@@ -29,32 +28,31 @@ def spread(array: Array, *dimensions: tuple[str, ...]) -> Array:
 
 
 def attend_in_parts(
-    attend: Callable[[Array, Array, Array, Array], Array],
+    attend: Callable[..., Array],
     query: Float[Array, "batch queries heads features"],
     key: Float[Array, "batch keys heads features"],
     value: Float[Array, "batch keys heads features"],
-    keep: Bool[Array, "batch keys"] | None,
+    *of_samples: Shaped[Array, "batch ..."],
 ) -> Float[Array, "batch queries heads features"]:
-    """`attend(query, key, value, keep)` of every device's part: samples over data, fsdp and context, heads over tensor.
+    """`attend` of every device's part of its arguments: samples over data, fsdp and context, heads over tensor.
 
     For attention that the compiler cannot cut up, kernels and loops over heads: it would bring everything everywhere.
+    `of_samples` is what else it is told of each sample, such as which keys take part.
     """
-    if keep is None:
-        keep = jnp.ones(key.shape[:2], bool)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return attend(query, key, value, keep)
+        return attend(query, key, value, *of_samples)
     over = dividing(query.shape[0], SAMPLES + FRAMES, mesh.shape)
     heads = dividing(query.shape[2], ("tensor",), mesh.shape)
     whole = PartitionSpec(over, None, heads, None)
     attend = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(whole, whole, whole, PartitionSpec(over, None)),
+        in_specs=(whole, whole, whole, *(PartitionSpec(over) for _ in of_samples)),
         out_specs=whole,
         check_vma=False,  # kernels do not say what varies over the mesh
     )
-    return attend(query, key, value, keep)
+    return attend(query, key, value, *of_samples)
 
 
 def dividing(

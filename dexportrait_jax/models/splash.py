@@ -37,6 +37,7 @@ def splash(
     # Scaled in float32: bfloat16 would round the scale of 40 features into every logit.
     query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     run = functools.partial(_on_one_device, interpret=target_platform() != "tpu")
+    keep = jnp.ones(key.shape[:2], bool) if keep is None else keep
     return attend_in_parts(run, query, key, value, keep)
 
 

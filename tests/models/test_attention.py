@@ -15,6 +15,7 @@ from dexportrait_jax.models.attention import (
     choose_backend,
     repeat_rows,
 )
+from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.state import Network
 from tests.published import random_like
 
@@ -93,6 +94,87 @@ def test_splash_on_a_mesh_is_splash_on_one_device():
         np.testing.assert_allclose(spread, alone, rtol=1e-6, atol=1e-6)
 
 
+def halves(batch, queries, keys, heads=4, features=8):
+    """Shapes of query, key and value in bfloat16."""
+    return tuple(
+        jax.ShapeDtypeStruct((batch, length, heads, features), jnp.bfloat16)
+        for length in (queries, keys, keys)
+    )
+
+
+def gradients_of(keep=None):
+    def loss(*arrays):
+        return jnp.sum(attention(*arrays, keep).astype(jnp.float32))
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked", "blocked", "splash"])
+def test_a_length_is_the_mask_of_so_many_keys(backend):
+    arrays, keep = inputs(2, 6, 10, 3, 4)
+    by_mask = attention(*arrays, keep, backend=backend)
+    by_length = attention(*arrays, jnp.sum(keep, axis=1), backend=backend)
+    np.testing.assert_array_equal(by_length, by_mask)
+
+
+def test_what_cudnn_is_told_is_the_plain_sum():
+    """By XLA, which takes the same arguments."""
+    arrays, keep = inputs(2, 6, 10, 3, 4)
+
+    def run(attend):
+        loss = lambda *arrays: jnp.sum(jnp.sin(attend(*arrays)))  # noqa: E731
+        return attend(*arrays), *jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    for lengths, mask in ((jnp.sum(keep, axis=1), keep), (None, None)):
+        ours = run(lambda *a, n=lengths: module.cudnn(*a, n, implementation="xla"))
+        plain = run(lambda *a, m=mask: attention(*a, m, backend="plain"))
+        for one, other in zip(ours, plain, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_choice_on_a_gpu(cudnn_stubbed):
+    """cuDNN where it has a gradient and needs no mask: what would raise is another backend's."""
+    samples = jnp.array([True, False])
+    cases = [
+        ((1024, 2048), None, "cudnn"),
+        ((4096, 8192), jnp.where(samples, 8192, 4096), "cudnn"),
+        ((1024, 2048), jnp.ones((2, 2048), bool), "plain"),  # single tokens left out
+        ((4096, 8192), jnp.ones((2, 8192), bool), "chunked"),
+        ((1024, 1), None, "plain"),  # attn2=clip_image
+        ((4096, 77), None, "chunked"),  # attn2=null_text
+        ((15, 15), None, "plain"),  # a clip of 15 frames
+    ]
+    with planned_for("gpu"):
+        for lengths, keep, backend in cases:
+            arrays = halves(2, *lengths)
+            assert choose_backend(*arrays[:2], keep) == backend, lengths
+            found = jax.eval_shape(gradients_of(keep), *arrays)
+            assert [one.shape for one in found] == [one.shape for one in arrays]
+            traced = str(jax.make_jaxpr(gradients_of(keep))(*arrays))
+            assert ("dot_product_attention" in traced) == (backend == "cudnn"), lengths
+
+
+def test_cudnn_takes_no_mask_of_keys(cudnn_stubbed):
+    with pytest.raises(ValueError, match="'cudnn' takes how many keys take part"):
+        attention(*inputs(2, 4, 4, 1, 8)[0], jnp.ones((2, 4), bool), backend="cudnn")
+
+
+def test_cudnn_on_a_mesh_works_on_every_devices_part(cudnn_stubbed):
+    """Lowered for a GPU: its calls are of one device's samples and heads, and nothing is brought together for them."""
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "context": 2, "tensor": 2}))
+    arrays = halves(8, 16, 32)
+    for lengths in (None, jnp.full(8, 16)):
+        with jax.set_mesh(mesh), planned_for("gpu"):
+            lowered = jax.jit(gradients_of(lengths)).trace(*arrays)
+            text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+        calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
+        assert len(calls) == 2  # forward and backward
+        for call in calls:
+            assert "tensor<2x16x2x8xbf16>, tensor<2x32x2x8xbf16>" in call
+            assert ("tensor<2xi32>" in call) == (lengths is not None)
+            assert ("PADDING" in call) == (lengths is not None)
+
+
 def test_half_precision_blocks():
     arrays, keep = inputs(2, 8, 8, 2, 4)
     arrays = [array.astype(jnp.bfloat16) for array in arrays]
@@ -136,6 +218,9 @@ def test_extra_keys_serve_consecutive_rows():
         np.testing.assert_allclose(ours[row], alone[0], rtol=1e-5, atol=1e-5)
     nothing = layer(hidden, extra=layer.keys_values(sources), extra_keep=jnp.zeros((4, 3), bool))
     np.testing.assert_allclose(nothing, layer(hidden), rtol=1e-5, atol=1e-5)
+    some = layer(hidden, extra=layer.keys_values(sources), extra_keep=jnp.arange(4) < 2)
+    np.testing.assert_allclose(some[:2], ours[:2], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(some[2:], nothing[2:], rtol=1e-6, atol=1e-6)
 
 
 def test_zero_output_and_indivisible_heads():

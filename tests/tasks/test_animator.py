@@ -21,11 +21,13 @@ from dexportrait_jax.models.animator import (
     temporal,
     transformer,
 )
+from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.step import init_optimizers, make_step
 from dexportrait_jax.tasks import animator, animator_start, build_networks, make_task
 from dexportrait_jax.tasks.animator_config import check_config
 from dexportrait_jax.weights.exporting import export_groups
+from dexportrait_jax.workload import abstract_batch
 from tests.published import random_like
 from tests.stages import micro
 
@@ -47,6 +49,39 @@ def test_timesteps_follow_the_power(power):
 def test_every_timestep_is_drawn():
     drawn = animator.draw_timesteps(jax.random.key(1), 10_000, 10, 1.0)
     assert set(np.asarray(drawn)) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("animator_image", ("model.attn2.attn2=null_text",)),
+        ("animator_video", ("data.frames=15", "dropout.reference_tokens=0.1")),
+    ],
+)
+def test_the_loss_has_gradients_on_a_gpu(stage, overrides, cudnn_stubbed):
+    """In bfloat16, traced as for a GPU: what cuDNN cannot do is left to others, and it does the rest."""
+    small = ("model.unet.block_channels=(16,)", "model.unet.groups=4", "model.unet.heads=2")
+    encoders = ("model.pose.depths=(1,1,1,1)", "model.expression.depth=1")
+    config = configs.load_config(
+        f"configs/{stage}.py:tiny", ["dtype=bfloat16", *small, *encoders, *overrides]
+    )
+    task = make_task(config)
+    params = {name: network.abstract for name, network in task.networks.items()}
+    trained = {name: params.pop(name) for name in task.phases[0].groups}
+
+    def gradients(params, trained, batch, key):
+        def loss(trained):
+            return task.loss({**params, **trained}, batch, key, 0, {}, ())[0]
+
+        return jax.grad(loss)(trained)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with planned_for("gpu"):
+        traced, found = jax.make_jaxpr(gradients, return_shape=True)(
+            params, trained, abstract_batch(config.data), key
+        )
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, trained)
+    assert "dot_product_attention_bwd" in str(traced)
 
 
 @pytest.mark.parametrize("stage", ["animator_image", "animator_video"])

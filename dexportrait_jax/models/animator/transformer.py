@@ -191,21 +191,19 @@ class TransformerBlock(nnx.Module):
         extra = reference.keys_values
         if extra is None:
             extra = self.reference_keys_values(reference.tokens)
-        keep = _key_keep(inputs.reference_keep, reference.token_keep, extra[0], normed.shape[0])
+        keep = _key_keep(inputs.reference_keep, reference.token_keep, normed.shape[0])
         return self.attn1(normed, extra=extra, extra_keep=keep)
 
 
 def _key_keep(
-    sample_keep: Array | None, token_keep: Array | None, keys: Array, batch: int
-) -> Bool[Array, "batch keys"] | None:
-    if sample_keep is None and token_keep is None:
-        return None
-    keep = jnp.ones((batch, keys.shape[1]), dtype=bool)
-    if sample_keep is not None:
-        keep &= (sample_keep > 0.5)[:, None]
-    if token_keep is not None:
-        keep &= jnp.repeat(token_keep > 0.5, batch // keys.shape[0], axis=0)
-    return keep
+    sample_keep: Array | None, token_keep: Array | None, batch: int
+) -> Bool[Array, "batch keys"] | Bool[Array, " batch"] | None:
+    """Which reference keys take part: where no single ones are left out, whether they do (more backends take that)."""
+    of_samples = None if sample_keep is None else sample_keep > 0.5
+    if token_keep is None:
+        return of_samples
+    keep = jnp.repeat(token_keep > 0.5, batch // token_keep.shape[0], axis=0)
+    return keep if of_samples is None else keep & of_samples[:, None]
 
 
 class Transformer2D(nnx.Module):
