@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from dexportrait_jax import config as configs
 from dexportrait_jax import optim
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.platforms import planned_for
 from dexportrait_jax.state import QUICK
 from dexportrait_jax.tasks import build_networks, motion
 from dexportrait_jax.tasks.motion import MotionTask
@@ -232,6 +234,48 @@ def test_the_penalty_is_computed_in_float32():
     assert float(exact["r1"]) > 0
     np.testing.assert_allclose(narrow["r1"], exact["r1"], rtol=1e-5)
     assert abs(narrow["real"] - exact["real"]) > 1e-5 * abs(exact["real"])
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_accelerators_multiply_the_penalty_in_float32(platform):
+    """Of float32 arrays a TPU multiplies one pass of bfloat16, a GPU TF32, where nothing else is asked for."""
+    config = configs.load_config("configs/motion.py:tiny", ["dtype=bfloat16"])
+    task = MotionTask(config)
+    side = config.data.image_size
+    shared = {"image": jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)}
+    batch = {"target_image": jax.ShapeDtypeStruct((1, 2, side, side, 3), jnp.uint8)}
+
+    def gradient(params, batch, shared, events):
+        def loss(params):
+            return task.discriminator_loss(
+                {"discriminator": params}, batch, None, 0, shared, events
+            )[0]
+
+        return jax.grad(loss)(params)
+
+    def precisions(events):
+        given = (task.networks["discriminator"].abstract, batch, shared)
+        with planned_for(platform):
+            traced = jax.make_jaxpr(functools.partial(gradient, events=events))(*given)
+        found = [eqn for eqn in equations(traced.jaxpr) if "precision" in eqn.params]
+        names = {eqn.primitive.name for eqn in found}
+        assert names == {"conv_general_dilated", "dot_general"}
+        return [eqn.params["precision"] for eqn in found]
+
+    without, with_penalty = precisions(frozenset()), precisions(frozenset({"r1"}))
+    assert set(without) == {None}
+    # Each product of it, of the gradients of its gradients too; those of the other loss stay as they were.
+    exact = [precision for precision in with_penalty if precision is not None]
+    assert set(exact) == {(jax.lax.Precision.HIGHEST,) * 2}
+    assert len(with_penalty) - len(exact) == len(without)
+
+
+def equations(jaxpr):
+    """All of a program, with those of the programs inside."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def test_gradient_norms_by_hand():
