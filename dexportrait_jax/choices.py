@@ -34,11 +34,12 @@ ANIMATE: Choices = {
 _RAYMAPS = ("displacement", "plucker6", "none")
 _POINTS = ("centres", "corners")
 _NORMS = ("group", "instance", "layer")
-_TYPES = ("float32", "bfloat16", "float16")
+# Of what is computed. Not float16: it would lose small gradients in silence, as nothing scales the loss.
+_TYPES = ("float32", "bfloat16")
 # Keys of every stage: of how it computes, and of its pictures.
 _COMMON: Choices = {
     "dtype": _TYPES,
-    "frozen_dtype": _TYPES,
+    "frozen_dtype": (*_TYPES, "float16"),  # that is stored alone, and has no gradient
     "data.mode": ("pairs", "video"),
     "data.augment.similarity.border": ("reflect", "replicate", "black"),
 }

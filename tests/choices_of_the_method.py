@@ -330,7 +330,6 @@ NOT_TRIED = {
     "sampling.reading": {"three_scale"},  # with one scale, hybrid written otherwise
     "diffusion.preset": {None},  # what configs from before there were presets have
     "diffusion.prediction": {"epsilon"},  # that of the preset
-    "dtype": {"float16"},
 }
 
 # Flags of jobs: section, job, name, values it takes or None, one that it does not take.

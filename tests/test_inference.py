@@ -534,6 +534,11 @@ def test_an_export_older_than_a_knob_is_read(tmp_path):
     assert load_model(place).augment["expression_crop"]["upright"] is False
 
 
+def test_an_export_trained_in_a_type_of_before_is_read(tmp_path):
+    """No run begins or goes on in float16; what one has made still animates."""
+    assert load_model(export(tmp_path, "motion", ["dtype=float16"])).config.dtype == "float16"
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_same_video(tmp_path, shared_data):
     """Same seed, same video, bit for bit, from the command line with real files."""

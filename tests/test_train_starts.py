@@ -54,6 +54,7 @@ def test_another_config_or_stage_does_not_touch_a_run(places, tmp_path, monkeypa
         ({"mesh__fsdp": 0}, "config.mesh.fsdp=0 is out of range"),
         ({"data__batch_size": 0}, "config.data.batch_size=0 is out of range"),
         ({"dtype": "float31"}, "not 'float31'"),
+        ({"dtype": "float16"}, "config.dtype is one of float32, bfloat16, not 'float16'"),
         (
             {"loss__perceptual": "vgg19"},
             "config.loss.perceptual is one of vgg16, alexnet, not 'vgg19'",
