@@ -44,10 +44,13 @@ def test_pictures_without_a_person_are_refused(name, faces, shared_data):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["neg_no_face.mp4", "neg_two_people.mp4"])
-def test_drivers_without_a_usable_face_are_refused(name, faces, shared_data):
+# Of the second, ten frames may do: in its first seconds the detector loses one of the two people for some frames.
+@pytest.mark.parametrize(
+    ("name", "max_frames"), [("neg_no_face.mp4", 10), ("neg_two_people.mp4", None)]
+)
+def test_drivers_without_a_usable_face_are_refused(name, max_frames, faces, shared_data):
     with pytest.raises(UserError, match=name) as caught:
-        faces.driver(str(shared_data / "negative" / "clips" / name), 10)
+        faces.driver(str(shared_data / "negative" / "clips" / name), max_frames)
     assert "\n" not in str(caught.value)
 
 

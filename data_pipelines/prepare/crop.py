@@ -30,8 +30,9 @@ class Settings:
         second_face: a second face of at least this fraction of the first one's size counts as a person.
         max_several: a video with more than this fraction of frames with two people is refused.
         max_outside: fraction of the landmarks that may lie outside the picture.
-        max_cut_difference: mean absolute difference of 32-pixel thumbnails, in [0, 1], that is a cut. From one frame to
-            the next of 17 real clips it is at most 0.038, from one person to another in the same crop at least 0.088.
+        max_cut_difference: mean absolute difference of 32-pixel thumbnails, in [0, 1], that is a cut between two frames
+            with a face, twice that where one shows none. From one frame to the next of 17 real clips it is at most
+            0.038, from one person to another in the same crop at least 0.088.
         max_jump: movement of the face between two frames, in face boxes, that is a cut.
         max_pause: seconds between two frames that are a cut.
         mirror_error: how far landmarks of the mirrored picture may disagree, in face boxes.

@@ -146,6 +146,11 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
 
 
+FACELESS = (
+    2.0  # times the difference that is a cut between two frames with a face, where one shows none
+)
+
+
 def is_cut(
     before: Observation,
     seen: Observation,
@@ -157,12 +162,13 @@ def is_cut(
     A picture of another size is one as well, as of a call whose connection got better: one box cannot cut both.
     """
     face, time = seen.face, seen.time
-    if seen.picture != before.picture:
-        return True
-    if time - before.time > settings.max_pause or difference > settings.max_cut_difference:
+    if seen.picture != before.picture or time - before.time > settings.max_pause:
         return True
     if face is None or before.face is None:
-        return False
+        # What covers or takes away a face changes the picture, too, and the face may come back: it is no cut as soon.
+        return difference > FACELESS * settings.max_cut_difference
+    if difference > settings.max_cut_difference:
+        return True
     old, new = before.face.box, face.box
     jump = np.linalg.norm((new[:2] + new[2:] - old[:2] - old[2:]) / 2) / before.face.size
     ratio = face.size / before.face.size

@@ -52,7 +52,13 @@ def test_cuts():
     assert cut(difference=0.11) and not cut(difference=0.08)
     assert cut(time=2.0)
     assert cut(picture=(480, 640))
-    assert not filters.is_cut(before, before._replace(face=None, time=1.04), 0.0, SETTINGS)
+    # What covers a face for a moment changes the picture, too.
+    covered = before._replace(face=None, time=1.04)
+    assert [filters.is_cut(before, covered, one, SETTINGS) for one in (0.0, 0.15, 0.21)] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_runs_are_split_at_gaps_and_cuts_and_short_ones_dropped():
