@@ -235,7 +235,8 @@ def _evaluation(task, config, mesh, label: str, effort: str, again: bool) -> dic
 
 
 def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:
-    """Named by everything that the plan depends on: of latents that are read, also by what they are."""
-    made = latents.read_description(config.data.latents) if config.data.get("latents") else None
+    """Named by everything that the plan depends on: of latents that a step reads, also by what they are."""
+    read = job == "train" and config.data.get("latents")
+    made = latents.read_description(config.data.latents) if read else None
     depends = [config.to_json(), job, topology, slices, effort, str(made), code_sha256()]
     return cache_file("plans", depends)
