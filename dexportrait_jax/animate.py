@@ -23,10 +23,10 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipelines import video
 from data_pipelines.prepare import crop
 from data_pipelines.prepare.driver import Driver
 from data_pipelines.records import Clip
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import driver_track, driving, paste_back, pose_transfer, provenance
 from dexportrait_jax.animate_jobs import Job, check, check_apart, checked_job, read_entries
 from dexportrait_jax.errors import Fault, UserError, in_words, is_fault
@@ -258,9 +258,9 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
     number = 0
     with contextlib.ExitStack() as stack:
 
-        def writer(path: str) -> video.VideoWriter:
+        def writer(path: str) -> VideoWriter:
             options = {"metadata": metadata, "overwrite": job.overwrite}
-            return stack.enter_context(video.VideoWriter(path, plan.timeline.fps, **options))
+            return stack.enter_context(VideoWriter(path, plan.timeline.fps, **options))
 
         stack.enter_context(provenance.sidecar(job.out, record))  # leaves the stack last
         result = writer(job.out)

@@ -15,6 +15,7 @@ import pytest
 from data_pipelines import video
 from data_pipelines.augment import default_augment
 from data_pipelines.prepare.driver import Driver
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import animate, animate_jobs, cli, driving, pose_transfer, provenance
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import PortraitModel
@@ -102,7 +103,7 @@ def files(tmp_path_factory):
     """Videos and pictures of the drawn people."""
     folder = tmp_path_factory.mktemp("people")
     for name in PEOPLE:
-        with video.VideoWriter(folder / f"{name}.mp4", 25) as writer:
+        with VideoWriter(folder / f"{name}.mp4", 25) as writer:
             for _ in range(3):
                 writer.write(np.full((64, 64, 3), 128, np.uint8))
         (folder / f"{name}.png").write_bytes(b"")
@@ -297,7 +298,7 @@ def test_a_face_that_appears_late_is_pasted_into_its_own_frame(model, tmp_path, 
     """A video that is its own driver: the crop is that of its first usable frame, and so is the rest."""
     monkeypatch.setattr(animate, "Faces", ScriptedFaces)
     path = tmp_path / "late.mp4"
-    with video.VideoWriter(path, 25, quality=4) as writer:
+    with VideoWriter(path, 25, quality=4) as writer:
         for faces, shade in [(0, 30)] * 2 + [(1, 140)] * 4:
             writer.write(scripted.picture(faces, shade))
     out = tmp_path / "result.mp4"
@@ -312,7 +313,7 @@ def test_a_face_that_appears_late_is_pasted_into_its_own_frame(model, tmp_path, 
 def test_max_frames_of_drivers_at_other_rates(model, tmp_path, length):
     """A pose of 5 and an expression of 50 frames a second: the expression goes on to the last frame that is made."""
     for name, fps, count in (("slow", 5, 8), ("fast", 50, 80)):
-        with video.VideoWriter(tmp_path / f"{name}.mp4", fps, quality=4) as writer:
+        with VideoWriter(tmp_path / f"{name}.mp4", fps, quality=4) as writer:
             for _ in range(count):
                 writer.write(scripted.picture())
     slow, fast = str(tmp_path / "slow.mp4"), str(tmp_path / "fast.mp4")
@@ -332,7 +333,7 @@ def test_max_frames_of_drivers_at_other_rates(model, tmp_path, length):
 
 def test_a_portrait_is_the_first_usable_frame_of_a_video(model, tmp_path, capsys):
     path = tmp_path / "late.mp4"
-    with video.VideoWriter(path, 25, quality=4) as writer:
+    with VideoWriter(path, 25, quality=4) as writer:
         for faces, shade in [(0, 30)] * 2 + [(1, 140), (1, 200)]:
             writer.write(scripted.picture(faces, shade))
     with ScriptedFaces(model) as faces:
@@ -360,7 +361,7 @@ def test_help_of_what_is_taken(model, files, tmp_path, capsys):
 def test_a_header_that_miscounts_its_frames(model, tmp_path, capsys, monkeypatch, counted):
     """It is not known then how many there are: no line for each of those that it does not count."""
     path = tmp_path / "eight.mp4"
-    with video.VideoWriter(path, 25, quality=4) as writer:
+    with VideoWriter(path, 25, quality=4) as writer:
         for _ in range(8):
             writer.write(scripted.picture())
     told = video.probe(path)._replace(frames=counted)
@@ -375,7 +376,7 @@ def test_a_header_that_miscounts_its_frames(model, tmp_path, capsys, monkeypatch
 
 def test_a_portrait_of_nobody(model, tmp_path):
     path = tmp_path / "empty.mp4"
-    with video.VideoWriter(path, 25, quality=4) as writer:
+    with VideoWriter(path, 25, quality=4) as writer:
         for _ in range(3):
             writer.write(scripted.picture(0))
     with ScriptedFaces(model) as faces, pytest.raises(UserError) as caught:

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines.prepare import builder
 from data_pipelines.survey import survey
-from data_pipelines.video import VideoWriter
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import cli, demo
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import in_words

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import animate, assets, face_clips
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.evaluation import estimators
@@ -149,7 +150,7 @@ def test_a_4k_portrait_on_its_side(faces, shared_data, tmp_path):
     upright = np.full((3840, 2160, 3), 90, np.uint8)
     face = still[:256, 96:352]
     upright[800:2960] = cv2.resize(face, (2160, 2160), interpolation=cv2.INTER_CUBIC)
-    with video.VideoWriter(tmp_path / "lying.mp4", 25) as writer:
+    with VideoWriter(tmp_path / "lying.mp4", 25) as writer:
         for number in range(3):
             writer.write(np.rot90(np.roll(upright, 8 * number, axis=0)))
     turn_by_metadata(tmp_path / "lying.mp4", tmp_path / "4k.mp4")

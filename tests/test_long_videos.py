@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import animate, pose_transfer
 from dexportrait_jax.animator_inference import AnimatorModel
 from dexportrait_jax.animator_windows import DenoiserPrograms
@@ -68,7 +69,7 @@ def files(tmp_path_factory):
     image = scripted.picture().astype(int)
     # Noise, so that the crop's JPEGs weigh what those of real pictures do.
     image[40:] += np.random.default_rng(0).integers(-40, 40, image[40:].shape)
-    with video.VideoWriter(folder / "driver.mp4", 25) as writer:
+    with VideoWriter(folder / "driver.mp4", 25) as writer:
         for _ in range(400):
             writer.write(image.astype(np.uint8))
     return folder

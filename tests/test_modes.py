@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import animate, face_clips, provenance
 from dexportrait_jax.animator_windows import ClipWindows
 from dexportrait_jax.evaluation.report import write_png
@@ -62,7 +63,7 @@ def files(tmp_path_factory):
         picture = np.random.default_rng(number).integers(0, 256, (72, 80, 3), dtype=np.uint8)
         picture[:SIDE, :SIDE] = frames[0]
         write_png(folder / f"{name}.png", picture)
-        with video.VideoWriter(folder / f"{name}.mp4", 25) as writer:
+        with VideoWriter(folder / f"{name}.mp4", 25) as writer:
             for frame in frames:
                 writer.write(frame)
     return folder
@@ -99,7 +100,7 @@ def heard(model, monkeypatch):
     """The real programs run, with somebody who listens."""
     heard, programs = Heard(), model._denoiser("learned")
     window, source, frames = ClipWindows.predict, model._source, model.animate
-    write = video.VideoWriter.write
+    write = VideoWriter.write
 
     def predict_window(self, latents, timesteps, numbers, branch):
         heard.passes.append((numbers, branch))
@@ -128,7 +129,7 @@ def heard(model, monkeypatch):
     monkeypatch.setitem(model._denoisers, False, programs._replace(predict=predict))
     monkeypatch.setattr(model, "_source", encode_source)
     monkeypatch.setattr(model, "animate", made)
-    monkeypatch.setattr(video.VideoWriter, "write", written)
+    monkeypatch.setattr(VideoWriter, "write", written)
     return heard
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dexportrait_jax
-from data_pipelines.video import VideoWriter
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import provenance
 from dexportrait_jax.errors import UserError
 

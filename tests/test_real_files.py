@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax import animate, cli, provenance
 from dexportrait_jax.inference import load_model
 from tests.data_pipelines.prepare.test_driver import write
@@ -124,7 +125,7 @@ def test_a_4k_portrait_on_its_side_comes_out_upright(made, still, tmp_path):
     upright[800:2960] = cv2.resize(face, (2160, 2160), interpolation=cv2.INTER_CUBIC)
     pictures = [np.roll(upright, 16 * number, axis=0) for number in range(2)]
     lying = tmp_path / "lying.mp4"
-    with video.VideoWriter(lying, 25) as writer:
+    with VideoWriter(lying, 25) as writer:
         for picture in pictures:
             writer.write(np.rot90(picture))
     turn_by_metadata(lying, tmp_path / "4k.mp4")

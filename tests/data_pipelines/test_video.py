@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import video
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax.errors import UserError
 
 
@@ -23,7 +24,7 @@ def _frames(count=6, height=48, width=64):
 
 
 def _write(path, frames, fps=25.0, **options):
-    with video.VideoWriter(path, fps, **options) as writer:
+    with VideoWriter(path, fps, **options) as writer:
         for frame in frames:
             writer.write(frame)
 
@@ -53,19 +54,19 @@ def test_odd_sizes_are_padded(tmp_path):
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), video.VideoWriter(tmp_path / "a.mp4", 25) as writer:
+    with pytest.raises(RuntimeError), VideoWriter(tmp_path / "a.mp4", 25) as writer:
         writer.write(_frames(1)[0])
         raise RuntimeError("stop")
-    with pytest.raises(UserError, match="no frame"), video.VideoWriter(tmp_path / "a.mp4", 25):
+    with pytest.raises(UserError, match="no frame"), VideoWriter(tmp_path / "a.mp4", 25):
         pass
     assert list(tmp_path.iterdir()) == []
     _write(tmp_path / "a.mp4", _frames(2))
     before = (tmp_path / "a.mp4").read_bytes()
     with pytest.raises(UserError, match="exists already"):
-        video.VideoWriter(tmp_path / "a.mp4", 25)
+        VideoWriter(tmp_path / "a.mp4", 25)
     with (
         pytest.raises(RuntimeError),
-        video.VideoWriter(tmp_path / "a.mp4", 25, overwrite=True) as writer,
+        VideoWriter(tmp_path / "a.mp4", 25, overwrite=True) as writer,
     ):
         writer.write(_frames(1)[0])
         raise RuntimeError("stop")
@@ -77,8 +78,8 @@ def test_two_writers_at_once_do_not_meet(tmp_path, other):
     """Of one stem in one process, or of one file in two containers, whose processes have the same number."""
     frames = _frames(1)[0], 255 - _frames(1)[0]
     with (
-        video.VideoWriter(tmp_path / other, 25, quality=4) as second,
-        video.VideoWriter(tmp_path / "a.mp4", 25, quality=4) as first,
+        VideoWriter(tmp_path / other, 25, quality=4) as second,
+        VideoWriter(tmp_path / "a.mp4", 25, quality=4) as first,
     ):
         for _ in range(100):  # more than the encoder keeps before it writes
             first.write(frames[0])
@@ -96,7 +97,7 @@ def test_what_killed_writers_left_is_removed(tmp_path, capsys):
     abandoned.write_bytes(b"half of a video")
     others = tmp_path / ".b.mp4.tmp-0123abcd"
     others.touch()
-    with video.VideoWriter(tmp_path / "a.mp4", 25) as writer:
+    with VideoWriter(tmp_path / "a.mp4", 25) as writer:
         assert not abandoned.exists() and others.exists()
         assert "removed .a.mp4.tmp-0123abcd" in capsys.readouterr().err
         writer.write(_frames(1)[0])
@@ -107,7 +108,7 @@ def test_what_killed_writers_left_is_removed(tmp_path, capsys):
 
 def test_writer_refuses_other_endings_and_bad_folders(tmp_path):
     with pytest.raises(UserError, match="ends in .mp4"):
-        video.VideoWriter(tmp_path / "a.gif", 25)
+        VideoWriter(tmp_path / "a.gif", 25)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write"):
         _write(tmp_path / "file" / "a.mp4", _frames(1))
@@ -437,7 +438,7 @@ def test_read_image(tmp_path):
 
 def test_frames_written_at_their_own_times(tmp_path):
     times = [0.0, 0.04, 0.2, 0.24, 0.5]
-    with video.VideoWriter(tmp_path / "a.mp4", 10.0) as writer:
+    with VideoWriter(tmp_path / "a.mp4", 10.0) as writer:
         for image, time in zip(_frames(5), times, strict=True):
             writer.write(image, time)
     read = [frame.time for frame in video.read_frames(tmp_path / "a.mp4")]

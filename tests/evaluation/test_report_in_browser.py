@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines.video import VideoWriter
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax.evaluation import report
 
 CHROMIUM = next(

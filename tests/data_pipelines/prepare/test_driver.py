@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.prepare import Settings, driver_from_video
-from data_pipelines.video import VideoWriter
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare.scripted import ScriptedLandmarker, picture
 

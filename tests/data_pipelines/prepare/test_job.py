@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, files, records, video
+from data_pipelines import dataset, files, records
 from data_pipelines.prepare import builder, clips, crop, job, processing
 from data_pipelines.synthetic.dataset import run_render
+from data_pipelines.video_writing import VideoWriter
 from dexportrait_jax.errors import UserError
 from tests.data_pipelines.prepare import scripted
 from tests.data_pipelines.test_video import fail_after
@@ -21,7 +22,7 @@ SETTINGS = crop.Settings(min_frames=6)
 
 
 def _write(path, pictures):
-    with video.VideoWriter(path, 25, quality=4) as writer:
+    with VideoWriter(path, 25, quality=4) as writer:
         for picture in pictures:
             writer.write(picture)
 
