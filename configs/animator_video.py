@@ -27,9 +27,6 @@ def get_config(variant: str = "full") -> ConfigDict:
     tiny = variant == "tiny"
     config = common.animator("animator_video", variant)
     config.num_steps = 40 if tiny else 80_000
-    # Share of the noise's variance that a clip's frames have in common. It wants to be sampling.shared_noise: what the
-    # temporal modules see in training is then what they are asked for.
-    config.shared_noise = 1.0 if tiny else 0.0
     config.init = ConfigDict(
         {
             "image": "",  # export of the image stage: everything but the temporal modules

@@ -144,7 +144,6 @@ TABLE: dict[str, Rule] = {
     "min_snr_gamma": WEIGHT,
     "component_weight": WEIGHT,
     "noise_offset": WEIGHT,
-    "shared_noise": SHARE,
     "timestep_power": POSITIVE,
     "dropout.reference_tokens": DECAY,
     "dropout.*": SHARE,

@@ -78,7 +78,6 @@ BEFORE_THE_KEY = {
     "model.pose.scale_limit": 2.0,
     "model.reference.raymap_points": "centres",
     "model.temporal.norm": "clip",
-    "shared_noise": 0.0,
     DISCRIMINATOR_DECAY: False,
 }
 

@@ -266,7 +266,6 @@ TABLE = [
     Choice("4.7", IMAGE, "diffusion.beta_end", None, (0.02,), traces.animator_loss),
     Choice("4.7", IMAGE, "diffusion.prediction", None, ("v", "sample"), traces.animator_loss),
     Choice("4.7", IMAGE, "noise_offset", 0.0, (0.05,), traces.animator_loss),
-    Choice("4.7", VIDEO, "shared_noise", 0.0, (0.5,), traces.animator_loss),
     Choice("4.7", IMAGE, "min_snr_gamma", 0.0, (5.0,), traces.animator_loss),
     Choice("4.7", IMAGE, "component_weight", 0.0, (3.0,), traces.animator_loss),
     *(

@@ -162,21 +162,17 @@ def noise_schedule(diffusion: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def training_noise(
-    key: Array, shape: tuple[int, ...], offset: float = 0.0, frames: int = 1, shared: float = 0.0
+    key: Array, shape: tuple[int, ...], offset: float = 0.0, frames: int = 1
 ) -> Float[Array, "batch ..."]:
     """Gaussian noise, plus ``offset`` times one Gaussian number per sample and channel (noise offset).
 
     A sample is ``frames`` rows of the batch: a clip's offset is that of all its frames, as in Moore-AnimateAnyone's
-    second stage, or the temporal modules would learn to take flicker away. ``shared`` is the share of the noise's
-    variance that these frames have in common (the mixed noise of PYoCo, 2305.10474, as ``frame_noise`` draws it).
+    second stage, or the temporal modules would learn to take flicker away.
     """
     pixels, channels = jax.random.split(key)
-    samples = shape[0] // frames
     noise = jax.random.normal(pixels, shape)
-    if shared > 0.0:
-        common = jax.random.normal(jax.random.fold_in(key, 2), (samples, *shape[1:]))
-        noise = (1 - shared) ** 0.5 * noise + shared**0.5 * jnp.repeat(common, frames, axis=0)
     if offset == 0.0:
         return noise
-    shift = jax.random.normal(channels, (samples,) + (1,) * (len(shape) - 2) + (shape[-1],))
+    common = (shape[0] // frames,) + (1,) * (len(shape) - 2) + (shape[-1],)
+    shift = jax.random.normal(channels, common)
     return noise + offset * jnp.repeat(shift, frames, axis=0)

@@ -191,8 +191,7 @@ class AnimatorTask:
                 )
             )
 
-        in_common = config.shared_noise if self.video else 0.0
-        noise = training_noise(keys[3], latents.shape, config.noise_offset, repeats, in_common)
+        noise = training_noise(keys[3], latents.shape, config.noise_offset, repeats)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self._denoise(params, noisy, timesteps, conditions, targets)
         wanted = self.schedule.target(latents, noise, timesteps)

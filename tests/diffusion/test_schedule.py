@@ -168,17 +168,3 @@ def test_noise_offset_is_common_to_a_channel():
     clips = clips.reshape(16, 4, 4)
     np.testing.assert_allclose(clips, jnp.broadcast_to(clips[:, :1], clips.shape), atol=1e-5)
     assert float(jnp.std(clips)) == pytest.approx(0.5, abs=0.15)
-
-
-def test_frames_of_a_clip_share_what_they_are_told_to_of_their_noise():
-    """Covariance of the frames of 16 clips, over 4 x 1024 numbers: 1 for each, .36 between two of one clip."""
-    noise = training_noise(jax.random.key(0), (64, 16, 16, 4), frames=4, shared=0.36)
-    rows = np.asarray(noise).reshape(64, -1)
-    of_one_clip = np.kron(np.eye(16), np.ones((4, 4)))
-    expected = np.where(of_one_clip, 0.36, 0.0)
-    np.fill_diagonal(expected, 1.0)
-    np.testing.assert_allclose(rows @ rows.T / rows.shape[1], expected, atol=0.15)
-    between = (rows @ rows.T / rows.shape[1])[(of_one_clip > 0) & ~np.eye(64, dtype=bool)]
-    assert between.mean() == pytest.approx(0.36, abs=0.01)
-    wholly = training_noise(jax.random.key(0), (8, 4, 4, 4), frames=4, shared=1.0)
-    np.testing.assert_array_equal(wholly[1:4], jnp.broadcast_to(wholly[:1], (3, 4, 4, 4)))

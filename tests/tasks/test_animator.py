@@ -551,14 +551,6 @@ def test_noise_offset_is_in_what_is_denoised(monkeypatch):
     assert asked.loss == pytest.approx(1.25, abs=0.1)
 
 
-def test_noise_of_a_clip_is_shared_as_it_is_in_sampling(monkeypatch):
-    asked = Asked(monkeypatch, "shared_noise=0.64", stage="animator_video")
-    assert asked.noise.std() == pytest.approx(1, abs=0.03)
-    common = asked.noise.reshape(SOURCES, TARGETS, -1).mean(1)
-    assert common.var() == pytest.approx(0.64 + 0.36 / TARGETS, abs=0.05)
-    assert asked.loss == pytest.approx(asked.error(asked.noise).mean(), rel=1e-4)
-
-
 def test_reference_tokens_are_hidden_from_the_denoiser(monkeypatch):
     asked = Asked(monkeypatch, "dropout.reference_tokens=0.3")
     keep = np.asarray(asked.conditions.reference_token_keep["block"])
