@@ -125,6 +125,7 @@ def _figures(said: dict[str, Any], mesh: jax.sharding.Mesh | None) -> dict[str, 
 def _work(program: Program) -> dict[str, Any]:
     return {
         "executed_tflops_per_device": program.flops / 1e12,
+        "matrix_tflops_per_device": program.matrix_flops / 1e12,
         "hbm_bytes_per_device": program.hbm_bytes,
         "between_slices_bytes_per_device": program.between_slices,
         "collectives": {

@@ -51,7 +51,7 @@ def summary(
         }
         outside = program["between_slices_bytes_per_device"]
         seconds = {
-            "compute": program["executed_tflops_per_device"] * 1e12 / chip.flops,
+            "compute": program["matrix_tflops_per_device"] * 1e12 / chip.flops,
             "memory": program["hbm_bytes_per_device"] / chip.hbm_bytes,
             # Links within a slice and cards between slices work at the same time.
             "network": max(

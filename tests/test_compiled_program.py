@@ -65,6 +65,18 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert program.hbm_bytes == 4 * (2 * weights + weights + inputs) + counters + index
 
 
+@pytest.mark.parametrize(("precision", "passes"), [("highest", 6), ("high", 3), ("default", 1)])
+def test_float32_at_high_precision_is_several_passes_in_bfloat16(precision, passes):
+    given = f"operand_precision={{{precision},{precision}}}"
+    text = LOOP.replace("dim_labels=bf_io->bf", f"dim_labels=bf_io->bf, {given}")
+    program = read_program(text)
+    assert program.flops == 4 * 2 * 64 * 128 * 256
+    assert program.matrix_flops == passes * program.flops
+    # Of bfloat16 there is nothing more to multiply.
+    halves = read_program(text.replace("f32[", "bf16["))
+    assert halves.matrix_flops == halves.flops == program.flops
+
+
 def test_a_loop_of_unknown_length_is_named_and_counted_once():
     program = read_program(LOOP.replace("direction=LT", "direction=NE"))
     assert program.unknown_loops == ["loop"]
