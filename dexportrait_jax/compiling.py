@@ -7,32 +7,27 @@ that changes something else nor a better reading costs a compilation.
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
-import importlib.metadata
-import json
-import os
 import re
 import threading
 import time
-import zlib
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from data_pipelines.files import write_bytes, write_json
 from dexportrait_jax import chips
 from dexportrait_jax.compiled_program import Program, read_program
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.plan_cache import LEVELS, cache_file, keep_said, read_said
 from dexportrait_jax.platforms import TPU_OPTIONS
 
 # XLA's effort: quick finds the memory within some per cent of what it needs, in a quarter of the time. What it keeps in
 # the chip's own small memory between two operations is nothing, so that more goes to and from HBM than it has to.
 EFFORTS = {"quick": "O0", "exact": None}
-_LEVELS = ("jax_optimization_level", "jax_memory_fitting_level")
+# Of the host's memory while it compiles, by the megabyte of the program's text: .85 (motion) to 1.4 (a UNet's step).
+COMPILER_GIB_PER_MB = 1.4
 # Of XLA's memory analysis.
 _MEMORY = (
     "argument_size",
@@ -44,6 +39,76 @@ _MEMORY = (
 )
 
 
+class Compiler:
+    """Asks of programs what they need; two are compiled beside each other where memory is enough for both.
+
+        with Compiler("quick", mesh) as compiler:
+            answers = [compiler.ask(lower, label) for lower, label in programs]
+        found = [answer.result() for answer in answers]
+
+    Args:
+      effort: one of EFFORTS.
+      mesh: what the programs are for; without it what is found is not kept, and not said which links collectives have.
+      again: compiles also what was compiled before.
+    """
+
+    def __init__(self, effort: str, mesh: jax.sharding.Mesh | None = None, again: bool = False):
+        self.effort, self.mesh, self.again = effort, mesh, again
+        self.pool = ThreadPoolExecutor(max_workers=2)
+        self.room = _available_gib()
+        self.needs: dict[Future, float] = {}  # of what is under way
+
+    def __enter__(self) -> Compiler:
+        self.levels = _effort(self.effort)
+        self.levels.__enter__()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+        self.levels.__exit__()
+
+    def ask(self, lower: Callable[[], Any], label: str) -> Future:
+        """Starts one program, when there is room for it.
+
+        Args:
+          lower: makes the jax.stages.Lowered; it is called here and now.
+          label: what is told while it compiles.
+
+        Returns:
+          What will be `fits`, `hbm_gib_per_device` (at the moment when most is in use, with the program; None where
+          it does not fit and XLA does not say by how much), `compile_seconds`; where it fits also
+          `buffers_gib_per_device` (all buffers one beside the other, with the program), `state_gib_per_device` (given
+          back in place), `argument_gib_per_device` and what the program's text says: FLOPs, traffic, collectives. Or
+          the error with which XLA cannot compile it, for another reason than the memory of the device.
+        """
+        started = time.monotonic()
+        program = lower()
+        text = program.as_text()
+        seconds = time.monotonic() - started
+        kept = None if self.mesh is None else _program_file(text, self.mesh, self.effort)
+        said = None if kept is None or self.again else read_said(kept)
+        if said is not None:
+            print(f"{label}: compiled before, from {kept}", flush=True)
+            return self.pool.submit(_figures, said, self.mesh)
+        need = COMPILER_GIB_PER_MB * len(text) / 1e6
+        while self.needs and sum(self.needs.values()) + need > self.room:
+            ended, _ = wait(self.needs, return_when=FIRST_COMPLETED)
+            for answer in ended:
+                del self.needs[answer]
+        answer = self.pool.submit(self._answer, program, kept, label, seconds)
+        self.needs[answer] = need
+        return answer
+
+    def _answer(self, program: Any, kept: Path | None, label: str, before: float) -> dict[str, Any]:
+        started = time.monotonic()
+        with _told(label):
+            said = _compiled(program)
+        said["compile_seconds"] = round(before + time.monotonic() - started, 1)
+        if kept:
+            keep_said(kept, said)
+        return _figures(said, self.mesh)
+
+
 def compiled(
     lower: Callable[[], Any],
     label: str,
@@ -51,37 +116,19 @@ def compiled(
     mesh: jax.sharding.Mesh | None = None,
     again: bool = False,
 ) -> dict[str, Any]:
-    """One program: what it needs where it fits, and what it lacks where it does not.
+    """One program: what `Compiler.ask` says of it."""
+    with Compiler(effort, mesh, again) as compiler:
+        return compiler.ask(lower, label).result()
 
-    Args:
-      lower: makes the jax.stages.Lowered.
-      label: what is told while it compiles.
-      effort: one of EFFORTS.
-      mesh: what the program is for; without it what is found is not kept, and not said which links collectives have.
-      again: compiles also what was compiled before.
 
-    Returns:
-      `fits`, `hbm_gib_per_device` (at the moment when most is in use, with the program; None where it does not fit
-      and XLA does not say by how much), `compile_seconds`; where it fits also `buffers_gib_per_device` (all buffers
-      one beside the other, with the program), `state_gib_per_device` (given back in place),
-      `argument_gib_per_device` and what the program's text says: FLOPs, traffic, collectives.
-
-    Raises:
-      jax.errors.JaxRuntimeError: XLA cannot compile it, for another reason than the memory of the device.
-    """
-    started = time.monotonic()
-    with _told(label), _effort(effort):
-        program = lower()
-        kept = None if mesh is None else _program_file(program, mesh, effort)
-        said = None if kept is None or again else _read_said(kept)
-        if said is None:
-            said = _compiled(program)
-            said["compile_seconds"] = round(time.monotonic() - started, 1)
-            if kept:
-                _keep_said(kept, said)
-        else:
-            print(f"{label}: compiled before, from {kept}", flush=True)
-        return _figures(said, mesh)
+def _available_gib() -> float:
+    """Of the host's memory; 0 where nothing says it."""
+    try:
+        said = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"MemAvailable: *(\d+) kB", said)
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 def _compiled(lowered: Any) -> dict[str, Any]:
@@ -141,64 +188,9 @@ def _work(program: Program) -> dict[str, Any]:
     }
 
 
-# --- what is kept -------------------------------------------------------------------------
-
-
-def cache_file(folder: str, asked: Any) -> Path:
-    """Where in the cache is what depends on `asked`, on the packages that compile, and on their flags."""
-    versions = [package_version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")]
-    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    flags += [str(getattr(jax.config, name)) for name in _LEVELS]
-    name = hashlib.sha256(json.dumps([asked, versions, flags]).encode()).hexdigest()[:24]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "dexportrait" / folder / f"{name}.json"
-
-
-def package_version(package: str) -> str:
-    """As installed, or "absent"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def read_kept(kept: Path) -> dict[str, Any] | None:
-    """What `write_kept` wrote; None where there is nothing that can be read."""
-    try:
-        return json.loads(kept.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def write_kept(kept: Path, found: dict[str, Any]) -> None:
-    """Not worth failing for: it can be found again."""
-    with contextlib.suppress(OSError, UserError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
-
-
-def _read_said(kept: Path) -> dict[str, Any] | None:
-    """What `_keep_said` wrote; None where any of it cannot be read."""
-    said = read_kept(kept)
-    if said is None or "message" in said:
-        return said
-    try:
-        return said | {"text": gzip.decompress(kept.with_suffix(".hlo.gz").read_bytes()).decode()}
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
-        return None
-
-
-def _keep_said(kept: Path, said: dict[str, Any]) -> None:
-    if "text" in said:
-        with contextlib.suppress(OSError, UserError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(kept.with_suffix(".hlo.gz"), gzip.compress(said["text"].encode(), 3))
-    write_kept(kept, {name: value for name, value in said.items() if name != "text"})
-
-
-def _program_file(lowered: Any, mesh: jax.sharding.Mesh, effort: str) -> Path:
+def _program_file(text: str, mesh: jax.sharding.Mesh, effort: str) -> Path:
     """By the program's text, its options, XLA's levels of effort, and which device has which part of the mesh."""
-    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    text = hashlib.sha256(text.encode()).hexdigest()
     devices = list(mesh.devices.flat)
     places = [
         [str(getattr(device, name, "")) for name in ("coords", "core_on_chip", "slice_index", "id")]
@@ -235,9 +227,9 @@ class _effort:
         self.level = EFFORTS[effort]
 
     def __enter__(self):
-        self.before = {name: getattr(jax.config, name) for name in _LEVELS}
+        self.before = {name: getattr(jax.config, name) for name in LEVELS}
         if self.level:
-            for name in _LEVELS:
+            for name in LEVELS:
                 jax.config.update(name, self.level)
 
     def __exit__(self, *_):

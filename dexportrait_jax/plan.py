@@ -10,6 +10,8 @@ Nothing is run.
 from __future__ import annotations
 
 import collections
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,10 @@ from data_pipelines.files import write_json
 from dexportrait_jax import chips, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.code_version import code_sha256
-from dexportrait_jax.compiling import (
-    cache_file,
-    compiled,
-    package_version,
-    placed,
-    read_kept,
-    write_kept,
-)
+from dexportrait_jax.compiling import Compiler, placed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.plan_advice import advice
+from dexportrait_jax.plan_cache import cache_file, package_version, read_kept, write_kept
 from dexportrait_jax.plan_clip import plan_clip
 from dexportrait_jax.plan_report import EVALUATION, in_words, summary
 from dexportrait_jax.platforms import jit_on, planned_for
@@ -137,15 +133,15 @@ def plan(
         programs = _event_sets(task, config)
         rare = {} if effort == "exact" else _rare(programs)
         programs = {events: share for events, share in programs.items() if events not in rare}
-        found = []
-        for events, share in programs.items():
-            label = f"{name}: {', '.join(sorted(events)) or 'step'}"
-            needs = _compiled(task, config, mesh, events, label, effort, again)
-            found.append(needs | {"share": share / sum(programs.values())})
-        evaluates = config.evaluate.at_end or config.evaluate.every_steps
-        if evaluates and all(program["fits"] for program in found):
+        with Compiler(effort, mesh, again) as compiler:
+            asked = [_step(task, config, mesh, events, name, compiler) for events in programs]
+            evaluates = config.evaluate.at_end or config.evaluate.every_steps
+            evaluation = _evaluation(task, config, mesh, name, compiler) if evaluates else None
+        shares = [share / sum(programs.values()) for share in programs.values()]
+        found = [each() | {"share": share} for each, share in zip(asked, shares, strict=True)]
+        if evaluation and all(program["fits"] for program in found):
             beside = max(program["argument_gib_per_device"] for program in found)
-            needs = _evaluation(task, config, mesh, f"{name}: evaluation", effort, again)
+            needs = evaluation()
             if needs["fits"]:  # by itself; optimizer state and constants are there as well
                 needs["hbm_gib_per_device"] += beside - needs["argument_gib_per_device"]
                 needs["fits"] = needs["hbm_gib_per_device"] <= chip.hbm_gib
@@ -199,39 +195,38 @@ def _rare(programs: dict[frozenset[str], float]) -> dict[frozenset[str], float]:
     return {events: share for events, share in programs.items() if share < RARE}
 
 
-def _compiled(
-    task, config, mesh, events: frozenset[str], label: str, effort: str, again: bool
-) -> dict[str, Any]:
-    """One program: what it needs where it fits, and what it lacks where it does not."""
+def _step(
+    task, config, mesh, events: frozenset[str], name: str, compiler: Compiler
+) -> Callable[[], dict[str, Any]]:
+    """One program of the run: what will say what it needs where it fits, and what it lacks where it does not."""
     abstract, _, step = build(task, config, mesh)
     batch = abstract_batch(config.data)
     batch = placed(batch, sharding.batch_shardings(batch, mesh))
     constants = task.abstract_constants()
     constants = placed(constants, jax.tree.map(lambda _: sharding.replicated(mesh), constants))
     work = step_work(config, events)
-    result: dict[str, Any] = {
+    counted: dict[str, Any] = {
         "events": sorted(events),
         "model_tflops": (work.macs - work.recomputed) * 2 / 1e12,
         "rematerialised_tflops": work.recomputed * 2 / 1e12,
     }
+    label = f"{name}: {', '.join(sorted(events)) or 'step'}"
     with jax.set_mesh(mesh):
-        return result | compiled(
-            lambda: step.lower(abstract, batch, constants, events), label, effort, mesh, again
-        )
+        answer = compiler.ask(lambda: step.lower(abstract, batch, constants, events), label)
+    return lambda: counted | answer.result()
 
 
-def _evaluation(task, config, mesh, label: str, effort: str, again: bool) -> dict[str, Any]:
+def _evaluation(task, config, mesh, name: str, compiler: Compiler) -> Callable[[], dict[str, Any]]:
     """The program that makes samples between steps, and is part of none."""
     abstract, _, _ = build(task, config, mesh)
     batch = abstract_batch(shown_data(config.data))
     batch = placed(batch, jax.tree.map(lambda _: sharding.replicated(mesh), batch))
     params = abstract["params"] | abstract["ema"]
     with jax.set_mesh(mesh):
-        needs = compiled(
-            lambda: jit_on(mesh, task.preview).lower(params, batch), label, effort, mesh, again
-        )
+        lower = functools.partial(jit_on(mesh, task.preview).lower, params, batch)
+        answer = compiler.ask(lower, f"{name}: evaluation")
     unpaid = {"share": 0.0, "model_tflops": 0.0, "rematerialised_tflops": 0.0}
-    return {"events": [EVALUATION], **unpaid, **needs}
+    return lambda: {"events": [EVALUATION], **unpaid, **answer.result()}
 
 
 def _cache_file(config, job: str, topology: str, slices: int, effort: str) -> Path:

@@ -8,13 +8,15 @@ windows.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
 
 from dexportrait_jax import chips, flops, sharding
-from dexportrait_jax.compiling import compiled, placed
+from dexportrait_jax.compiling import Compiler, placed
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import STAGES, ClipProgram, Sampling, model_kind, nbytes
 from dexportrait_jax.models.attention import attention_backend
@@ -55,10 +57,9 @@ def plan_clip(
         params = {group: network.abstract for group, network in networks.items()}
         model = kind({"stage": config.stage}, config, networks, params)
         frames, programs, kept = model.clip_programs(Sampling())
-        found = [
-            _planned(program, mesh, f"{name}: {program.name}", effort, again)
-            for program in programs
-        ]
+        with Compiler(effort, mesh, again) as compiler:
+            asked = [_planned(program, mesh, name, compiler) for program in programs]
+        found = [each() for each in asked]
     resident = (nbytes(params) + kept) / chips.GIB
     for each in found:
         if each["fits"]:  # by itself; the weights of the others are there as well
@@ -82,20 +83,21 @@ def plan_clip(
 
 
 def _planned(
-    program: ClipProgram, mesh: jax.sharding.Mesh, label: str, effort: str, again: bool
-) -> dict:
+    program: ClipProgram, mesh: jax.sharding.Mesh, name: str, compiler: Compiler
+) -> Callable[[], dict[str, Any]]:
     # As the networks define the work, without a backend's detours.
     with convolution_backend("xla"), attention_backend("plain"):
         work = flops.count(program.function.__wrapped__, *program.arguments)
     arguments = placed(
         program.arguments, jax.tree.map(lambda _: sharding.replicated(mesh), program.arguments)
     )
-    with jax.set_mesh(mesh):
-        needs = compiled(lambda: program.function.lower(*arguments), label, effort, mesh, again)
-    return {
+    counted = {
         "name": program.name,
         "share": program.times,
         "model_tflops": work.flops / 1e12,
         "rematerialised_tflops": 0.0,
-        **needs,
     }
+    with jax.set_mesh(mesh):
+        lower = functools.partial(program.function.lower, *arguments)
+        answer = compiler.ask(lower, f"{name}: {program.name}")
+    return lambda: counted | answer.result()

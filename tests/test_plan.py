@@ -6,13 +6,22 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import types
 
 import jax
 import pytest
 
-from dexportrait_jax import animator_inference, cli, compiling, plan, plan_clip, sharding
+from dexportrait_jax import (
+    animator_inference,
+    cli,
+    compiling,
+    plan,
+    plan_cache,
+    plan_clip,
+    sharding,
+)
 from dexportrait_jax.chips import CHIPS
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.inference import Sampling, model_kind
@@ -63,7 +72,7 @@ def program(**changes):
 
 
 def test_bounds_by_hand():
-    """Four chips that multiply for half a second, a tenth more of what they recompute, and a tenth in further passes."""
+    """Four chips that multiply for half a second, a tenth more for what is done again, a tenth in further passes."""
     found = summary([program()], CHIPS["v5e"], 4)
     assert found["bound_seconds"] == pytest.approx({"compute": 0.6, "memory": 0.3, "network": 0.1})
     assert found["bound_step_seconds"] == pytest.approx(0.6)
@@ -263,6 +272,47 @@ def test_a_better_reading_costs_no_compilation(tmp_path, monkeypatch):
     assert ask()["fits"] and lowered.compiled == 2
 
 
+class Slow(Compiles):
+    """Compiles until `meeting` of such programs are at it, or for a quarter of a second."""
+
+    def __init__(self, text, meeting):
+        super().__init__("", text)
+        self.meeting, self.beside = meeting, None
+
+    def compile(self):
+        try:
+            self.meeting.wait(0.25)
+            self.beside = True
+        except threading.BrokenBarrierError:
+            self.beside = False
+        return super().compile()
+
+
+@pytest.mark.parametrize(("room", "beside"), [(2.9, True), (2.7, False)])
+def test_two_programs_are_compiled_at_a_time_where_there_is_memory(monkeypatch, room, beside):
+    """A megabyte of text takes 1.4 GiB."""
+    monkeypatch.setattr(compiling, "_available_gib", lambda: room)
+    meeting = threading.Barrier(2)
+    programs = [Slow(text * 10**6, meeting) for text in "ab"]
+    with compiling.Compiler("quick") as compiler:
+        answers = [compiler.ask(lambda one=one: one, "name") for one in programs]
+    assert [one.beside for one in programs] == [beside] * 2
+    assert all(answer.result()["fits"] for answer in answers)
+    # What needs more than there is has all that there is.
+    with compiling.Compiler("quick") as compiler:
+        assert compiler.ask(lambda: Compiles("", "a" * 10**7), "name").result()["fits"]
+
+
+def test_one_program_that_cannot_be_compiled_ends_the_plan(monkeypatch):
+    monkeypatch.setattr(compiling, "_available_gib", lambda: 1e3)
+    with compiling.Compiler("quick") as compiler:
+        broken = compiler.ask(lambda: Lowered("INTERNAL: something else"), "name")
+        whole = compiler.ask(lambda: Compiles(""), "name")
+    assert whole.result()["fits"]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        broken.result()
+
+
 def test_what_a_kernel_lacks_is_no_plan():
     """No mesh and no batch gives a core more memory of its own."""
     message = (
@@ -419,9 +469,9 @@ def test_a_quick_plan_goes_without_what_hardly_happens(monkeypatch):
 
     def made_up(task, config, mesh, events, *_):
         seen.append(sorted(events))
-        return {name: value for name, value in program().items() if name != "share"}
+        return lambda: {name: value for name, value in program().items() if name != "share"}
 
-    monkeypatch.setattr(plan, "_compiled", made_up)
+    monkeypatch.setattr(plan, "_step", made_up)
     config = plan.configs.load_config(
         "configs/motion.py:tiny",
         [
@@ -491,7 +541,7 @@ def test_a_plan_is_kept_under_all_that_it_depends_on(monkeypatch):
     assert kept() == names[0]
     monkeypatch.setattr(plan, "code_sha256", lambda: "0" * 64)
     names.append(kept())
-    monkeypatch.setattr(compiling, "package_version", lambda package: f"{package} 9.9")
+    monkeypatch.setattr(plan_cache, "package_version", lambda package: f"{package} 9.9")
     names.append(kept())
     assert len(set(names)) == len(names)
 
@@ -649,7 +699,8 @@ def test_memory_of_a_clip_is_that_of_all_weights(monkeypatch):
     monkeypatch.setattr(plan_clip.chips, "topology", lambda *_: (CHIPS["v5e"], jax.devices()))
     needs = program(hbm_gib_per_device=3.0, argument_gib_per_device=2.0, compile_seconds=1.0)
     needs = {name: needs[name] for name in needs if name not in ("share", "model_tflops")}
-    monkeypatch.setattr(plan_clip, "compiled", lambda *_: dict(needs, collectives={}))
+    answer = types.SimpleNamespace(result=lambda: dict(needs, collectives={}))
+    monkeypatch.setattr(plan_clip.Compiler, "ask", lambda *_: answer)
     found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
     weights = 4 * sum(found["params"].values()) / 2**30
     assert found["hbm_gib_per_device"] == pytest.approx(1 + weights)
