@@ -21,6 +21,8 @@ from dexportrait_jax.errors import UserError
 # FFmpeg's, which PyAV gives as numbers without a name.
 AVCOL_SPC_UNSPECIFIED = 2
 HDR = (high_dynamic_range.PQ, high_dynamic_range.HLG)
+# Pixels of a side: x264 writes no more, and from 32767 on MediaPipe ends the process.
+LONGEST_SIDE = 16384
 SLACK = 2  # frames that a whole file may lack at its end: edit lists and decoders drop some
 # What a disk or a mount says that does not answer, or is not there any more.
 AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN}
@@ -38,6 +40,10 @@ class DiskError(UserError):
             f"{path} cannot be read ({why}): its disk does not answer; start the same command again when it does"
         )
         self.why = why
+
+
+class TooLargeError(UserError):
+    """A picture with a side longer than LONGEST_SIDE."""
 
 
 class Frame(NamedTuple):
@@ -60,7 +66,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     """Reads the header of a video; width and height are of the upright picture.
 
     Raises:
-        UserError: it is missing, not a video, or its first frame cannot be decoded.
+        UserError: it is missing, not a video, its first frame cannot be decoded, or is larger than LONGEST_SIDE.
         DiskError: its disk does not answer.
     """
     with _from_disk(path), _open(path) as container:
@@ -69,7 +75,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise UserError(f"{path} holds no video frames")
-            height, width = _upright(frame, stream.sample_aspect_ratio).shape[:2]
+            height, width = _upright(frame, stream.sample_aspect_ratio, path).shape[:2]
         except av.error.FFmpegError as error:
             if error.errno in AWAY:
                 raise
@@ -92,7 +98,8 @@ def read_frames(
     recorded without either (live Matroska, MPEG-TS), nor of a fragmented MP4 that ends with a fragment.
 
     Raises:
-        UserError: it is missing, not a video, or not one frame can be decoded.
+        UserError: it is missing, not a video, not one frame can be decoded, or one is larger than
+            LONGEST_SIDE.
         DiskError: its disk does not answer, at its start or in the middle. FFmpeg tells that of most files; an MP4
             whose index it could not read is to it one that has none.
     """
@@ -113,7 +120,7 @@ def read_frames(
                     if time <= last:  # some files repeat or drop time stamps
                         time = last + 1 / rate
                     last = time
-                    yield Frame(_upright(frame, aspect), time)
+                    yield Frame(_upright(frame, aspect, path), time)
                     number += 1
         except av.error.FFmpegError as error:
             if error.errno in AWAY:  # what came so far is not all there is
@@ -151,15 +158,21 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """A picture file, or the first frame of a video, as uint8 RGB (H, W, 3); alpha lies on white.
 
     Raises:
-        UserError: it is missing or neither a picture nor a video.
+        UserError: it is missing, neither a picture nor a video, or larger than LONGEST_SIDE.
     """
     _check_file(path)
     if not is_picture(path):
         return _first_frame(path)
     data = np.frombuffer(_read(path), np.uint8)
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    try:
+        picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error as error:  # of more pixels, by its header, than it reads
+        raise UserError(
+            f"{path} cannot be decoded ({error.err}); give a picture of at most {LONGEST_SIDE} pixels a side"
+        ) from error
     if picture is None:
         raise _neither(path)
+    _check_size(path, *picture.shape[1::-1])
     raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)  # the only reading that keeps alpha
     if raw is not None and raw.ndim == 3 and raw.shape[2] == 4:
         whole = np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1.0
@@ -181,7 +194,7 @@ def _turned_like(raw: np.ndarray, picture: np.ndarray) -> np.ndarray:
 def _first_frame(path: str | os.PathLike) -> np.ndarray:
     try:
         return next(read_frames(path, max_frames=1)).image
-    except DiskError:
+    except (DiskError, TooLargeError):
         raise
     except UserError as error:
         raise _neither(path) from error
@@ -297,21 +310,29 @@ def _matrix(frame: av.VideoFrame) -> str | None:
     return None if told or (frame.width < 1280 and frame.height <= 576) else "ITU709"
 
 
-def _upright(frame: av.VideoFrame, aspect: Fraction | None) -> np.ndarray:
+def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
+    if max(width, height) > LONGEST_SIDE:
+        raise TooLargeError(
+            f"{path} is {width} x {height} pixels; scale it down to at most {LONGEST_SIDE} a side"
+        )
+
+
+def _upright(frame: av.VideoFrame, aspect: Fraction | None, path: str | os.PathLike) -> np.ndarray:
     """The picture as it is meant to be seen on an SDR screen, of square pixels.
 
     ``aspect``: width of a stored pixel by its height, None where the file does not say. It is of the
     picture as stored: what is turned afterwards grows in height. As in players, rows stay as they are.
     """
+    # Beyond four to one it is a damaged header, and no picture that anybody filmed.
+    square = not aspect or not 1 / 4 <= aspect <= 4
+    wanted = frame.width if square else max(1, round(frame.width * aspect))
+    _check_size(path, max(wanted, frame.width), frame.height)
     hdr = frame.color_trc in HDR
     image = frame.to_ndarray(format="rgb48" if hdr else "rgb24", src_colorspace=_matrix(frame))
     if hdr:
         image = high_dynamic_range.to_srgb(image, frame.color_trc)
-    height, width = image.shape[:2]
-    # Beyond four to one it is a damaged header, and no picture that anybody filmed.
-    wanted = max(1, round(width * aspect)) if aspect and 1 / 4 <= aspect <= 4 else width
-    if wanted != width:
-        method = cv2.INTER_AREA if wanted < width else cv2.INTER_CUBIC
-        image = cv2.resize(image, (wanted, height), interpolation=method)
+    if wanted != frame.width:
+        method = cv2.INTER_AREA if wanted < frame.width else cv2.INTER_CUBIC
+        image = cv2.resize(image, (wanted, frame.height), interpolation=method)
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

@@ -30,7 +30,7 @@ class VideoWriter:
         overwrite: replace a file that is there.
 
     Raises:
-        UserError: the file exists, or cannot be written.
+        UserError: the file exists, cannot be written, or is of a size that x264 refuses.
     """
 
     def __init__(
@@ -102,6 +102,13 @@ class VideoWriter:
         context.color_range = 1
         if time_base is not None:
             context.time_base = time_base
+        try:
+            context.open()
+        except av.error.FFmpegError as error:
+            size = f"{stream.width} x {stream.height}"
+            raise UserError(
+                f"{self.path}: x264 makes no video of {size} pixels ({error.strerror}); give a smaller picture"
+            ) from error
         self._stream = stream
 
     def __exit__(self, kind, value, traceback) -> None:

@@ -436,6 +436,47 @@ def test_read_image(tmp_path):
     assert video.read_image(tmp_path / "a.mp4").shape == (48, 64, 3)
 
 
+def _png_that_claims(width, height):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+@pytest.mark.parametrize("kind", ["picture", "claim", "video"])
+def test_pictures_larger_than_can_be_used_are_one_line(tmp_path, kind):
+    """MediaPipe ends the process at 32767 pixels a side, x264 writes 16384, OpenCV reads 2^30 in all."""
+    path, words = tmp_path / f"a.{'mkv' if kind == 'video' else 'png'}", "is 16386 x 16 pixels"
+    if kind == "picture":
+        cv2.imwrite(str(path), np.zeros((16, 16386, 3), np.uint8))
+    elif kind == "claim":
+        path.write_bytes(_png_that_claims(60_000, 60_000))
+        words = "cannot be decoded"
+    else:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("ffv1", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 16386, 16, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.zeros((16, 16386, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        with pytest.raises(UserError, match=words):
+            next(video.read_frames(path))
+    with pytest.raises(UserError, match=f"{words}.* at most 16384") as caught:
+        video.read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_video_larger_than_x264_writes_is_one_line(tmp_path):
+    _write(tmp_path / "a.mp4", [np.zeros((16, 16384, 3), np.uint8)])
+    with pytest.raises(UserError, match="no video of 16386 x 16 pixels.* smaller picture"):
+        _write(tmp_path / "b.mp4", [np.zeros((16, 16385, 3), np.uint8)])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 def test_frames_written_at_their_own_times(tmp_path):
     times = [0.0, 0.04, 0.2, 0.24, 0.5]
     with VideoWriter(tmp_path / "a.mp4", 10.0) as writer:
