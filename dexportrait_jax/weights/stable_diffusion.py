@@ -63,17 +63,25 @@ def plan_unet(files: TensorFiles) -> ImportPlan:
     sizes = _sizes(files, translate)
     network = _plain(**sizes)
     found, left_out = matched(files, network.abstract, translate)
-    told = _heads_and_groups(files, found)
+    told = _heads_and_groups(files, found, sizes["block_channels"])
     config = {GROUP: sizes, "model": {"unet": told}}
-    notes = ()
+    notes = []
     if "heads" not in told:
-        notes = (
+        notes.append(
             f"nothing beside {files.source} tells the heads of its attention; those of the config are taken "
-            "(model.unet.heads; SD1.5's have 8): a diffusers config.json beside it says them",
+            "(model.unet.heads; SD1.5's have 8): a diffusers config.json beside it says them"
         )
-    if schedule := _schedule(files):
+    schedule = _schedule(files)
+    if schedule.get("zero_terminal_snr") and schedule.get("prediction", "epsilon") == "epsilon":
+        # Where there is only noise, a prediction of the noise tells nothing of the picture.
+        del schedule["zero_terminal_snr"]
+        notes.append(
+            f"the scheduler beside {files.source} says rescale_betas_zero_snr, which epsilon prediction cannot be "
+            "sampled with; it is left out, and the noise schedule taken without it"
+        )
+    if schedule:
         config["diffusion"] = schedule
-    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out, notes)
+    return ImportPlan({GROUP: (network.abstract, found)}, config, left_out, tuple(notes))
 
 
 def starts(
@@ -183,13 +191,17 @@ def _sizes(files: TensorFiles, translate: Callable[[str], str | None]) -> dict[s
     }
 
 
-def _heads_and_groups(files: TensorFiles, found: Mapping[str, str]) -> dict[str, int]:
+def _heads_and_groups(
+    files: TensorFiles, found: Mapping[str, str], block_channels: list[int]
+) -> dict[str, int]:
     """What no shape tells, as far as a config.json beside the weights does.
 
     Raises UserError for heads that differ from level to level, as those of Stable Diffusion 2 do.
     """
     settings = files.settings()
-    if settings.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+    kind = settings.get("_class_name")
+    fits = kind is None and settings.get("block_out_channels") == block_channels
+    if kind != "UNet2DConditionModel" and not fits:
         settings = {}  # of another model in the same folder
     # diffusers calls the number of heads by the name of their width.
     heads = settings.get("num_attention_heads") or settings.get("attention_head_dim")

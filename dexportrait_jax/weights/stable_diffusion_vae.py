@@ -19,6 +19,8 @@ from dexportrait_jax.weights.tensor_files import TensorFiles
 
 GROUP = "autoencoder"
 CHECKPOINT = "first_stage_model."
+# Of a config.json: how latents are moved and scaled beside scaling_factor.
+_NORMALISED = ("shift_factor", "latents_mean", "latents_std")
 SCALE = 0.18215  # of SD1.5, where no config.json says another
 # Beside the weights: averages, and the discriminator and perceptual network of its training.
 _NOT_NEEDED = r"(model_ema|loss)\..*"
@@ -48,12 +50,13 @@ def plan(files: TensorFiles) -> ImportPlan:
     widths = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
     latent = "post_quant_conv.weight"
     settings = _settings(files)
-    if latent not in ours and "decoder.conv_in.weight" in ours or settings.get("shift_factor"):
-        channels = ours["decoder.conv_in.weight"][1]
+    first = ours.get("decoder.conv_in.weight")
+    if first and (latent not in ours or any(settings.get(name) for name in _NORMALISED)):
         raise UserError(
-            f"{files.source} is an autoencoder such as SD3's or Flux's, with latents of {channels} channels: without "
-            "quant_conv, or with a shift_factor, which this network does not have; give that of SD1.5 or SDXL, or a "
-            "tiny one (--kind=tiny_autoencoder) such as TAEF1"
+            f"{files.source} is an autoencoder such as SD3's or Flux's, with latents of {first[1]} channels: without "
+            f"quant_conv, or, as Playground v2.5's, with {', '.join(_NORMALISED[:-1])} or {_NORMALISED[-1]}, which "
+            "this network does not have; give that of SD1.5 or SDXL, or a tiny one (--kind=tiny_autoencoder) such as "
+            "TAEF1"
         )
     absent = [key for key in (*widths, latent) if key not in ours]
     if absent or not widths:
@@ -86,7 +89,8 @@ def plan(files: TensorFiles) -> ImportPlan:
 def _settings(files: TensorFiles) -> dict[str, Any]:
     """A config.json of an autoencoder; without a scale in it, that is diffusers' default, SD1.5's."""
     settings = files.settings()
-    known = settings.get("_class_name") == "AutoencoderKL" or "scaling_factor" in settings
+    kind = settings.get("_class_name")
+    known = kind == "AutoencoderKL" or (kind is None and "scaling_factor" in settings)
     return settings if known else {}
 
 

@@ -238,8 +238,9 @@ def _refuse_other_format(file: Path) -> None:
 
 def _refuse_pickle(file: Path) -> None:
     raise UserError(
-        f"{file} is a pickle, which can run any program when it is opened, so it is not; convert "
-        f"it where you trust it: python -c {shlex.quote(_conversion(file))}"
+        f"{file} is a pickle, which can run any program when it is opened, so it is not; get the .safetensors of the "
+        "same weights, or convert it where you trust it (torch refuses one that holds more than tensors, as "
+        f"Lightning's may): python -c {shlex.quote(_conversion(file))}"
     )
 
 

@@ -22,8 +22,8 @@ GROUPS = 4  # of the middle blocks' GroupNorm, which no shape tells
 def plan(files: TensorFiles) -> ImportPlan:
     """The plan of `--kind=tiny_autoencoder`: one group, autoencoder. Sizes are read from names and shapes.
 
-    The scale is that of a config.json beside the weights, or 1. Raises UserError when either half is missing, or this
-    is no such autoencoder.
+    The scale is that of a config.json of such an autoencoder beside the weights, or 1. Raises UserError when either
+    half is missing, or this is no such autoencoder.
     """
     ours = {_translate(key): shape for key, shape in files.shapes.items()}
     first, latents = "encoder.layers.0.weight", "decoder.layers.0.weight"
@@ -39,13 +39,16 @@ def plan(files: TensorFiles) -> ImportPlan:
     levels = 1 + kinds.count("halving")
     last = max((n for n, kind in enumerate(kinds) if kind == "halving"), default=0)
     width = ours[first][0]
+    told = files.settings()
+    if told.get("_class_name", "AutoencoderTiny") != "AutoencoderTiny":
+        told = {}  # the scale of the large one, whose latents these are without it
     sizes = {
         "kind": "tiny",
         "latent_channels": ours[latents][1],
         "block_channels": [width] * levels,
         "layers_per_block": kinds[last:].count("block"),
         "groups": GROUPS,
-        "scale": files.settings().get("scaling_factor", 1.0),
+        "scale": told.get("scaling_factor", 1.0),
         "middle_attention": any(".pool." in key for key in ours),
     }
     settings = {name: value for name, value in sizes.items() if name != "kind"}

@@ -292,6 +292,7 @@ def test_the_printed_conversion_of_a_pickle_runs(under, tmp_path, fails):
     folder.mkdir()
     torch.save(checkpoint, folder / "a.ckpt")
     said = fails(folder / "a.ckpt")
+    assert "get the .safetensors of the same weights" in said and "Lightning's" in said
     python, flag, program = shlex.split(said[said.index("python -c") :])
     exec(compile(program, "printed", "exec"), {})
     made = safetensors.torch.load_file(folder / "a.safetensors")

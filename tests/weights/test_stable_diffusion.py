@@ -266,6 +266,24 @@ def test_a_unet_of_stable_diffusion_2_is_refused(tmp_path, config, capsys):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ({"num_attention_heads": 16, "hidden_size": 1024}, {}),  # CLIP's
+        ({"block_out_channels": [8, 16, 16], "attention_head_dim": 4}, {}),
+        ({"block_out_channels": CHANNELS, "attention_head_dim": 2}, {"heads": 2}),
+        ({"_class_name": "UNet2DConditionModel", "attention_head_dim": 2}, {"heads": 2}),
+        ({"_class_name": "UNet3DConditionModel", "attention_head_dim": 2}, {}),
+    ],
+)
+def test_only_a_unets_config_tells_its_heads(tmp_path, unet, vae, beside, told, capsys):
+    source = a_whole_checkpoint(tmp_path, unet, vae)
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    out = imported("unet", source, tmp_path / "out")
+    assert json.loads((out / "model.json").read_text())["config"]["model"]["unet"] == told
+    assert ("tells the heads of its attention" in capsys.readouterr().out) == (not told)
+
+
 def a_vae_alone(folder, unet, vae):
     return write(folder / "vae-ft-mse.safetensors", checkpoint_of_vae(arrays_of(vae), prefix=""))
 
@@ -314,6 +332,7 @@ def test_autoencoder_equals_diffusers(tmp_path, unet, vae, layout, known_scale, 
         ({"_class_name": "UNet2DConditionModel", "norm_num_groups": 8}, True, 0.18215),
         ({"_class_name": "AutoencoderKL", "norm_num_groups": 4}, False, 0.18215),
         ({"scaling_factor": 0.5, "norm_num_groups": 4}, False, 0.5),
+        ({"_class_name": "AutoencoderTiny", "scaling_factor": 1.0}, True, 0.18215),
     ],
 )
 def test_only_an_autoencoders_config_tells_the_scale(
@@ -326,6 +345,22 @@ def test_only_an_autoencoders_config_tells_the_scale(
     assert ("note: nothing beside" in capsys.readouterr().out) == noted
     told = json.loads((out / "model.json").read_text())["config"]["model"]["autoencoder"]
     assert (told["scale"], told["groups"]) == (scale, 32 if noted else 4)
+
+
+@pytest.mark.parametrize("knob", ["latents_mean", "latents_std"])
+def test_an_autoencoder_whose_latents_have_a_scale_each_is_refused(
+    tmp_path, unet, vae, knob, capsys
+):
+    """Playground v2.5's has SDXL's shapes; null, as SDXL's config has them, is nothing."""
+    source, out = a_vae_alone(tmp_path, unet, vae), tmp_path / "out"
+    told = {"_class_name": "AutoencoderKL", "norm_num_groups": 4, "scaling_factor": 0.5}
+    beside = tmp_path / "config.json"
+    beside.write_text(json.dumps(told | {knob: [8.4927, 5.9022, 6.5498, 5.2299]}))
+    assert cli.run(["import", "--kind=vae", f"--source={source}", f"--out={out}"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Playground" in said and knob in said and not out.exists()
+    beside.write_text(json.dumps(told | {knob: None}))
+    imported("vae", source, out)
 
 
 @pytest.mark.parametrize(
@@ -535,6 +570,26 @@ def test_heads_and_noise_of_a_pipeline_are_told(tmp_path, unet, vae, capsys):
         config.diffusion.prediction = "v"
     AnimatorTask(config).pretrained()
     assert "schedule" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", None, "v_prediction"])
+def test_a_scheduler_that_cannot_be_sampled_with_is_mended_and_said(
+    tmp_path, unet, vae, prediction, capsys
+):
+    """Noise alone, predicted from noise alone, tells nothing: a config that says both is refused."""
+    folder = a_pipeline(tmp_path, unet, vae) / "scheduler"
+    folder.mkdir()
+    told = {"beta_schedule": "scaled_linear", "beta_end": 0.013, "rescale_betas_zero_snr": True}
+    told |= {"prediction_type": prediction} if prediction else {}
+    (folder / "scheduler_config.json").write_text(json.dumps(told))
+    out = imported("unet", tmp_path / "sd15", tmp_path / "unet")
+    noted = "rescale_betas_zero_snr" in capsys.readouterr().out
+    schedule = json.loads((out / "model.json").read_text())["config"]["diffusion"]
+    assert schedule["beta_end"] == 0.013
+    assert (noted, "zero_terminal_snr" in schedule) == (
+        (False, True) if prediction == "v_prediction" else (True, False)
+    )
+    AnimatorTask(sd15_sized(unet, tmp_path, diffusion__preset="sd15")).pretrained()
 
 
 def test_both_unets_start_without_a_copy(tmp_path, unet):

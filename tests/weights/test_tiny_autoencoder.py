@@ -104,6 +104,21 @@ def test_equals_diffusers(tmp_path, published, layout):
     np.testing.assert_array_equal(network.bind(params).sample(latents, log_variance, key), latents)
 
 
+@pytest.mark.parametrize(
+    ("beside", "scale"),
+    [
+        ({"_class_name": "AutoencoderKL", "scaling_factor": 0.18215}, 1.0),
+        ({"_class_name": "AutoencoderTiny", "scaling_factor": 0.5}, 0.5),
+        ({"scaling_factor": 0.5}, 0.5),
+    ],
+)
+def test_the_scale_of_a_large_autoencoder_is_not_taken(tmp_path, published, beside, scale):
+    """Both are put into one folder; the tiny one gives latents that have the large one's scale already."""
+    source = as_one_file(published, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    assert imported(source, tmp_path / "out")["scale"] == scale
+
+
 class MiddleBlock(torch.nn.Module):
     """The published block of TAEF2's lowest level, as its project states it."""
 
