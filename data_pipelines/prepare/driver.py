@@ -73,7 +73,7 @@ def driver_from_video(
 
     Args:
         max_frames: how many usable frames are enough of a shot, if it also lasts ``seconds``: the video is read up to
-            there. None: all of it.
+            there, or until a second person is in few enough of them. None: all of it.
         seconds: from the first usable frame of the shot to its last.
         on_frame: told how many frames were looked at.
 
@@ -85,7 +85,7 @@ def driver_from_video(
         settings or crop.Settings(), min_frames=1, clip_frames=1 << 30, max_pause=math.inf
     )
     damage: list[str] = []
-    shot = _Shot(max_frames, seconds)
+    shot = _Shot(max_frames, seconds, settings)
     observations = clips.observe(
         path, landmarker, settings, None, damage.append, on_frame, enough=shot.add, spilled=True
     )
@@ -109,29 +109,56 @@ class _Shot:
 
     Attributes:
         begin: number of the first usable frame of the shot that is being read.
-        enough: whether this shot has as many as are wanted, and lasts as long.
+        enough: whether this shot has as many as are wanted, lasts as long, and would be taken for what was read of it.
     """
 
-    def __init__(self, max_frames: int | None, seconds: float):
-        self._wanted, self._seconds = max_frames, seconds
-        self._read, self._usable, self._since = 0, 0, 0.0
-        self.begin, self.enough = 0, False
+    def __init__(self, max_frames: int | None, seconds: float, settings: crop.Settings):
+        self._wanted, self._seconds, self._settings = max_frames, seconds, settings
+        self._read, self.begin, self.enough = 0, 0, False
+        self._begin_shot()
+
+    def _begin_shot(self) -> None:
+        self._since: float | None = None  # time of the first usable frame
+        self._several = 0  # frames from there on
+        self._errors: list[float] = []  # mirror errors from there on
+        self._before = 0  # usable frames in runs that have ended
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        self._run, self._asked = 0, []
+
+    def _usable(self) -> int:
+        """As `filters.segments` counts: a run of frames that is not human is of no use."""
+        human = filters.is_human(self._asked or self._errors, self._settings)
+        return self._before + (self._run if human else 0)
 
     def add(self, seen: filters.Observation) -> bool:
         """The next frame of the video; whether the shot is enough with it."""
         if seen.cut:
-            self._usable = 0
-        if not seen.verdict:
-            if not self._usable:
-                self.begin, self._since = self._read, seen.time
-            self._usable += 1
-            self.enough = (
-                self._wanted is not None
-                and self._usable >= self._wanted
-                and seen.time - self._since >= self._seconds
-            )
+            self._begin_shot()
+        if seen.verdict:
+            self._before = self._usable()
+            self._begin_run()
+        elif self._since is None:
+            self.begin, self._since = self._read, seen.time
         self._read += 1
+        if self._since is None:
+            return False
+        asked = [] if seen.mirror_error is None else [seen.mirror_error]
+        self._errors += asked
+        if not seen.verdict:
+            self._run += 1
+            self._asked += asked
+        self._several += seen.verdict == filters.SEVERAL
+        self.enough = self._is_enough(seen.time)
         return self.enough
+
+    def _is_enough(self, time: float) -> bool:
+        if self._wanted is None or time - self._since < self._seconds:
+            return False
+        # A second person in two frames is a large share of a few, and a small one with those that follow.
+        few = self._several <= self._settings.max_several * (self._read - self.begin)
+        return few and self._usable() >= self._wanted
 
 
 def _longest_shot(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -237,9 +238,14 @@ def _human(
         inside = errors[first:last][asked[first:last]]
         if not len(inside):
             inside = errors[asked & (shots == shots[first])]
-        if not len(inside) or np.median(inside) <= settings.mirror_error:
+        if is_human(inside, settings):
             human.append((first, last))
     return human
+
+
+def is_human(errors: Sequence[float], settings: crop.Settings) -> bool:
+    """Whether a face is human by its mirror errors; where none was asked, it is."""
+    return not len(errors) or bool(np.median(errors) <= settings.mirror_error)
 
 
 def _pieces(first: int, last: int, longest: int) -> list[tuple[int, int]]:

@@ -134,6 +134,38 @@ def test_a_driver_is_read_for_as_long_as_it_has_to_last(tmp_path):
     assert (driver.first, len(driver)) == (6, 9)
 
 
+def test_a_shot_that_is_not_human_is_never_enough(tmp_path):
+    """A doll's or a dog's before a person's, with a cut between them; what is asked for does not choose the shot."""
+    shots = [picture(shade=30, dog=True)] * 12 + [picture(shade=200)] * 20
+    path, told = write(tmp_path / "a.mp4", shots), []
+    driver = drive(path, max_frames=4, on_frame=told.append)
+    assert (driver.first, len(driver), told[-1]) == (12, 4, 16)
+    assert drive(path).first == 12
+    with pytest.raises(UserError, match="not a human face.* in 12 of 12 frames"):
+        drive(write(tmp_path / "b.mp4", shots[:12]), max_frames=4)
+
+
+def test_a_run_that_is_not_human_counts_for_nothing(tmp_path):
+    """Within one shot, where the whole video shows it as a gap."""
+    settings = dataclasses.replace(SETTINGS, mirror_every=1)
+    shown = [dict(dog=True)] * 5 + [dict(faces=0)] + [dict()] * 8
+    path = write(tmp_path / "a.mp4", [picture(**one) for one in shown])
+    driver = driver_from_video(path, ScriptedLandmarker(), settings, max_frames=4)
+    assert (driver.first, len(driver)) == (6, 4)
+
+
+def test_a_second_person_in_few_frames_is_no_reason_against_the_first_ones(tmp_path):
+    """One frame of eleven is more than a tenth; with those that follow it is not, as of the whole video."""
+    faces = [1, 2] + [1] * 38
+    path, told = write(tmp_path / "a.mp4", [picture(n) for n in faces]), []
+    driver = drive(path, max_frames=4, on_frame=told.append)
+    assert told[-1] == 10 and driver.seen.tolist() == [True, False] + [True] * 8
+    assert len(drive(path)) == 40
+    path = write(tmp_path / "b.mp4", [picture(n) for n in [1, 2] * 10])
+    with pytest.raises(UserError, match="several people in 10 of 20 frames"):
+        drive(path, max_frames=4)
+
+
 def test_no_face_at_all_is_refused(tmp_path):
     path = write(tmp_path / "a.mp4", [picture(0)] * 4)
     with pytest.raises(UserError, match="no face found in 4 of 4 frames"):
