@@ -95,16 +95,17 @@ class AnimatorModel(PortraitModel):
         """The guidance of every step.
 
         Where only the number of steps is given, S keeps its share of them (5 of 35). UserError
-        where 2 S is more than the steps.
+        where 2 S is more than the steps, or these are fewer than 1 or more than the schedule's.
         """
         settings = self._chosen(sampling)
+        # First, or S, which follows the steps, is said to be wrong.
+        if not 1 <= settings["steps"] <= self.schedule.steps:
+            raise UserError(f"--steps={settings['steps']}: from 1 to {self.schedule.steps}")
         if 2 * settings["hybrid_steps"] > settings["steps"]:
             raise UserError(
                 f"--hybrid_steps={settings['hybrid_steps']} must be at most half of the "
                 f"{settings['steps']} denoising steps"
             )
-        if settings["steps"] > self.schedule.steps:
-            raise UserError(f"--steps={settings['steps']}: at most {self.schedule.steps}")
         if settings["expression_guidance"] is not None and settings["reading"] != "three_scale":
             raise UserError("--expression_guidance needs --reading=three_scale")
         check_windows(sampling, self.window, temporal=self._temporal)
@@ -123,7 +124,8 @@ class AnimatorModel(PortraitModel):
         chosen = {**default, **given}
         if sampling.hybrid_steps is None:
             share = default["hybrid_steps"] / default["steps"]
-            chosen["hybrid_steps"] = round(share * chosen["steps"])
+            # Rounded up it could be more than half, which nobody asked for.
+            chosen["hybrid_steps"] = min(round(share * chosen["steps"]), chosen["steps"] // 2)
         trained = self.config.model.denoiser.get("expression_null", "learned")
         if chosen["expression_null"] == "learned" and trained != "learned":
             if sampling.expression_null is None:  # the config's default, which nobody asked for

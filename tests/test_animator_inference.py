@@ -97,6 +97,20 @@ def test_what_was_trained_stands_for_an_expression_that_is_left_out():
         model.settings(Sampling(expression_null="learned"))
 
 
+@pytest.mark.parametrize("steps", [0, -5, 1001])
+def test_steps_that_cannot_be_are_refused_by_their_own_name(steps):
+    """And not in the name of S, which follows them."""
+    with pytest.raises(UserError, match=f"^--steps={steps}: from 1 to 1000$"):
+        Stubbed().settings(Sampling(steps=steps))
+
+
+@pytest.mark.parametrize(("steps", "held"), [(7, 3), (8, 4), (1, 0)])
+def test_steps_alone_are_never_too_few_for_the_guidance(steps, held):
+    """S is half of the config's steps, which is 3.5 of 7: 4 would be more than half."""
+    model = Stubbed("sampling.steps=10", "sampling.hybrid_steps=5")
+    assert model.settings(Sampling(steps=steps))["hybrid_steps"] == held
+
+
 @pytest.mark.parametrize("reference", ["dropped", "kept"])
 def test_embedding_of_the_source_is_given_where_the_reference_is(reference):
     """In the mode clip_image: every branch but the unconditional one, unless that keeps its reference."""
