@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def read_entries(path: str, flags: dict[str, Any]) -> list[dict[str, Any]]:
         raise UserError(f"--jobs={path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--jobs={path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--jobs={path} cannot be read: more digits of a number, or brackets in each other, than Python reads"
+        ) from error
     if (
         not isinstance(listed, list)
         or not listed
@@ -92,8 +97,9 @@ def read_entries(path: str, flags: dict[str, Any]) -> list[dict[str, Any]]:
 def checked_job(entry: dict[str, Any]) -> Job:
     """The job of an entry of a file. UserError for whatever is wrong about it."""
     known = {field.name for field in fields(Job)}
-    entry = {name: _as_typed(name, value) for name, value in entry.items()}
-    for name, value in entry.items():
+    given, entry = entry, {}
+    for name, value in given.items():
+        value = _as_typed(name, value)
         if name in ("weights", "jobs"):
             raise UserError(
                 f"{name!r} belongs on the command line: one model makes all videos of a file"
@@ -105,6 +111,7 @@ def checked_job(entry: dict[str, Any]) -> Job:
             not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool))
         ):
             raise UserError(f"{name} cannot be {value!r}")
+        entry[name] = _as_kind(name, value)
         known_values = choices.ANIMATE.get(name)
         if known_values and value is not None and value not in known_values:
             raise UserError(f"{name} cannot be {value!r}; there are {', '.join(known_values)}")
@@ -122,6 +129,26 @@ def _as_typed(name: str, value: Any) -> Any:
         return json.dumps(value)
     if name == "relative_pose" and isinstance(value, bool):
         return "all" if value else ""
+    return value
+
+
+def _as_kind(name: str, value: Any) -> Any:
+    """A value of the right type that can be used: JSON has numbers and texts that nothing else takes."""
+    if isinstance(value, str):
+        # What the system takes for a name; of other flags, texts that it does not are none of their choices.
+        try:
+            usable = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
+            raise UserError(f"{name} cannot be {value!r}: it holds what no name of a file does")
+    if _KINDS.get(name) == (int, float) and value is not None:
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(
+                f"{name} cannot be {str(value)[:20]}...: it is too large a number"
+            ) from None
     return value
 
 
@@ -190,6 +217,10 @@ def _check_numbers(job: Job) -> None:
         value = getattr(job, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value}: at least {least}")
+    # Where nothing moves it is the length of the video, of which poses and latents are kept.
+    longest = driving.LAST_FRAME + 1
+    if job.max_frames is not None and job.max_frames > longest:
+        raise UserError(f"--max_frames={job.max_frames}: at most {longest}")
     for name, least, most, words in (
         ("guidance", -math.inf, math.inf, "a finite number"),
         ("expression_guidance", 0, math.inf, "a number from 0"),

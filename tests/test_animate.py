@@ -682,6 +682,7 @@ def test_relative_expression(model, files, tmp_path):
         ({"source": "a.png", "driving": "b.mp4", "eta": 1.5}, "^--eta=1.5: a number from 0 to 1"),
         ({"source": "a.png", "driving": "b.mp4", "eta": -0.1}, "^--eta=-0.1: a number from 0 to 1"),
         ({"source": "a.png", "driving": "b.mp4", "steps": 0}, "--steps"),
+        ({**TURNED, "max_frames": 10**11}, "^--max_frames=100000000000: at most 1000001$"),
         ({"source": "a.png", "driving": "b.mp4", "overlap": -1}, "--overlap=-1: at least 0"),
         ({"source": "a.png", "driving": "b.mp4", "smooth_strength": 2.0}, "nothing is smoothed"),
         ({**SMOOTHED, "smooth_strength": 0.0}, "--smooth_strength=0: a number above 0"),
@@ -733,6 +734,35 @@ def test_a_number_of_a_file_that_is_none(files, tmp_path):
         animate_jobs.checked_job(entry)
     with pytest.raises(UserError, match="^--eta=2: a number from 0 to 1"):
         animate_jobs.checked_job({**entry, "guidance": None, "eta": 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ('"source": "a\\u0000b"', "source cannot be 'a\\x00b': it holds what no name"),
+        ('"out": "\\ud800.mp4"', "out cannot be '\\ud800.mp4': it holds what no name"),
+        (
+            '"guidance": 1' + 400 * "0",
+            "guidance cannot be 10000000000000000000...: it is too large",
+        ),
+        ('"smooth": "gaussian", "smooth_strength": 1' + 400 * "0", "smooth_strength cannot be 1"),
+    ],
+)
+def test_what_json_can_say_and_nobody_can_use(model, files, tmp_path, capsys, wrong, words):
+    flags = {"source": str(files / "a.png"), "driving": str(files / "b.mp4")}
+    flags |= {"out": str(tmp_path / "x.mp4")}
+    (tmp_path / "jobs.json").write_text(f"[{json.dumps(flags)[:-1]}, {wrong}}}]")
+    assert cli.run(["animate", "--weights=weights", f"--jobs={tmp_path / 'jobs.json'}"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5 + "]" * 10**5, '[{"seed": 1' + 5000 * "0" + "}]"])
+def test_json_that_python_does_not_read(tmp_path, capsys, text):
+    (tmp_path / "jobs.json").write_text(text)
+    assert cli.run(["animate", "--weights=weights", f"--jobs={tmp_path / 'jobs.json'}"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "more digits of a number, or brackets" in said
 
 
 def test_outputs_are_protected(model, files, tmp_path):
