@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from data_pipelines import spill
 from data_pipelines.prepare import crop
 from data_pipelines.prepare.driver import Driver
 from data_pipelines.records import Clip
@@ -31,7 +32,7 @@ from dexportrait_jax import driver_track, driving, paste_back, pose_transfer, pr
 from dexportrait_jax.animate_jobs import Job, check, check_apart, checked_job, read_entries
 from dexportrait_jax.errors import Fault, UserError, in_words, is_fault
 from dexportrait_jax.face_clips import Faces, encode_clip, model_inputs
-from dexportrait_jax.inference import Drive, PortraitModel, load_model
+from dexportrait_jax.inference import BATCH, Drive, PortraitModel, load_model
 from dexportrait_jax.metrics import Progress
 
 PANEL = 256  # smallest side of a picture in a side-by-side video
@@ -193,12 +194,19 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     else:
         poses = np.repeat(source_pose[None], timeline.frames, 0)
     if "expression" in tracks:
-        track = driving.transfer_expression(
-            source_expression, tracks["expression"].expressions, job.relative_expression
-        )
-        expressions = track[timeline.indices["expression"]]
+        track, indices = tracks["expression"].expressions, timeline.indices["expression"]
+        neutral = track[0] if job.relative_expression else None
+        # A few at a time: codes of all frames are too much for memory where a video is long.
+        expressions = spill.zeros((timeline.frames, *track.shape[1:]), track.dtype)
+        for first in range(0, timeline.frames, BATCH):
+            part = slice(first, first + BATCH)
+            expressions[part] = driving.transfer_expression(
+                source_expression, track[indices[part]], neutral
+            )
     else:
-        expressions = np.repeat(source_expression[None], timeline.frames, 0)
+        expressions = np.broadcast_to(
+            source_expression, (timeline.frames, *source_expression.shape)
+        )
 
     drive = Drive(source_pose, source_expression, poses, expressions)
     return Plan(chosen.mode, timeline, source, picture, drive, drivers)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from data_pipelines import spill
 from data_pipelines.prepare.driver import Driver
 from dexportrait_jax.face_clips import encode_clip
-from dexportrait_jax.inference import PortraitModel
+from dexportrait_jax.inference import BATCH, PortraitModel
 from dexportrait_jax.pose_transfer import (
     join_pose,
     rotation_from_vector,
@@ -20,7 +21,7 @@ from dexportrait_jax.pose_transfer import (
 
 @dataclass(frozen=True)
 class Track:
-    """What a driver gives every frame."""
+    """What a driver gives every frame; expressions are on disk (`spill`)."""
 
     poses: Float[np.ndarray, "frames 3 4"]
     expressions: Float[np.ndarray, "frames latent"]
@@ -74,9 +75,12 @@ def bridge_codes(
     """Expression codes of all frames, along straight lines in gaps; see ``bridge_poses``."""
     if seen.all():
         return codes
-    bridged = np.empty((len(seen), codes.shape[1]), codes.dtype)
+    bridged = spill.zeros((len(seen), codes.shape[1]), codes.dtype)
     bridged[seen] = codes
-    bridged[~seen] = _between(codes, *_neighbours(seen, times))
+    missing, neighbours = np.flatnonzero(~seen), _neighbours(seen, times)
+    for first in range(0, len(missing), BATCH):
+        part = slice(first, first + BATCH)
+        bridged[missing[part]] = _between(codes, *(one[part] for one in neighbours))
     return bridged
 
 

@@ -98,10 +98,13 @@ def same_file(first: str, second: str) -> bool:
 def transfer_expression(
     source: Float[np.ndarray, " latent"],
     driving: Float[np.ndarray, "frames latent"],
-    relative: bool = False,
+    neutral: Float[np.ndarray, " latent"] | None = None,
 ) -> Float[np.ndarray, "frames latent"]:
-    """The expression code of every frame: the driver's, or e_s + (e_i - e_0) (method.md 7.3, off)."""
-    return source + (driving - driving[:1]) if relative else driving
+    """The expression code of every frame: the driver's, or e_s + (e_i - e_0) (method.md 7.3, off).
+
+    ``neutral``: e_0, the driver's code that stands for the source's own; None: the driver's codes as they are.
+    """
+    return driving if neutral is None else source + (driving - neutral)
 
 
 # --- typed poses ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from data_pipelines import video
+from data_pipelines import spill, video
 from data_pipelines.network_inputs import inference_inputs
 from data_pipelines.prepare.clips import clip_from_first_usable, clip_from_image
 from data_pipelines.prepare.crop import Settings
@@ -163,15 +163,17 @@ def enlarge(image: UInt8[np.ndarray, "n n 3"]) -> UInt8[np.ndarray, "m m 3"]:
 def encode_clip(
     model: PortraitModel, clip: Clip, indices: Int[np.ndarray, " n"] | None = None
 ) -> tuple[Float[np.ndarray, "n 3 4"], Float[np.ndarray, "n latent"]]:
-    """Pose and expression of frames of a clip (all), with one batch of pictures in memory."""
-    poses, expressions = [], []
+    """Pose and expression of frames of a clip (all), with one batch of pictures in memory; expressions are on disk."""
+    poses, expressions = [], None
     indices = np.arange(len(clip)) if indices is None else indices
     for first in range(0, len(indices), BATCH):
         images = model_inputs(model, clip, indices[first : first + BATCH])
         pose, expression = model.encode(images["pose_image"], images["expression_image"])
         poses.append(pose)
-        expressions.append(expression)
-    return np.concatenate(poses), np.concatenate(expressions)
+        if expressions is None:
+            expressions = spill.zeros((len(indices), *expression.shape[1:]), expression.dtype)
+        expressions[first : first + BATCH] = expression
+    return np.concatenate(poses), expressions
 
 
 def model_inputs(model: PortraitModel, clip: Clip, indices: np.ndarray) -> dict[str, np.ndarray]:

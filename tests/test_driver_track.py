@@ -27,6 +27,14 @@ def test_a_gap_in_the_expression_is_bridged():
     np.testing.assert_allclose(bridged, [[0, 10], [1, 8], [4, 2], [5, 0], [7, 7]], atol=1e-6)
 
 
+def test_a_long_gap_in_the_expression_is_bridged():
+    """Of more frames than are reckoned together."""
+    seen, times = np.zeros(31, bool), np.arange(31) / 25
+    seen[[0, 30]] = True
+    bridged = driver_track.bridge_codes(np.array([[0.0], [60.0]], np.float32), seen, times)
+    np.testing.assert_allclose(bridged[:, 0], 2 * np.arange(31), atol=1e-5)
+
+
 def test_a_clip_that_ends_in_a_gap_is_bridged_to_the_face_behind_it():
     model, clip = StubModel(), fixtures.make_clip(1, 3)
     driver = Driver(clip, TIMES, SEEN)

@@ -110,7 +110,7 @@ def test_relative_expression():
     source, codes = np.array([1.0, 2.0]), np.array([[5.0, 5.0], [6.0, 4.0]])
     np.testing.assert_array_equal(driving.transfer_expression(source, codes), codes)
     np.testing.assert_array_equal(
-        driving.transfer_expression(source, codes, True), [[1, 2], [2, 1]]
+        driving.transfer_expression(source, codes, codes[0]), [[1, 2], [2, 1]]
     )
 
 

@@ -21,8 +21,9 @@ from dexportrait_jax.config import load_config
 from tests.data_pipelines.prepare import scripted
 
 LATENT = (32, 32, 4)  # 16 KiB a frame
-# What may stay in memory of a frame: blendshapes, box, pose, code, numbers and times, most of them twice for a
-# while. Pictures, landmarks and latents are 30 KB here and 200 KB at 512 pixels.
+CODE = 512  # numbers of an expression, the paper's: 2 KiB a frame
+# What may stay in memory of a frame: blendshapes, box, pose, numbers and times, most of them twice for a while.
+# Pictures, landmarks, codes and latents are 30 KB here and 200 KB at 512 pixels.
 BYTES_A_FRAME = 1500
 
 
@@ -45,7 +46,7 @@ class Animator(AnimatorModel):
 
     def encode(self, pose_images, expression_images):
         poses = pose_transfer.join_pose(np.eye(3), np.zeros(3), np.array(1.0))
-        return np.repeat(poses[None], len(pose_images), 0), np.zeros((len(pose_images), 32), "f4")
+        return np.repeat(poses[None], len(pose_images), 0), np.zeros((len(pose_images), CODE), "f4")
 
     def _denoiser(self, null):
         def predict(params, latents, timesteps, conditions):
