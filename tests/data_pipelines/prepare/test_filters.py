@@ -32,8 +32,14 @@ def test_judging_a_frame():
     assert verdict(_face(size=30)) == filters.TOO_SMALL
     assert verdict(_face(x=-40)) == filters.OUTSIDE
     assert verdict(_face(x=-4)) == filters.GOOD
+    # A face of 100 pixels: 40 of them beyond the right edge, or the lower one; then 4.
+    assert verdict(_face(x=580)) == verdict(_face(y=420)) == filters.OUTSIDE
+    assert verdict(_face(x=544)) == verdict(_face(y=384)) == filters.GOOD
     assert verdict(_face(), _face(x=400, size=60)) == filters.SEVERAL
     assert verdict(_face(), _face(x=400, size=20)) == filters.GOOD  # a picture on the wall
+    # What counts is a share of the first one's size, three tenths.
+    assert verdict(_face(size=200), _face(x=450, size=50)) == filters.GOOD
+    assert verdict(_face(), _face(x=400, size=35)) == filters.SEVERAL
     assert verdict(_face(), _face(x=210, size=95)) == filters.GOOD  # the same face found twice
 
 
@@ -48,6 +54,9 @@ def test_cuts():
     assert not cut(_face(x=230))
     assert cut(_face(x=260))
     assert cut(_face(size=160))
+    assert cut(_face(size=60)) and not cut(_face(size=80))
+    # Its middle moves by 60 and by 40 pixels of the 100 that it had, whatever its size is now.
+    assert cut(_face(x=240, y=130, size=140)) and not cut(_face(x=255, y=165, size=70))
     # Real clips have at most 0.038, two people in the same crop 0.088 and, of all pairs but one, 0.11.
     assert cut(difference=0.11) and not cut(difference=0.08)
     assert cut(time=2.0)
@@ -90,6 +99,8 @@ def test_whole_videos_are_refused_with_their_reason():
     assert reason([_seen(filters.NO_FACE)] * 9) == "dropped: no face found in 9 of 9 frames"
     several = [_seen(), *[_seen(filters.SEVERAL)] * 2, *[_seen()] * 10]
     assert reason(several) == "dropped: several people in 2 of 13 frames"
+    # A tenth may show them, of all frames.
+    assert filters.segments([_seen(filters.SEVERAL), *[_seen()] * 9], "a", SETTINGS)[1].kept
     assert "not a human face" in reason([_seen(mirror_error=0.05)] * 9)
     broken = [_seen(cut=True), _seen(), _seen()] * 4
     assert reason(broken) == "dropped: too few good frames in a row: 3; at least 5 are needed"

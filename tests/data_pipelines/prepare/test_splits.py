@@ -30,6 +30,9 @@ def test_time_split_shares_no_frame_and_keeps_the_gap():
     np.testing.assert_array_equal(held.timestamps, clip.timestamps[30:])
     (short,), none = _in_time([[fixtures.make_clip(0, 6, 32)]], 0.25, 5)
     assert len(short) == 6 and not none
+    # A fifth of six is one frame, which is no clip: nothing is taken away for it.
+    (short,), none = _in_time([[fixtures.make_clip(0, 6, 32)]], 0.2, 1)
+    assert len(short) == 6 and not none
 
 
 def test_time_split_of_adjoining_clips_keeps_the_gap_between_them():
@@ -107,6 +110,19 @@ def test_identity_split_is_by_person():
     train = {clip.identity for clip in made["train"]()}
     validation = {clip.identity for clip in made["validation"]()}
     assert not train & validation and train | validation == {c.identity for c in clips}
+
+
+def test_sides_of_people_are_those_of_every_version():
+    """Those whose `printf NAME | sha256sum` begins below 0.2, 333...: another rule would mix data old and new."""
+    people = {f"person{number}" for number in range(20)}
+    assert splits.held_out(people, 0.2) == {"person1", "person2", "person17"}
+    assert splits.held_out(people, 0.25) == {
+        "person1",
+        "person2",
+        "person3",
+        "person17",
+        "person18",
+    }
 
 
 def test_named_people_are_held_out():
