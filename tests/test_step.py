@@ -94,6 +94,19 @@ def test_non_finite_step_changes_nothing_but_the_count():
     assert good["opt"]["generator"]["skipped_in_a_row"] == 0
 
 
+def test_an_infinite_loss_with_a_finite_gradient_changes_nothing():
+    """w + mean(x): its gradient is 1, whatever x is."""
+
+    def shifted(params, batch, key, step, shared, events):
+        return params["g"]["w"] + jnp.mean(batch["x"]), Outputs({}, {})
+
+    phases = (Phase("generator", ("g",), shifted, optax.sgd(RATE)),)
+    step = jax.jit(make_step(phases, seed=0, ema_decay=0.5))
+    after, metrics = step(new_state(phases), {"x": jnp.array([2.0, jnp.inf])}, {})
+    assert metrics["generator/gradient_norm"] == 1 and metrics["generator/loss"] == jnp.inf
+    assert after["params"]["g"]["w"] == 1.0 and after["opt"]["generator"]["skipped"] == 1
+
+
 def roots(params, batch, key, step, shared, events):
     """Mean of sqrt(w - x): where an x is its weight, the loss is finite and the gradient is not."""
     return jnp.mean(jnp.sqrt(params["g"]["w"] - batch["x"])), Outputs({}, {})
@@ -208,6 +221,22 @@ def test_randomness_is_a_function_of_seed_and_step():
     assert draws(0, 3, 2) == whole[3:]
     assert len(set(whole)) == 5
     assert draws(1, 0, 5) != whole
+
+
+def test_every_phase_and_every_part_of_a_batch_draws_its_own():
+    """Of parts that all drew the same, the mean of the squares would be the square of the mean."""
+
+    def noisy(params, batch, key, step, shared, events):
+        draw = jax.random.normal(key)
+        return 0.0 * params["g"]["w"], Outputs({"draw": draw, "square": draw**2}, {})
+
+    phases = tuple(Phase(name, ("g",), noisy, optax.sgd(RATE)) for name in ("one", "two"))
+    for parts in (1, 2):
+        step = jax.jit(make_step(phases, seed=0, ema_decay=0.5, accumulate=parts))
+        _, metrics = step(new_state(phases), BATCH, {})
+        assert abs(metrics["one/draw"] - metrics["two/draw"]) > 0.01
+        spread = metrics["one/square"] - metrics["one/draw"] ** 2
+        assert (abs(spread) > 1e-3) == (parts == 2)
 
 
 def test_constants_reach_the_loss_and_are_not_trained():
