@@ -134,3 +134,24 @@ def test_box_beyond_the_frame():
     assert (pasted[:20, :20] == 255).all() and pasted[20:].max() == 0 and pasted[:, 20:].max() == 0
     gone = paste_back.paste(frame, result, np.array([80.0, 80.0, 120.0, 120.0]), mask)
     assert gone.max() == 0
+
+
+def test_a_box_beyond_the_frame_keeps_its_places():
+    """What was cut by it, black beyond the frame, lands where it came from: on every side that the box reaches over."""
+    frame = np.random.default_rng(2).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    wide = np.pad(frame, ((20, 20), (20, 20), (0, 0)))
+    for x0, y0 in ((-12, -7), (25, 17), (-2, 9)):
+        crop = wide[y0 + 20 : y0 + 68, x0 + 20 : x0 + 68]
+        box = np.array([x0, y0, x0 + 48, y0 + 48], float)
+        pasted = paste_back.paste(np.zeros_like(frame), crop, box, np.ones((48, 48), np.float32))
+        shown = np.s_[max(y0, 0) : y0 + 48, max(x0, 0) : x0 + 48]
+        np.testing.assert_array_equal(pasted[shown], frame[shown])
+        assert pasted.astype(int).sum() == frame[shown].astype(int).sum()
+
+
+def test_a_result_larger_than_its_box_is_averaged():
+    """Single pixels, black and white in turn, at a fifth of the size: 12 or 13 of 25 are white."""
+    checks = (np.indices((200, 200)).sum(0) % 2 * 255).astype(np.uint8)
+    frame, box = np.zeros((60, 60, 3), np.uint8), np.array([10.0, 10.0, 50.0, 50.0])
+    pasted = paste_back.paste(frame, np.stack([checks] * 3, -1), box, np.ones((200, 200)))
+    assert np.abs(pasted[10:50, 10:50].astype(float) - 255 / 2).max() < 255 / 2 / 25 + 1
