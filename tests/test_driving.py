@@ -35,6 +35,16 @@ def test_flags_choose_the_mode(flags, mode, drivers):
     assert chosen.mode in driving.MODES
 
 
+def test_a_source_by_another_path_drives_itself(tmp_path):
+    """Through a folder and back, or by a link: a file is known by where it lies."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    for other in ("folder/../a.mp4", "link.mp4"):
+        chosen = driving.choose_drivers(str(tmp_path / "a.mp4"), str(tmp_path / other))
+        assert chosen.mode == "self" and chosen.source_drives
+
+
 def test_no_driver_is_an_error():
     with pytest.raises(UserError, match="--driving"):
         driving.choose_drivers("a.png")
@@ -81,6 +91,14 @@ def test_relative_rotation_turns_about_the_heads_own_axes():
 def driving_nod():
     rotation = pose_transfer.euler_rotation(0, -60, 0) @ pose_transfer.euler_rotation(12, 0, 0)
     return pose_transfer.join_pose(rotation, np.zeros(3), np.array(1.0))
+
+
+def test_relative_pose_to_a_resting_pose():
+    """Which is another one than the first frame's."""
+    source, rest = pose(yaw=30, x=0.2, scale=1.5), pose(yaw=-5, x=0.1, scale=0.5)
+    driver = np.stack([pose(yaw=10, x=-0.1, scale=1.0)])
+    moved = pose_transfer.transfer_pose(source, driver, pose_transfer.COMPONENTS, rest)
+    np.testing.assert_allclose(moved[0], pose(yaw=45, x=0.0, scale=3.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("component", pose_transfer.COMPONENTS)
@@ -193,6 +211,23 @@ def test_one_euro_goes_by_the_time_between_frames():
     angles = [pose_transfer.rotation_vector(turn)[1] for turn in rotation]
     np.testing.assert_allclose(angles, [0, first, then], atol=1e-6)
     assert first < 0.04 and then > 0.097
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "one_euro", "kalman"])
+def test_smoothing_is_of_the_scale_too(kind):
+    """A frame twice as large as those about it: in logarithms, in which a half of it would be as far away."""
+    for size in (2.0, 0.5):
+        poses = np.stack([pose(scale=scale) for scale in (1.0, 1.0, size, 1.0, 1.0)])
+        smooth = pose_transfer.smooth_poses(poses, kind, strength=1000.0)
+        found = np.log(pose_transfer.split_pose(smooth)[2]) / np.log(size)
+        assert 0 < found[2] < 0.5 and (found >= 0).all()
+
+
+def test_nearest_rotation_is_no_mirroring():
+    """Of a matrix that mirrors, the axis that it keeps least is turned about."""
+    matrix = pose_transfer.euler_rotation(10, -25, 5) @ np.diag([1.0, 0.9, -0.1])
+    found = pose_transfer._nearest_rotation(matrix[None])[0]
+    np.testing.assert_allclose(found, pose_transfer.euler_rotation(10, -25, 5), atol=1e-6)
 
 
 def test_kalman_smoother_by_hand():
