@@ -1,5 +1,6 @@
 """Where the time goes, by a clock that is set, and a report when it goes nowhere."""
 
+import re
 import threading
 import time
 
@@ -104,6 +105,21 @@ def test_what_stands_still_is_reported_once_with_all_stacks(tmp_path, capsys):
     assert said.count("no progress") == 1 and "it is at: data" in said
     written = (tmp_path / "stacks.txt").read_text()
     assert "never_answers" in written and "Thread" in written
+
+
+def test_what_stands_still_again_is_reported_again(tmp_path, capsys):
+    """At another step, or at something else in the same one."""
+    wall = WallTime()
+    wall.ready()
+    watch = Watch(wall, 0.2, tmp_path / "stacks.txt")
+    time.sleep(0.6)
+    watch.moved()
+    time.sleep(0.6)
+    with wall.spent("save"):
+        time.sleep(0.6)
+        watch.close()
+    said = re.findall(r"after (\d) steps .* it is at: ([a-z ]+);", capsys.readouterr().err)
+    assert said == [("0", "a step"), ("1", "a step"), ("1", "save")]
 
 
 def test_what_moves_is_not_reported(tmp_path, capsys):
