@@ -38,6 +38,8 @@ def grid_of(*sides, rings):
 
 SQUARE = grid_of(16, 16, rings=(True, True))
 OPEN = grid_of(4, 4, rings=(False, False))
+# Two devices a chip.
+PAIRS = Grid(tuple(place for place in OPEN.places for _ in range(2)), OPEN.rings)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,8 @@ OPEN = grid_of(4, 4, rings=(False, False))
         (SQUARE, "[16,16]<=[4,4,16]T(0,1,2)", (1,), 2),
         (OPEN, "[4,4]<=[16]", (1,), 1),
         (OPEN, "[1,16]<=[16]", (0, 1), 2),  # the chip in the corner has two
+        (PAIRS, "[16,2]<=[32]", (0, 1), 4),  # on one chip: its links stand for what is not known
+        (PAIRS, "[4,8]<=[32]", (1,), 1),
     ],
 )
 def test_links(grid, groups, axes, links):

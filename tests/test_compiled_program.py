@@ -83,6 +83,22 @@ def test_a_loop_of_unknown_length_is_named_and_counted_once():
     assert program.flops == 2 * 64 * 128 * 256
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "call(%x, %weights), to_apply=%product",
+        "conditional(%i, %weights, %x), branch_computations={%piece, %product}",
+        "conditional(%less, %x, %weights), true_computation=%product, false_computation=%piece",
+    ],
+)
+def test_what_a_loop_calls_or_chooses_counts_as_often(line):
+    """Of a choice the dearest: the product, and not the cut."""
+    fusion = "fusion(%x, %weights), kind=kOutput, calls=%product"
+    assert fusion in LOOP
+    program = read_program(LOOP.replace(fusion, line))
+    assert program.flops == 4 * 2 * 64 * 128 * 256 and program.unknown_loops == []
+
+
 def entry(*lines):
     return "ENTRY %main () -> f32[] {\n" + "\n".join(f"  {line}" for line in lines) + "\n}\n"
 
@@ -116,6 +132,85 @@ def test_collectives(line, kind, received):
     found = program.collectives[kind]
     assert (found.count, found.bytes) == (1, received * 16 * 1024 * 2)
     assert program.between_slices == 0
+
+
+def three_times(*lines):
+    """A loop with these lines in it: its computations, and the lines that run it."""
+    body = "\n  ".join(
+        (
+            "%turn (p: (s32[])) -> (s32[]) {",
+            "%p = (s32[]) parameter(0)",
+            "%i = s32[] get-tuple-element(%p), index=0",
+            "%one = s32[] constant(1)",
+            "%next = s32[] add(%i, %one)",
+            *lines,
+            "ROOT %r = (s32[]) tuple(%next)",
+        )
+    )
+    test = """
+}
+%test (q: (s32[])) -> pred[] {
+  %q = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %end = s32[] constant(3)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+"""
+    return body + test, (
+        "%first = s32[] constant(0)",
+        "%start = (s32[]) tuple(%first)",
+        "%loop = (s32[]) while(%start), condition=%test, body=%turn",
+    )
+
+
+def test_what_is_sent_in_a_loop_and_by_choice_is_added_up():
+    """A reduction of 32 KiB between two neighbours, and a send of as much: here, in a choice, and three times over."""
+    sending = (
+        *OPERANDS[:1],
+        "%y = bf16[16,1024]{1,0} all-reduce(%x), replica_groups={{0,1}}",
+        "%t = token[] after-all()",
+        "%s = (bf16[16,1024]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
+    )
+    chosen = entry(*sending).replace("ENTRY %main", "%chosen")
+    choice = "%w = bf16[16,1024]{1,0} conditional(%first, %x), branch_computations={%chosen}"
+    loop, lines = three_times(*sending)
+    program = read_program(
+        chosen + loop + entry(*sending, *lines, choice), Grid(((0, 0), (0, 1)), (False, False), 2)
+    )
+    found, size = program.collectives["all-reduce"], 16 * 1024 * 2
+    assert (found.count, found.bytes) == (5, 5 * size)
+    assert program.link_bytes == {(1,): 5 * size} and program.between_slices == 5 * size
+
+
+def test_an_all_reduce_that_is_cut_later_is_one_all_the_same():
+    """Alone in the program, and not in a fusion: every device has the whole before it cuts."""
+    lines = (
+        "%g = f32[64,1024]{1,0} parameter(0)",
+        "%r = f32[64,1024]{1,0} all-reduce(%g), replica_groups={{0,2,4,6,8,10,12,14}}, to_apply=%a",
+        "%n = u32[] constant(0)",
+        "ROOT %d = f32[8,1024]{1,0} dynamic-slice(%r, %n, %n), dynamic_slice_sizes={8,1024}",
+    )
+    found = read_program(entry(*lines)).collectives
+    assert set(found) == {"all-reduce"} and found["all-reduce"].bytes == 2 * 7 * 8 * 1024 * 4
+
+
+def test_bytes_of_updates_and_of_copies_beside_other_work():
+    """An update of 1 KiB in 8 MiB is read and written; a copy to a core's own memory is read alone."""
+    operands = (
+        "%big = f32[8192,256]{1,0} parameter(0)",
+        "%piece = f32[1,256]{1,0} parameter(1)",
+        "%i = s32[] parameter(2)",
+    )
+    update = "f32[8192,256]{1,0} dynamic-update-slice(%big, %piece, %i, %i)"
+    assert read_program(entry(*operands, f"%u = {update}")).hbm_bytes == 2 * 1024
+    fused = "%update (a: f32[8192,256]) -> f32[8192,256] {\n  " + "\n  ".join(operands)
+    fused += f"\n  ROOT %u = {update}\n}}\n"
+    line = "%f = f32[8192,256]{1,0} fusion(%big, %piece, %i), kind=kLoop, calls=%update"
+    assert read_program(fused + entry(*operands, line)).hbm_bytes == 2 * 1024 + 4
+    for place, times in (("S(1)", 1), ("", 2)):
+        copy = f"%c = (f32[1,256]{{1,0:{place}}}, f32[1,256]{{1,0}}, u32[]) copy-start(%piece)"
+        assert read_program(entry(*operands, copy)).hbm_bytes == times * 1024
 
 
 def test_a_collective_among_nobody_knows_whom_is_told():
@@ -246,5 +341,8 @@ def test_kernels():
     )
     names = ("splash_mha_fwd_residuals", "splash_mha_dq", "splash_mha_dkv", "other")
     program = read_program(entry(*operands, *(kernel.format(name=name) for name in names)))
-    assert program.flops == (2 + 3 + 4) * 2 * 2 * 8 * 512 * 1024 * 128
+    flops = (2 + 3 + 4) * 2 * 2 * 8 * 512 * 1024 * 128
+    assert program.flops == flops
     assert program.unknown_kernels == ["other.1"]
+    loop, lines = three_times(*operands[2:4], *(kernel.format(name=name) for name in names[:3]))
+    assert read_program(loop + entry(*lines)).flops == 3 * flops
