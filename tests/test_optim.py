@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import common
 from dexportrait_jax import sharding
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.optim import make_optimizer
+from dexportrait_jax.optim import learning_rate_schedule, make_optimizer
 
 
 def _first_update(config, params, gradients):
@@ -145,6 +145,46 @@ def test_three_updates_of_sharded_weights_are_those_of_whole_ones(name):
     assert len(cut) > 1 and all(not leaf.sharding.is_fully_replicated for leaf in cut)
     for found, wanted in zip(jax.tree.leaves(spread), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "rates"),
+    [
+        # A tenth at the start, the whole after ten steps; then half a cosine over the hundred that are left.
+        (10, "cosine", {0: 1e-3, 5: 5.5e-3, 10: 1e-2, 60: 6e-3, 110: 2e-3, 500: 2e-3}),
+        (0, "cosine", {0: 1e-2, 55: 6e-3, 110: 2e-3}),
+        (10, "constant", {0: 1e-3, 10: 1e-2, 110: 1e-2}),
+    ],
+)
+def test_learning_rates_by_hand(warmup, decay, rates):
+    config = common.adam(1e-2, warmup_steps=warmup, decay=decay, final_fraction=0.2)
+    found = learning_rate_schedule(config, num_steps=110)
+    assert {step: float(found(step)) for step in rates} == pytest.approx(rates, rel=1e-5)
+
+
+def test_the_first_multiplier_that_fits_holds():
+    """The module's own before the group's, also where that one is smaller; and none is 1."""
+    shapes = {"kernel": (2, 3), "bias": (3,)}
+    params = {"pose": {"head": _tree(shapes, 0)["pose"]["head"], "body": {"bias": np.ones(3)}}}
+    gradients = jax.tree.map(np.ones_like, params)
+    pairs = (("pose/head/kernel", 4.0), ("pose/head", 0.5))
+    config = common.adam(1e-2, warmup_steps=0, clip_norm=0.0, multipliers=pairs)
+    update = _first_update(config, params, gradients)["pose"]
+    for found, factor in (
+        (update["head"]["kernel"], 4.0),
+        (update["head"]["bias"], 0.5),
+        (update["body"]["bias"], 1.0),
+    ):
+        np.testing.assert_allclose(found, np.full_like(found, -1e-2 * factor), rtol=1e-4)
+
+
+def test_decayed_weights_are_no_part_of_adam_s_moments():
+    """Loshchilov and Hutter: rate times decay times the weight, beside the step of Adam, which is the rate."""
+    params = {"pose": {"head": {"kernel": np.array([[2.0], [-4.0]], np.float32)}}}
+    gradients = {"pose": {"head": {"kernel": np.array([[0.5], [3.0]], np.float32)}}}
+    config = common.adam(1e-2, name="adamw", weight_decay=0.1, warmup_steps=0, clip_norm=0.0)
+    update = _first_update(config, params, gradients)["pose"]["head"]["kernel"]
+    np.testing.assert_allclose(update, [[-0.01 - 0.002], [-0.01 + 0.004]], rtol=1e-5)
 
 
 def test_unknown_name_is_one_line():

@@ -154,6 +154,24 @@ def test_choice_on_a_gpu(cudnn_stubbed):
             assert ("dot_product_attention" in traced) == (backend == "cudnn"), lengths
 
 
+@pytest.mark.parametrize(
+    ("platform", "queries", "features", "backend"),
+    [
+        ("gpu", 1024, 128, "cudnn"),
+        ("gpu", 1024, 136, "plain"),  # wider heads than it takes
+        ("gpu", 1024, 20, "plain"),  # no whole eights
+        ("gpu", 1025, 128, "plain"),
+        ("tpu", 4095, 128, "plain"),
+        ("tpu", 4096, 128, "splash"),
+        ("tpu", 4096, 40, "splash"),
+    ],
+)
+def test_limits_of_the_choice(platform, queries, features, backend):
+    query, key, _ = halves(2, queries, 4096, features=features)
+    with planned_for(platform):
+        assert choose_backend(query, key) == backend
+
+
 def test_cudnn_takes_no_mask_of_keys(cudnn_stubbed):
     with pytest.raises(ValueError, match="'cudnn' takes how many keys take part"):
         attention(*inputs(2, 4, 4, 1, 8)[0], jnp.ones((2, 4), bool), backend="cudnn")
