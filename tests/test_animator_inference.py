@@ -3,14 +3,16 @@
 By stubs, so nothing is compiled.
 """
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
-from dexportrait_jax import animator_inference
+from dexportrait_jax import animator_inference, animator_windows
 from dexportrait_jax import config as configs
 from dexportrait_jax.animator_inference import AnimatorModel
-from dexportrait_jax.animator_windows import ClipWindows, DenoiserPrograms
+from dexportrait_jax.animator_windows import ClipWindows, DenoiserPrograms, null_reading
 from dexportrait_jax.diffusion.sampler import frame_noise
 from dexportrait_jax.diffusion.windows import window_frames
 from dexportrait_jax.errors import UserError
@@ -75,16 +77,65 @@ def test_start_of_sampling(monkeypatch, start, by_flag):
     assert model.settings(given)["start"] == start
 
 
+def test_noise_of_a_clip_longer_than_a_batch(monkeypatch):
+    """Every frame has its own, at the start and in every stochastic step, which is no step of the start's."""
+    asked = {}
+
+    def noted(guided, schedule, plan, latents, **options):
+        asked.update(options, start=latents.copy())
+        return latents
+
+    monkeypatch.setattr(animator_inference, "sample", noted)
+    model = Stubbed("sampling.temperature=0.9", "sampling.shared_noise=0")
+    list(model.animate(PICTURE, drive_of(11), Sampling(seed=4, start="noise", eta=1.0)))
+    for step in range(3):
+        wanted = 0.9 * frame_noise(4, 11, LATENT.shape, step=step)
+        found = asked["start"] if step == 0 else asked["noise"](step - 1, slice(0, 11))
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(asked["noise"](1, slice(8, 11)), found[8:])
+
+
+def test_the_blurred_start_is_of_the_first_timestep(monkeypatch):
+    """Which offset and number of steps decide: 34 * (1000 // 35) + 0, and 9 * 100 + 1."""
+    begun = []
+    monkeypatch.setattr(
+        animator_inference,
+        "blurred_start",
+        lambda schedule, source, noise, timestep: begun.append(timestep) or noise,
+    )
+    monkeypatch.setattr(animator_inference, "sample", lambda *given, **options: given[3])
+    for override, given in (("sampling.offset=0", Sampling()), ("seed=0", Sampling(steps=10))):
+        list(Stubbed("sampling.start=ref_blur", override).animate(PICTURE, DRIVE, given))
+    assert begun == [952, 901]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_latents_that_are_no_numbers_are_told(monkeypatch, value):
+@pytest.mark.parametrize("frame", [1, 9])
+def test_latents_that_are_no_numbers_are_told(monkeypatch, value, frame):
+    """In the first batch of frames that is decoded, and in the second."""
+
     def broken(guided, schedule, plan, latents, **options):
-        latents[1, 0, 0, 0] = value
+        latents[frame, 0, 0, 0] = value
         return latents
 
     monkeypatch.setattr(animator_inference, "sample", broken)
-    with pytest.raises(UserError, match="^frame 1 cannot be shown: .* not finite") as caught:
-        list(Stubbed().animate(PICTURE, DRIVE, Sampling()))
+    match = f"^frame {frame} cannot be shown: .* not finite"
+    with pytest.raises(UserError, match=match) as caught:
+        list(Stubbed().animate(PICTURE, drive_of(11), Sampling()))
     assert "\n" not in str(caught.value)
+
+
+def test_steps_that_are_just_possible():
+    """S keeps its share, 5 of 35, of other numbers of steps, to the nearest; half of the steps, and all there are."""
+    model = Stubbed()
+    shares = [
+        model.settings(Sampling(steps=steps))["hybrid_steps"] for steps in (3, 24, 25, 35, 70)
+    ]
+    assert shares == [0, 3, 4, 5, 10]
+    assert len(model.plan(Sampling(steps=10, hybrid_steps=5)).steps) == 10
+    assert len(model.plan(Sampling(steps=1000)).steps) == 1000
+    with pytest.raises(UserError, match="^--steps=1001: "):
+        model.plan(Sampling(steps=1001))
 
 
 def test_what_was_trained_stands_for_an_expression_that_is_left_out():
@@ -134,6 +185,19 @@ def test_embedding_is_given_without_the_reference_where_training_never_dropped_i
         null, full = model.seen
         assert null.keys_values is None and (null.context is not None) == given, drop
         np.testing.assert_array_equal(full.context, np.repeat(context, len(full.context), 0))
+
+
+def test_what_config_sampling_says_of_a_branch_without_conditions():
+    settings = {"expression_null": "learned", "null_reference": "dropped", "null_pose": "zero"}
+    assert null_reading(settings, "image") == NullReading()
+    for key, value, reading in (
+        ("expression_null", "zero", NullReading()),  # as the denoiser is built
+        ("expression_null", "source", NullReading(expression="source")),
+        ("null_reference", "kept", NullReading(reference="kept")),
+        ("null_pose", "source", NullReading(pose="source")),
+    ):
+        assert null_reading(settings | {key: value}, "always") == reading
+    assert null_reading(settings, "never") == NullReading(context="kept")
 
 
 def test_embedding_is_of_the_source(monkeypatch):
@@ -253,3 +317,44 @@ def test_features_of_windows_that_move_are_kept_for_their_step(moving):
                 windows.predict(np.zeros((24, 1)), np.zeros(24), frames, branch)
     assert len(windows._kept) == (1 if moving else 3)
     assert len(made) == (4 * 4 if moving else 3)
+
+
+def test_no_more_features_of_windows_are_kept_than_there_is_room_for(monkeypatch):
+    """Of three windows of 16 bytes two, where there is room for 40; the third is made anew each time."""
+    made = []
+
+    def residuals(params, conditions):
+        made.append(conditions)
+        return {"block": np.zeros(4, np.float32)}
+
+    monkeypatch.setattr(animator_windows, "WINDOW_CACHE_BYTES", 40)
+    programs = DenoiserPrograms(lambda *given: {}, residuals, lambda *given: given[1])
+    windows = ClipWindows({}, programs, drive_of(60), {}, None, NullReading())
+    for _ in range(4):
+        for frames in window_frames(60):
+            windows.predict(np.zeros((24, 1)), np.zeros(24), frames, "full")
+    assert len(windows._kept) == 2 and len(made) == 2 + 4
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_features_without_the_driver_s_pose_are_made_once_for_all_windows(moving):
+    """The unconditional branch that keeps reference and source's pose reads none of the other branches'."""
+    made = []
+
+    def residuals(params, conditions):
+        made.append(np.asarray(conditions.driving_pose))
+        return {"block": made[-1]}
+
+    still = drive_of(60)
+    drive = dataclasses.replace(still, poses=still.poses * np.linspace(0.9, 1.1, 60)[:, None, None])
+    programs = DenoiserPrograms(lambda *given: {}, residuals, lambda *given: given[-1])
+    reading = NullReading(reference="kept", pose="source")
+    windows = ClipWindows({}, programs, drive, {}, None, reading, moving=moving)
+    for seed in range(3):
+        table = window_frames(60, random=np.random.default_rng(seed) if moving else None)
+        for frames in table:
+            for branch, poses in (("full", drive.poses[frames]), ("null", still.poses[frames])):
+                seen = windows.predict(np.zeros((24, 1)), np.zeros(24), frames, branch)
+                np.testing.assert_array_equal(seen.residuals["block"], poses)
+                np.testing.assert_array_equal(seen.driving_pose, poses)
+    assert sum(bool((poses == still.poses[:24]).all()) for poses in made) == 1
