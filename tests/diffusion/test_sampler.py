@@ -24,6 +24,12 @@ def test_published_timesteps():
     assert len(steps) == 35
 
 
+def test_as_many_steps_as_there_are_timesteps():
+    """With the offset the first would be 1000, which no table has."""
+    steps = sampling_timesteps(SCHEDULES["sd15"], 1000)
+    assert steps.tolist() == [999, *range(999, 0, -1)]
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("count", [3, 7, 30, 35, 50, 61])
 def test_timesteps_equal_diffusers(spacing, count):
