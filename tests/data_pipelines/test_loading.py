@@ -23,6 +23,7 @@ from data_pipelines import (
     shard_reader,
     transforms,
 )
+from data_pipelines.cross_view import Shown
 from data_pipelines.examples import Examples
 from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
@@ -340,6 +341,20 @@ def test_windows_are_chosen_by_what_is_stored(restless, monkeypatch):
     assert np.mean([motion(below, seed)[1] <= limit for seed in range(40)]) > 0.8
 
 
+def test_windows_are_looked_for_in_the_own_clip_and_in_those_that_follow(restless, monkeypatch):
+    """Of six candidates three each, round the end of the data; anywhere in a clip, at its very end too."""
+    examples = Examples(_config(restless, mode="video", frames=4, calm=_calm(0.0, 6)))
+    looked = []
+    monkeypatch.setattr(examples, "window_motion", lambda *place: looked.append(place) or 1.0)
+    for seed in range(60):
+        chosen = examples._choose_window(1, np.random.default_rng(seed))
+        assert [clip for clip, _ in looked[-6:]] == [1, 1, 1, 2, 3, 0] and len(
+            looked
+        ) == 6 * seed + 6
+        assert (chosen[0], chosen[2][0]) == looked[-6]  # of windows that move alike the first
+    assert {start for _, start in looked} == set(range(24 - 4 + 1))
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_an_older_dataset_gives_the_same_batches(restless, stride):
     """Without the stored field the candidates' frames are measured, until `measure` has stored it."""
@@ -367,6 +382,10 @@ def test_view_change_takes_the_other_camera_at_the_same_instant(tmp_path):
     assert examples._same_instant(clip, 7, other, draw) == (other, 7)
     late = dataclasses.replace(other, timestamps=other.timestamps + 100)
     assert examples._same_instant(clip, 7, late, draw) is None
+    # Three quarters of a frame late: its first is nearer to the second than half a frame, and not to the first.
+    late = dataclasses.replace(other, timestamps=other.timestamps + 0.03)
+    assert examples._same_instant(clip, 0, late, draw) is None
+    assert examples._same_instant(clip, 1, late, draw) == (late, 0)
 
     config["augment"]["view_change"]["probability"] = 1.0
     examples = Examples(config)
@@ -412,6 +431,21 @@ def test_view_change_is_as_frequent_in_long_sessions(tmp_path):
         ):
             at = int(np.flatnonzero((clip.head_pose == pose).all((1, 2)))[0])
             np.testing.assert_array_equal(shown, view["expression_image"][at])
+
+
+def test_clips_of_another_camera_are_taken_while_they_last(tmp_path):
+    """From their first frame to their last, with half a frame about them: 12 frames of 0.04 s."""
+    examples = Examples(_config(fixtures.make_dataset(tmp_path / "data", 1, 12, 48, cameras=2)))
+    rng, index = np.random.default_rng(0), examples.clips.index
+
+    def there(start, frames):
+        index["start"][1], index["frames"][1] = start, frames
+        return [at for at in range(12) if examples._other_view([Shown(0, at)], rng) is not None]
+
+    assert there(0.0, 12) == list(range(12))
+    assert there(0.0, 6) == list(range(6))
+    assert there(0.215, 3) == [5, 6, 7]  # begins 0.015 s after frame 5
+    assert there(0.225, 3) == [6, 7, 8]
 
 
 def test_second_expression_is_another_picture_of_the_instant(tmp_path):
