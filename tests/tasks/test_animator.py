@@ -46,6 +46,14 @@ def test_timesteps_follow_the_power(power):
         assert np.mean(drawn < limit) == pytest.approx((limit / 1000) ** power, abs=0.005)
 
 
+def test_a_draw_just_below_one_is_the_last_timestep(monkeypatch):
+    """Its fourth root is 1 in float32, and a thousand times that one timestep too many."""
+    below = np.nextafter(np.float32(1), np.float32(0))
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, below))
+    for power in (1.0, 4.0):
+        assert animator.draw_timesteps(None, 2, 1000, power).tolist() == [999, 999]
+
+
 def test_every_timestep_is_drawn():
     drawn = animator.draw_timesteps(jax.random.key(1), 10_000, 10, 1.0)
     assert set(np.asarray(drawn)) == set(range(10))
@@ -487,6 +495,42 @@ def test_a_clip_has_one_fate_and_pictures_have_their_own(monkeypatch, stage):
     else:
         assert asked.frames == 1 and alike[0].mean() < 0.5 and alike[1].sum() == 0
     assert len(set(asked.timesteps)) > SOURCES / 2
+
+
+def test_what_is_dropped_says_nothing_of_the_noise(monkeypatch):
+    """Both are drawn anew: of one draw, the samples without their conditions would be those with the least noise."""
+    asked = Asked(monkeypatch, "dropout.everything=.5", "dropout.expression=0", "dropout.pose=0")
+    kept = np.asarray(asked.conditions.keep_reference) == 1
+    # About 60 of each: that none of them is below 300 would be one in 10^9.
+    for chosen in (kept, ~kept):
+        assert asked.timesteps[chosen].min() < 300 and asked.timesteps[chosen].max() > 700
+
+
+class Sampled(Autoencoder):
+    """A posterior whose sample is its mean and ten times its log-variance; its keys are noted."""
+
+    def __init__(self):
+        self.keys = []
+
+    def sample(self, mean, log_variance, key):
+        self.keys.append(jax.random.key_data(key).tolist())
+        return mean + 10 * log_variance
+
+
+def test_latents_are_samples_where_asked(monkeypatch):
+    """Those that are denoised and those that the reference reads, each drawn for itself (method.md 4.1)."""
+    autoencoder = Sampled()
+    networks = {"autoencoder": Stub(autoencoder)}
+    asked = Asked(monkeypatch, "sample_latents=True", networks=networks)
+    samples = []
+    for which in ("source", "target"):
+        posterior = asked.batch[f"{which}_latents"].reshape(-1, 2, SIDE, SIDE, CHANNELS)
+        samples.append(SCALE * (posterior[:, 0] + 10 * posterior[:, 1]))
+    np.testing.assert_allclose(asked.conditions.reference["block"], samples[0], rtol=1e-5)
+    noise = (asked.noisy - asked.signal * samples[1]) / asked.amount
+    assert noise.std() == pytest.approx(1, abs=0.03)
+    assert asked.loss == pytest.approx(asked.error(noise).mean(), rel=1e-3)
+    assert len(autoencoder.keys) == 2 and autoencoder.keys[0] != autoencoder.keys[1]
 
 
 def test_loss_by_hand(monkeypatch):
