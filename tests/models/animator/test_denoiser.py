@@ -11,6 +11,7 @@ from dexportrait_jax.models.animator.conditioning import (
     Conditions,
     ExpressionTokens,
     random_token_keep,
+    ray_maps,
     select_frames,
     warp_bank,
 )
@@ -245,6 +246,12 @@ def test_hidden_reference_tokens(world):
     shown = world(without_pose.replace(reference_token_keep=everything))
     np.testing.assert_allclose(shown, world(without_pose), rtol=1e-4, atol=1e-5)
     assert differ(world(without_pose.replace(reference_token_keep=some)), shown).all()
+    # Each block hides its own tokens, and a source's are hidden from its own targets alone.
+    alike = [keep for keep in some.values() if keep.shape == next(iter(some.values())).shape]
+    assert len(alike) == 3 and len({np.asarray(keep).tobytes() for keep in alike}) == 3
+    of_first = {path: keep.at[1:].set(True) for path, keep in some.items()}
+    changed = differ(world(without_pose.replace(reference_token_keep=of_first)), shown)
+    assert changed.tolist() == [True, True, False, False]
 
 
 def test_frames_of_a_clip(world):
@@ -257,6 +264,19 @@ def test_frames_of_a_clip(world):
     frames = np.array([2, 0, 1, 3])
     chosen = world(select_frames(clip, frames), world.latents[frames], world.timesteps[frames])
     np.testing.assert_allclose(chosen, world(clip)[frames], rtol=1e-4, atol=1e-5)
+
+
+def test_ray_maps_are_the_source_s_then_the_target_s():
+    """Three features each; a checkpoint's first layer reads them in that order."""
+    source, driving = poses(SOURCES, 3), poses(BATCH, 4)
+    keep = jnp.array([1.0, 0.0, 1.0, 1.0])
+    rays = ray_maps(source, driving, (4, 6), keep, kind="displacement", homogeneous=True)
+    assert rays.shape == (BATCH, 4, 6, 6) and not rays[1].any()
+    for sample in (0, 2, 3):
+        one, other = source[sample // TARGETS], driving[sample]
+        for pose, found in ((one, rays[sample, ..., :3]), (other, rays[sample, ..., 3:])):
+            expected = geometry.ray_map(pose[None], 4, 6)[0]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_warped_bank(world):
