@@ -429,14 +429,15 @@ class Autoencoder:
 
 
 class Asked:
-    """A loss whose denoiser answers zero, and what it was asked."""
+    """A loss whose denoiser answers zero, or else `answer(noisy)`, and what it was asked."""
 
     def __init__(self, monkeypatch, *overrides, stage="animator_image", networks=None):
         def denoise(noisy, timesteps, conditions, *, temporal, frames):
             self.noisy, self.timesteps = np.asarray(noisy), np.asarray(timesteps)
             self.conditions, self.frames = conditions, frames
-            return jnp.zeros_like(noisy)
+            return self.answer(noisy)
 
+        self.answer = jnp.zeros_like
         stubs = {
             "pose": Stub(lambda images: (jnp.tile(jnp.eye(3, 4), (len(images), 1, 1)), None)),
             "expression": Stub(lambda images: images.mean((1, 2))),
@@ -465,9 +466,8 @@ class Asked:
             "target_latents": rng.normal(size=(SOURCES, TARGETS, *posterior)).astype(np.float32),
         }
         self.batch = pictures | latents
-        task = animator.AnimatorTask(config)
-        params = dict.fromkeys(stubs)
-        self.loss = float(task.loss(params, self.batch, jax.random.key(3), 0, {}, ())[0])
+        self.task, self.params = animator.AnimatorTask(config), dict.fromkeys(stubs)
+        self.loss = float(self.task.loss(self.params, self.batch, jax.random.key(3), 0, {}, ())[0])
         signal = SIGNAL[self.timesteps]
         self.snr = signal / (1 - signal)
         self.clean = SCALE * latents["target_latents"][:, :, 0].reshape(self.noisy.shape)
@@ -593,6 +593,32 @@ def test_noise_offset_is_in_what_is_denoised(monkeypatch):
     assert asked.noise.mean((1, 2)).std() == pytest.approx((0.25 + 1 / SIDE**2) ** 0.5, abs=0.06)
     assert asked.loss == pytest.approx(asked.error(asked.noise).mean(), rel=1e-4)
     assert asked.loss == pytest.approx(1.25, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", ["animator_image", "animator_video"])
+def test_a_preview_by_hand(monkeypatch, stage):
+    """From 60 % of the noise, told exactly, come the targets again, whatever was cached of them; from none, others."""
+
+    class Pictures(Autoencoder):
+        def encode(self, images):
+            return images + 0.25, 0 * images
+
+        def decode(self, latents):
+            return latents - 0.25
+
+    asked = Asked(monkeypatch, stage=stage, networks={"autoencoder": Stub(Pictures())})
+    asked.answer = lambda noisy: jax.random.normal(jax.random.key(0), noisy.shape)
+    made = asked.task.preview(asked.params, asked.batch)
+    targets = asked.batch["target_image"].reshape(-1, 2, 2, 3) / 127.5 - 1
+    np.testing.assert_allclose(made, targets, atol=1e-4)
+    assert set(asked.timesteps) == {600}
+    sources = asked.batch["source_image"] / 127.5 - 1
+    np.testing.assert_allclose(
+        asked.conditions.reference["block"], SCALE * (sources + 0.25), atol=1e-5
+    )
+    assert asked.frames == (TARGETS if stage == "animator_video" else 1)
+    asked.answer = jnp.zeros_like
+    assert np.abs(asked.task.preview(asked.params, asked.batch) - targets).max() > 0.1
 
 
 def test_reference_tokens_are_hidden_from_the_denoiser(monkeypatch):
