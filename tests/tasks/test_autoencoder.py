@@ -62,6 +62,17 @@ def test_noise_on_the_latents(task):
     assert float(outputs.metrics["psnr"]) == pytest.approx(10 * np.log10(4 / 0.09), abs=0.1)
 
 
+def test_noise_on_samples_is_other_noise(task, monkeypatch):
+    """Of deviations 1 and 0.3: together sqrt(1.09), where the same noise twice would be 1.3."""
+
+    def sample(mean, log_variance, key):
+        return mean + jax.random.normal(key, mean.shape)
+
+    monkeypatch.setattr(task.networks["autoencoder"], "sample", sample, raising=False)
+    value = float(loss(task, latent_noise=0.3, sample=True)[0])
+    assert value == pytest.approx(np.sqrt(1.09 * 2 / np.pi), rel=0.01)
+
+
 def test_scaled_latents_are_pulled_to_moments_of_0_and_1(task):
     """Bytes in [-1, 1], as many of each: their mean is 0, their deviation 1 / sqrt(3)."""
     for scale in (1.0, 0.18215, 3**0.5):

@@ -42,4 +42,6 @@ def test_drawn_similarities_lie_in_the_ranges_of_the_config():
     ):
         assert low <= values.min() < 0.95 * low and 0.95 * high < values.max() <= high
     np.testing.assert_array_equal(shift[:, 2], 0)
-    assert abs(np.corrcoef(shift[:, 0], shift[:, 1])[0, 1]) < 0.15
+    # Each is drawn for itself: of 500 draws, correlations spread by 0.045.
+    together = np.corrcoef([roll, np.log(scale), shift[:, 0], shift[:, 1]])
+    assert np.abs(together - np.eye(4)).max() < 0.18
