@@ -153,12 +153,21 @@ def test_clips_do_not_touch_each_other():
     assert np.abs(np.asarray(modules.bind(params).apply(path, hidden, 6)) - both).max() > 1e-3
 
 
-def test_too_many_frames():
-    modules = small_temporal(max_frames=4)
-    with pytest.raises(ValueError, match="at most 4 frames"):
-        modules.bind(random_like(modules.abstract)).apply(
-            "mid_block.motion_modules.0", np.zeros((5, 2, 2, 32)), 5
+def test_as_many_frames_as_there_may_be_and_too_many():
+    module = small_temporal(max_frames=4)
+    params = random_like(module.abstract)
+
+    def run(batch, frames):
+        hidden = jax.ShapeDtypeStruct((batch, 2, 2, 32), np.float32)
+        modules = module.bind(params)
+        return jax.eval_shape(
+            lambda hidden: modules.apply("mid_block.motion_modules.0", hidden, frames), hidden
         )
+
+    assert run(8, 4).shape == (8, 2, 2, 32)
+    for batch, frames in ((5, 5), (6, 4)):
+        with pytest.raises(ValueError, match=f"{batch} frames in .* {frames}: .* at most 4 frames"):
+            run(batch, frames)
 
 
 def test_full_size():
