@@ -208,6 +208,20 @@ def test_a_read_that_fails_three_times_costs_the_newest(run, monkeypatch, capsys
     assert (run / "unreadable_checkpoint_4").is_dir()
 
 
+def test_all_that_cannot_be_read_is_set_aside_each_under_its_own_name(run):
+    """Also where a checkpoint of that step was set aside before."""
+    shutil.copytree(run / "checkpoints" / "4", run / "checkpoints" / "6")
+    for name in ("unreadable_checkpoint_6", "unreadable_checkpoint_6_2"):
+        (run / name).mkdir()
+    for step in ("4", "6"):
+        cut("d/*", 0)(run / "checkpoints" / step)
+    assert restored(run)[0] == 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+    assert (run / "unreadable_checkpoint_4" / "state").is_dir()
+    assert (run / "unreadable_checkpoint_6_3" / "state").is_dir()
+    assert not list((run / "unreadable_checkpoint_6").iterdir())
+
+
 @pytest.mark.parametrize(
     "damage", ["arrays cut", "arrays zeroed", "tree cut", "index cut", "flipped"]
 )
