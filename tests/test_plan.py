@@ -24,7 +24,7 @@ from dexportrait_jax import (
 )
 from dexportrait_jax.chips import CHIPS
 from dexportrait_jax.errors import UserError
-from dexportrait_jax.inference import Sampling, model_kind
+from dexportrait_jax.inference import MotionModel, Sampling, model_kind
 from dexportrait_jax.models.attention import choose_backend
 from dexportrait_jax.plan_advice import advice
 from dexportrait_jax.plan_report import in_words, summary
@@ -710,6 +710,13 @@ def test_memory_of_a_clip_is_that_of_all_weights(monkeypatch):
     assert found["bound_seconds_per_frame"] == pytest.approx(3 * 0.6 / 8)
     said = in_words(found)
     assert "ms a frame" in said and "for 8 frames" in said
+    # And what is kept for the clip between its programs.
+    clip_programs = MotionModel.clip_programs
+    monkeypatch.setattr(
+        MotionModel, "clip_programs", lambda *given: (*clip_programs(*given)[:2], 2**29)
+    )
+    found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
+    assert found["hbm_gib_per_device"] == pytest.approx(1 + weights + 0.5)
     needs["hbm_gib_per_device"] = 17.75
     found = plan_clip.plan_clip(config, "v5e:2x2", 1, "quick", "name")
     assert not found["fits"] and "shorter windows" in in_words(found)
