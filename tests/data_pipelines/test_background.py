@@ -42,6 +42,27 @@ def test_the_head_does_not_count():
     np.testing.assert_array_equal(background.motion(fills, 0, 3), 0)
 
 
+def test_a_head_that_moves_is_no_background_where_it_was():
+    """From the left to the right: nothing else changes, and above both there is background to judge."""
+    pictures = [np.full((64, 64, 3), 100, np.uint8) for _ in range(2)]
+    pictures[0][24:40, 4:16] = pictures[1][24:40, 48:60] = 250
+    boxes = np.float32([[-0.9, -0.3, -0.5, 0.3], [0.5, -0.3, 0.9, 0.3]])
+    clip = dataclasses.replace(_clip(pictures), face_boxes=boxes)
+    assert background._outside(boxes).mean() > 0.1
+    assert background.motion(clip, 0, 2)[1] < 0.002
+
+
+def test_what_is_background_by_hand():
+    """Beside two frames' boxes by 0.3 of their width of 0.6, above them by half of their height of 0.7, not beneath."""
+    boxes = np.array([[-0.3, -0.2, 0.2, 0.4], [-0.2, -0.3, 0.3, 0.3]])
+    grid = (np.arange(48) + 0.5) / 24 - 1
+    expected = (np.abs(grid) > 0.48)[None] | (grid < -0.65)[:, None]
+    expected &= (grid <= 0.4)[:, None]
+    found = background._outside(boxes)
+    assert found.sum() == 34 * 24 + 8 * 24
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_what_lies_beyond_the_original_does_not_count():
     """Black bars on the left and beneath never move; the rest flickers by a fifth."""
     pictures = []
