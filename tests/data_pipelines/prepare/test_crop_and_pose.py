@@ -41,6 +41,14 @@ def test_crop_holds_all_of_a_face_that_moves():
     assert box[2] - box[0] == pytest.approx(400 * 1.15, abs=1)
 
 
+def test_crop_is_that_of_the_usual_box():
+    """One frame of nine, in which the face is found half as large again, does not make it larger: 2.15 times 100."""
+    boxes = np.tile([[400.0, 300, 500, 400]], (9, 1))
+    boxes[4] += (-25, -25, 25, 25)
+    box = crop.crop_box(boxes, (1280, 720), SETTINGS)
+    assert (box[2:] - box[:2]).tolist() == [215, 215]
+
+
 def test_crop_shrinks_to_fit_but_not_below_the_minimum():
     fits = crop.crop_box(np.array([[200.0, 100, 440, 300]]), (640, 500), SETTINGS)
     assert fits[3] - fits[1] == 500  # 2.08 boxes instead of 2.15
