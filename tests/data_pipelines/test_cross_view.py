@@ -211,6 +211,12 @@ def test_the_margin_counts_in_time_across_cameras():
     window = [Shown(0, frame) for frame in range(4, 8)]
     sources = {pairs.source(Shown(0, 0), window, rng) for _ in range(60)}
     assert sources == {Shown(1, frame) for frame in range(3, 10)}
+    # A quarter of a frame earlier or later is the same instant.
+    for offset in (-0.01, 0.01):
+        other = dataclasses.replace(early, timestamps=early.timestamps + offset)
+        pairs = cross_view.CrossView([early, other], {0: [1]}, 1.0, margin=6)
+        sources = {pairs.source(Shown(0, 0), window, rng) for _ in range(60)}
+        assert sources == {Shown(1, frame) for frame in (0, 1, 2, 3, 8, 9)}
 
 
 def test_configs_whose_figures_were_measured_without_have_none():

@@ -355,6 +355,16 @@ def test_windows_are_looked_for_in_the_own_clip_and_in_those_that_follow(restles
     assert {start for _, start in looked} == set(range(24 - 4 + 1))
 
 
+def test_the_source_of_a_window_is_the_one_frame_beside_it(directory):
+    """Before it or behind it, where the window leaves no other."""
+    examples = Examples(_config(directory, mode="video", frames=23, calm=_calm(1.0, 1)))
+    found = set()
+    for seed in range(12):
+        _, source, targets = examples._choose_window(0, np.random.default_rng(seed))
+        found.add((source, int(targets[0])))
+    assert found == {(23, 0), (0, 1)}
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_an_older_dataset_gives_the_same_batches(restless, stride):
     """Without the stored field the candidates' frames are measured, until `measure` has stored it."""
@@ -606,6 +616,18 @@ def test_evaluation_is_plain_and_even(directory):
     (video,) = loading.evaluation_batches(config | {"mode": "video", "frames": 4}, "validation", 1)
     clip = fixtures.make_clip(5, 24, 48)
     np.testing.assert_array_equal(video["target_head_pose"][0], clip.head_pose[1:5])
+
+
+def test_an_evaluation_of_clips_that_come_again_goes_on_in_them(directory):
+    """Of 24 frames, 4 from the second on; then those from 4 and from 8 frames later."""
+    examples = Examples(_config(directory, mode="video", frames=4), split="train")
+    clip = fixtures.make_clip(2, 24, 48)
+    for passes, first in enumerate((1, 5, 9)):
+        example = examples.evaluation_example(2 + 5 * passes)
+        np.testing.assert_array_equal(example["source_head_pose"], clip.head_pose[0])
+        np.testing.assert_array_equal(
+            example["target_head_pose"], clip.head_pose[first : first + 4]
+        )
 
 
 def test_configdict_is_understood(directory):
