@@ -672,6 +672,37 @@ def test_gradients_alone_cross_slices(tmp_path):
     assert given == pytest.approx(4 * (cut / 4 + whole) + constant, rel=0.1, abs=2**20)
 
 
+def test_samples_are_made_beside_the_whole_state(monkeypatch):
+    """4 GiB of which 3 are weights, beside the 6 of a step's State: 7 in all; the second time 17, where 15.75 fit."""
+    config = plan.configs.load_config("configs/autoencoder.py:tiny", ["data.batch_size=8"])
+    monkeypatch.setattr(plan.chips, "topology", lambda *_: (CHIPS["v5e"], jax.devices()))
+    step, samples = (program(argument_gib_per_device=size) for size in (6.0, 3.0))
+    monkeypatch.setattr(plan, "_step", lambda *_: lambda: dict(step))
+    for needed, together in ((4.0, 7.0), (14.0, 17.0)):
+        made = samples | {"events": ["evaluation"], "share": 0.0, "hbm_gib_per_device": needed}
+        monkeypatch.setattr(plan, "_evaluation", lambda *_, made=made: lambda: dict(made))
+        found = plan.plan(config, "v5e:2x4", 1, "quick", "name")
+        assert [each["hbm_gib_per_device"] for each in found["programs"]] == [10.0, together]
+        assert found["hbm_gib_per_device"] == max(10.0, together)
+        assert found["fits"] == (together < 15.75)
+    assert found["devices"] == 8 and found["batch"] == {"sources": 8, "targets": 2, "accumulate": 1}
+
+
+def test_what_tensor_cuts_is_counted():
+    """Of three matrices of one size that of queries alone, whatever fsdp cuts."""
+    matrix = jax.ShapeDtypeStruct((256, 256), "float32")
+    unet = {"attn1": {"to_q": {"kernel": matrix}, "other": {"kernel": matrix}}}
+    task = types.SimpleNamespace(
+        networks={
+            "unet": types.SimpleNamespace(abstract=unet),
+            "encoder": types.SimpleNamespace(abstract={"dense": {"kernel": matrix}}),
+        }
+    )
+    for sizes, share in (((1, 2, 1, 2), 0.333), ((1, 4, 1, 1), 0.0)):
+        mesh = jax.make_mesh(sizes, sharding.AXES, devices=jax.devices()[:4])
+        assert plan._cut_by_tensor(task, mesh) == share
+
+
 def test_programs_of_a_clip(monkeypatch):
     """The paper's guidance: 74 passes a window, the reference and its projections once; nothing has weights here."""
     config = plan.configs.load_config("configs/animator_video.py:tiny", ["sampling.steps=35"])
