@@ -125,6 +125,9 @@ def test_programs_count_by_their_share():
     assert found["hbm_gib_per_device"] == 15.0 and found["compile_seconds"] == 10.0
     assert found["model_tflops_per_step"] == pytest.approx(197.0 * 4 * (0.75 * 0.5 + 0.25))
     assert found["bound_seconds"]["network"] == pytest.approx(0.75 * 0.1 + 0.25 * 2)
+    # Twice is done a tenth of the usual one's half, and the same of the rare one's whole: 0.05 of 0.625.
+    assert found["recompute_overhead"] == pytest.approx(1.08)
+    assert found["executed_overhead"] == pytest.approx((0.75 * 0.55 + 0.25) / 0.625)
     # The rare one waits for the network between slices.
     assert found["bound_step_seconds"] == pytest.approx(0.75 * 0.6 + 0.25 * 2)
 
