@@ -125,3 +125,41 @@ print(json.dumps(dataset.ClipDataset(sys.argv[1], "train").index))
     done = subprocess.run([sys.executable, "-c", code, made], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == index
+
+
+class Counted:
+    """Records, and the numbers of those that were read."""
+
+    def __init__(self, records):
+        self.records, self.read = records, []
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        return self.records[number]
+
+
+def test_clips_are_kept_while_there_is_room(directory):
+    """Room for two of three: the one that was asked for longest ago goes; one stays, however large it is."""
+    size = sum(len(ClipDataset(directory, "train")._records[number]) for number in range(3))
+    for room, read in ((size - 1, [0, 1, 2, 1]), (0, [0, 1, 0, 2, 0, 1])):
+        clips = ClipDataset(directory, "train", cache_bytes=room)
+        clips._records = Counted(clips._records)
+        for number in (0, 1, 0, 2, 0, 1, 1):
+            assert clips[number].identity == f"drawn{number}"
+        assert clips._records.read == read
+
+
+def test_a_fingerprint_is_of_both_ends(directory, monkeypatch):
+    """And of the size: what lies between is not read."""
+    monkeypatch.setattr(dataset, "_ENDS", 16)
+    clips = ClipDataset(directory, "train")
+    before, shard = clips.fingerprint(), clips.paths[2]
+    whole = shard.read_bytes()
+    for place, told in ((0, True), (15, True), (16, False), (-17, False), (-16, True), (-1, True)):
+        data = bytearray(whole)
+        data[place] ^= 1
+        shard.write_bytes(data)
+        changed = {name for name, one in clips.fingerprint().items() if one != before[name]}
+        assert changed == ({shard.name} if told else set()), place
+    shard.write_bytes(whole[:100] + whole[50:])
+    assert clips.fingerprint() != before
