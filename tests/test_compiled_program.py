@@ -4,6 +4,7 @@ import pytest
 
 from dexportrait_jax.collectives import Grid
 from dexportrait_jax.compiled_program import read_program
+from dexportrait_jax.hlo import size
 
 LOOP = """
 HloModule jit_f, is_scheduled=true
@@ -178,9 +179,9 @@ def test_what_is_sent_in_a_loop_and_by_choice_is_added_up():
     program = read_program(
         chosen + loop + entry(*sending, *lines, choice), Grid(((0, 0), (0, 1)), (False, False), 2)
     )
-    found, size = program.collectives["all-reduce"], 16 * 1024 * 2
-    assert (found.count, found.bytes) == (5, 5 * size)
-    assert program.link_bytes == {(1,): 5 * size} and program.between_slices == 5 * size
+    found, sent = program.collectives["all-reduce"], 16 * 1024 * 2
+    assert (found.count, found.bytes) == (5, 5 * sent)
+    assert program.link_bytes == {(1,): 5 * sent} and program.between_slices == 5 * sent
 
 
 def test_an_all_reduce_that_is_cut_later_is_one_all_the_same():
@@ -208,6 +209,19 @@ def test_bytes_of_updates_and_of_copies_beside_other_work():
     fused += f"\n  ROOT %u = {update}\n}}\n"
     line = "%f = f32[8192,256]{1,0} fusion(%big, %piece, %i), kind=kLoop, calls=%update"
     assert read_program(fused + entry(*operands, line)).hbm_bytes == 2 * 1024 + 4
+    # What is cut from and read as a whole as well is read as a whole.
+    mixed = """%mixed (p: f32[8,256]) -> f32[8,256] {
+  %p = f32[8,256]{1,0} parameter(0)
+  %c = f32[1,256]{1,0} slice(%p), slice={[0:1], [0:256]}
+  %b = f32[8,256]{1,0} broadcast(%c), dimensions={0,1}
+  ROOT %a = f32[8,256]{1,0} add(%p, %b)
+}
+"""
+    lines = (
+        "%x = f32[8,256]{1,0} parameter(0)",
+        "%f = f32[8,256]{1,0} fusion(%x), kind=kLoop, calls=%mixed",
+    )
+    assert read_program(mixed + entry(*lines)).hbm_bytes == 2 * 8 * 1024
     for place, times in (("S(1)", 1), ("", 2)):
         copy = f"%c = (f32[1,256]{{1,0:{place}}}, f32[1,256]{{1,0}}, u32[]) copy-start(%piece)"
         assert read_program(entry(*operands, copy)).hbm_bytes == times * 1024
@@ -319,6 +333,19 @@ def test_convolutions(shapes, attributes, macs):
         )
     )
     assert program.flops == 2 * macs
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "outside"),
+    [
+        ("s4[3,16]{1,0}", 24, 24),
+        ("(bf16[8]{0:S(1)}, pred[8]{0}, u32[])", 28, 12),
+        ("f64[2]{0}", 16, 16),
+        ("token[]", 0, 0),
+    ],
+)
+def test_bytes_of_shapes(shape, whole, outside):
+    assert (size(shape), size(shape, hbm_only=True)) == (whole, outside)
 
 
 def test_something_else_is_refused():
