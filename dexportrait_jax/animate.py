@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,14 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     if missed and timeline.frames != job.max_frames:
         print(f"note: {job.out}: {missed}", file=sys.stderr)
 
+    rest = _resting_frames(job, relative, drivers)
     tracks: dict[str, driver_track.Track] = {}
     for name, driver in drivers.items():
         if name == "expression" and drivers.get("pose") is driver:
             tracks[name] = tracks["pose"]
         else:
-            needed = int(timeline.indices[name].max()) + 1
+            also = [rest[other] for other, one in drivers.items() if one is driver]
+            needed = max(int(timeline.indices[name].max()), *also) + 1
             tracks[name] = driver_track.encode_driver(model, driver, needed)
     if typed:
         poses = driving.typed_poses(typed, source_pose, timeline.frames, relative)
@@ -189,13 +191,13 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
             times=drivers["pose"].times[: len(track)],
             strength=job.smooth_strength or 1.0,
         )
-        track = pose_transfer.transfer_pose(source_pose, track, relative)
+        track = pose_transfer.transfer_pose(source_pose, track, relative, track[rest["pose"]])
         poses = track[timeline.indices["pose"]]
     else:
         poses = np.repeat(source_pose[None], timeline.frames, 0)
     if "expression" in tracks:
         track, indices = tracks["expression"].expressions, timeline.indices["expression"]
-        neutral = track[0] if job.relative_expression else None
+        neutral = track[rest["expression"]] if job.relative_expression else None
         # A few at a time: codes of all frames are too much for memory where a video is long.
         expressions = spill.zeros((timeline.frames, *track.shape[1:]), track.dtype)
         for first in range(0, timeline.frames, BATCH):
@@ -212,23 +214,41 @@ def make_plan(model: PortraitModel, job: Job, faces: Faces) -> Plan:
     return Plan(chosen.mode, timeline, source, picture, drive, drivers)
 
 
+def _resting_frames(
+    job: Job, relative: Sequence[str], drivers: dict[str, Driver]
+) -> dict[str, int]:
+    """Of each driver the frame of which its motion is a change; 0 where none is taken."""
+    frames = dict.fromkeys(drivers, 0)
+    for name, taken in (("pose", relative), ("expression", job.relative_expression)):
+        if name in drivers and not drivers[name].still and taken:
+            frames[name] = job.resting_frame or 0
+            last = len(drivers[name].times) - 1
+            if frames[name] > last:
+                raise UserError(
+                    f"--resting_frame={job.resting_frame}: the last frame of the {name}'s driver that is used is {last}"
+                )
+    return frames
+
+
 def _read_drivers(job: Job, chosen: driving.Drivers, faces: Faces) -> dict[str, Driver]:
     """The drivers that are files, as far as ``max_frames`` frames need them; a file that is both is one driver."""
+    resting = (job.resting_frame or 0) + 1
+    frames = None if job.max_frames is None else max(job.max_frames, resting)
     drivers: dict[str, Driver] = {}
     if chosen.pose and not chosen.pose_is_typed:
-        drivers["pose"] = faces.driver(chosen.pose, job.max_frames)
+        drivers["pose"] = faces.driver(chosen.pose, frames)
     if not chosen.expression:
         return drivers
     pose = drivers.get("pose")
     if pose is not None and driving.same_file(chosen.pose, chosen.expression):
         drivers["expression"] = pose
     elif job.max_frames is None or pose is None or pose.still:
-        drivers["expression"] = faces.driver(chosen.expression, job.max_frames)
+        drivers["expression"] = faces.driver(chosen.expression, frames)
     else:
         # It is read at the times of the pose's frames, however many of its own that takes. Whole seconds: what jobs
         # with other poses need is then the same, and read once.
         seconds = math.ceil(driving.span(pose.times, job.max_frames))
-        drivers["expression"] = faces.driver(chosen.expression, 1, seconds)
+        drivers["expression"] = faces.driver(chosen.expression, resting, seconds)
     return drivers
 
 
@@ -242,6 +262,7 @@ def _make(model: PortraitModel, job: Job, faces: Faces) -> Path:
         frames=len(plan.drive),
         relative_pose=list(pose_transfer.relative_components(job.relative_pose)),
         relative_expression=job.relative_expression,
+        resting_frame=job.resting_frame or 0,
         smooth=job.smooth,
         smooth_strength=job.smooth_strength or 1.0,
         bridged_frames={

@@ -53,8 +53,16 @@ def animate(parser: argparse.ArgumentParser) -> None:
     flag(
         parser,
         "relative_expression",
-        "add the driver's change of expression, from its first frame, to the source's own",
+        "add the driver's change of expression to the source's own",
         action="store_true",
+    )
+    flag(
+        parser,
+        "resting_frame",
+        "the driver's frame, counted from 0, that relative poses and expressions are changes from: one in which its "
+        "head looks as the source's does (default: the first)",
+        type=int,
+        default=None,
     )
     flag(
         parser,

@@ -17,6 +17,7 @@ from dexportrait_jax.inference import Sampling
 
 _PASTE_PARTS = ("paste_dilation", "paste_feather", "paste_border")
 _KINDS = {name: int for name in ("seed", "steps", "hybrid_steps", "overlap", "max_frames")}
+_KINDS["resting_frame"] = int
 _KINDS |= {name: (int, float) for name in ("guidance", "expression_guidance", "eta")}
 _KINDS |= {name: (int, float) for name in ("smooth_strength", *_PASTE_PARTS)}
 _KINDS |= {name: bool for name in ("relative_expression", "paste_back", "overwrite")}  # others: str
@@ -33,6 +34,7 @@ class Job(Sampling):
     expression: str | None = None
     relative_pose: str = ""
     relative_expression: bool = False
+    resting_frame: int | None = None
     smooth: str = "none"
     smooth_strength: float | None = None
     length: str = "shortest"
@@ -212,7 +214,8 @@ def check_apart(job: Job, before: dict[int, Job], others: dict[int, Job]) -> Non
 
 def _check_numbers(job: Job) -> None:
     """UserError for the first number that is out of its range."""
-    at_least = {"steps": 1, "max_frames": 1, "hybrid_steps": 0, "overlap": 0, "seed": 0}
+    at_least = {"steps": 1, "max_frames": 1}
+    at_least |= dict.fromkeys(("hybrid_steps", "overlap", "resting_frame", "seed"), 0)
     for name, least in at_least.items():
         value = getattr(job, name)
         if value is not None and value < least:
@@ -287,6 +290,11 @@ def _refuse_idle_flags(job: Job, drivers: driving.Drivers, typed: list[dict[str,
         raise UserError(
             "--relative_expression: no video drives the expression, which would stay the source's; leave it out, or "
             "give a video as --expression or --driving"
+        )
+    if job.resting_frame is not None and not (relative and pose_moves or job.relative_expression):
+        raise UserError(
+            f"--resting_frame={job.resting_frame}: no change of a video is taken; leave it out, or add --relative_pose "
+            "or --relative_expression"
         )
     two = (
         pose_moves and expression_moves and not driving.same_file(drivers.pose, drivers.expression)

@@ -50,15 +50,14 @@ def transfer_pose(
     source: Float[np.ndarray, "3 4"],
     driving: Float[np.ndarray, "frames 3 4"],
     relative: Sequence[str] = (),
-    reference: Float[np.ndarray, "3 4"] | None = None,
+    resting: Float[np.ndarray, "3 4"] | None = None,
 ) -> Float[np.ndarray, "frames 3 4"]:
-    """The driver's pose for every frame, each component absolute or relative to its first.
+    """The driver's pose for every frame, each component absolute or relative to its resting pose.
 
-    ``relative`` names components of COMPONENTS; ``reference`` is the driver's resting pose
-    (default: its first frame). Relative rotation is R_s R_0^T R_i, the source's head turned about
-    its own axes as the driver's is: LivePortrait's R_i R_0^T R_s, which is written for row vectors,
-    transposed. Relative scale is s_s s_i / s_0, relative translation t_s + t_i - t_0 (method.md
-    7.3).
+    ``relative`` names components of COMPONENTS; ``resting`` is by default the pose of the driver's
+    first frame. Relative rotation is R_s R_0^T R_i, the source's head turned about its own axes as the
+    driver's is: LivePortrait's R_i R_0^T R_s, which is written for row vectors, transposed. Relative
+    scale is s_s s_i / s_0, relative translation t_s + t_i - t_0 (method.md 7.3).
     """
     unknown = sorted(set(relative) - set(COMPONENTS))
     if unknown:
@@ -67,7 +66,7 @@ def transfer_pose(
         )
     rotation_s, translation_s, scale_s = split_pose(source)
     rotation, translation, scale = split_pose(driving)
-    rotation_0, translation_0, scale_0 = split_pose(driving[0] if reference is None else reference)
+    rotation_0, translation_0, scale_0 = split_pose(driving[0] if resting is None else resting)
     if "rotation" in relative:
         rotation = rotation_s @ rotation_0.T @ rotation
     if "translation" in relative:

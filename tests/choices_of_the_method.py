@@ -347,6 +347,7 @@ FLAGS = [
     ("7.2", "animate", "null_pose", ("zero", "source"), "none"),
     ("7.3", "animate", "smooth", ("none", "gaussian", "one_euro", "kalman"), "median"),
     ("7.3", "animate", "smooth_strength", None, "strong"),
+    ("7.3", "animate", "resting_frame", None, "looks as"),
     ("7.3", "animate", "paste_mask", ("face", "crop"), "oval"),
     ("7.3", "animate", "paste_dilation", None, "wide"),
     ("7.3", "animate", "paste_feather", None, "soft"),

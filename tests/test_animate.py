@@ -643,6 +643,26 @@ def test_relative_expression(model, files, tmp_path):
     np.testing.assert_allclose(drive.expressions, wanted, atol=1e-4)
 
 
+def test_a_resting_frame(model, files, tmp_path):
+    """In that frame the source is as it was; poses and codes are changes from it, whatever comes before."""
+    flags = {"source": "a.png", "driving": "b.mp4", "relative_pose": "all", "overwrite": True}
+    out = run(files, tmp_path, **flags, relative_expression=True, resting_frame=2)
+    poses, codes = animate.encode_clip(model, fixtures.make_clip(1, FRAMES))
+    (drive,) = model.drives
+    wanted = drive.source_expression + codes - codes[2]
+    np.testing.assert_allclose(drive.expressions, wanted, atol=1e-4)
+    np.testing.assert_allclose(drive.poses[2], drive.source_pose, atol=1e-5)
+    moved = [drive.source_pose[:, 3] + pose[:, 3] - poses[2, :, 3] for pose in poses]
+    np.testing.assert_allclose(drive.poses[..., 3], moved, atol=1e-5)
+    assert json.loads(out.with_suffix(".mp4.json").read_text())["resting_frame"] == 2
+    # It may come after the frames that are made.
+    run(files, tmp_path, **flags, resting_frame=FRAMES - 1, max_frames=2)
+    shift = drive.source_pose[:, 3] - poses[-1, :, 3]
+    np.testing.assert_allclose(model.drives[-1].poses[..., 3], poses[:2, :, 3] + shift, atol=1e-5)
+    with pytest.raises(UserError, match="=6: the last frame of the pose's driver .* is 5"):
+        run(files, tmp_path, **flags, resting_frame=FRAMES)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -696,6 +716,9 @@ def test_relative_expression(model, files, tmp_path):
         ({**PASTED, "paste_mask": "crop", "paste_dilation": 0.1}, "no face's outline"),
         ({**PASTED, "paste_mask": "crop", "paste_feather": 0.1}, "no face's outline"),
         ({"source": "a.png", "driving": "b.mp4", "seed": -1}, "--seed"),
+        ({"source": "a.png", "driving": "b.mp4", "resting_frame": 2}, "add --relative_pose"),
+        ({**TURNED, "relative_pose": "all", "resting_frame": 2}, "add --relative_pose or"),
+        ({**SMOOTHED, "relative_pose": "all", "resting_frame": -1}, "--resting_frame=-1: at least"),
         ({"source": "a.png", "driving": "b.mp4", "side_by_side": "x.avi"}, r"\.mp4"),
     ],
 )
