@@ -8,7 +8,7 @@ so there the source alone may change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,33 @@ def far_frames(distance: np.ndarray, margin: int, count: int) -> np.ndarray:
     return far
 
 
+class OtherViews:
+    """clip number -> clips of the same person and session from other cameras.
+
+    What is kept is a group's members and not a list a clip, which in a long session of many cameras would be as long.
+
+    Args:
+        index: of all clips, see `dataset.build_index`.
+    """
+
+    def __init__(self, index: Mapping[str, Sequence[Any]]):
+        self._groups = _numbered(zip(index["identity"], index["session"], strict=True))
+        self._cameras = _numbered(index["camera"])
+        self._members = np.argsort(self._groups, kind="stable").astype(np.int32)
+        self._edges = np.concatenate([[0], np.cumsum(np.bincount(self._groups))])
+
+    def get(self, number: int) -> list[int]:
+        group = self._groups[number]
+        members = self._members[self._edges[group] : self._edges[group + 1]]
+        return members[self._cameras[members] != self._cameras[number]].tolist()
+
+
+def _numbered(values: Iterable[Hashable]) -> np.ndarray:
+    """(n,) int32: equal values have equal numbers, counted from 0."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(value, len(known)) for value in values], np.int32)
+
+
 class CrossView:
     """Moves targets, or a video's source, to other cameras' clips.
 
@@ -42,13 +69,17 @@ class CrossView:
 
     Args:
         clips: the clips by number.
-        views: clip number -> clips of the same session from other cameras.
+        views: what `OtherViews` gives, or the same as a dict.
         probability: `data.cross_view`.
         margin: `data.source_margin`.
     """
 
     def __init__(
-        self, clips: Any, views: Mapping[int, Sequence[int]], probability: float, margin: int
+        self,
+        clips: Any,
+        views: OtherViews | Mapping[int, Sequence[int]],
+        probability: float,
+        margin: int,
     ):
         self.clips, self.probability, self.margin = clips, probability, margin
         self.views = views if probability else {}

@@ -135,6 +135,14 @@ def build_index(
     return index, np.concatenate(motions)
 
 
+def _shared(index: dict[str, list]) -> dict[str, list]:
+    """The same index, of whose equal values, such as people, one is kept: JSON makes another for every clip."""
+    for name, values in index.items():
+        known: dict[Any, Any] = {}
+        index[name] = [known.setdefault(value, value) for value in values]
+    return index
+
+
 def write_background_motion(directory: str | Path, split: str, motion: np.ndarray) -> None:
     """Stores what `build_index` found beside the shards of a split."""
     stream = io.BytesIO()
@@ -200,7 +208,7 @@ class ClipDataset:
         path = self.directory / index_name(self.split)
         try:
             if path.exists():
-                return json.loads(path.read_text())
+                return _shared(json.loads(path.read_text()))
             return build_index(self.directory, self.split, measure=False)[0]
         except shard_reader.ERRORS as error:
             raise self._cannot_be_read(error) from error
@@ -323,18 +331,3 @@ class ClipDataset:
                 digest.update(stream.read(_ENDS))
             found[path.name] = digest.hexdigest()
         return found
-
-    def views(self) -> dict[int, list[int]]:
-        """clip number -> clips of the same session and person from other cameras."""
-        groups: dict[tuple[str, str], list[int]] = {}
-        for number, key in enumerate(
-            zip(self.index["identity"], self.index["session"], strict=True)
-        ):
-            groups.setdefault(key, []).append(number)
-        cameras = self.index["camera"]
-        return {
-            number: others
-            for group in groups.values()
-            for number in group
-            if (others := [other for other in group if cameras[other] != cameras[number]])
-        }

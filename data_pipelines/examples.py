@@ -26,7 +26,7 @@ from data_pipelines import (
     records,
     shard_reader,
 )
-from data_pipelines.cross_view import CrossView, Shown, far_frames
+from data_pipelines.cross_view import CrossView, OtherViews, Shown, far_frames
 from dexportrait_jax.errors import UserError
 
 _MODES = ("pairs", "video")
@@ -86,7 +86,9 @@ class Examples:
                     else "prepare longer videos"
                 )
             )
-        self.views = self.clips.views()
+        view_change = self.augment["view_change"]["probability"]
+        asked = any((config["cross_view"], config["second_expression"], view_change))
+        self.views = OtherViews(self.clips.index) if asked else {}
         self.cross_view = CrossView(
             self.clips, self.views, config["cross_view"], config["source_margin"]
         )

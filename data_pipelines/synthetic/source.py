@@ -321,17 +321,3 @@ class RenderedClips:
         """The plan by which everything is drawn."""
         keys = ", ".join(f"{name}={value!r}" for name, value in self.plan.made_with.items())
         return {"rendered": f"Plan({keys})"}
-
-    def views(self) -> dict[int, list[int]]:
-        """clip number -> the other cameras' clips of the same session."""
-        cameras = self.plan.cameras
-        if cameras == 1:
-            return {}
-        return {
-            number: [
-                other
-                for other in range(number - number % cameras, number - number % cameras + cameras)
-                if other != number
-            ]
-            for number in range(len(self))
-        }

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,35 @@ def test_the_margin_counts_in_time_across_cameras():
         pairs = cross_view.CrossView([early, other], {0: [1]}, 1.0, margin=6)
         sources = {pairs.source(Shown(0, 0), window, rng) for _ in range(60)}
         assert sources == {Shown(1, frame) for frame in (0, 1, 2, 3, 8, 9)}
+
+
+def test_views_are_other_cameras_of_the_same_person_and_session():
+    rng = np.random.default_rng(0)
+    people, sessions, cameras = rng.integers((4, 5, 3), size=(200, 3)).T.astype(str).tolist()
+    index = {"identity": people, "session": sessions, "camera": cameras}
+    views = pickle.loads(pickle.dumps(cross_view.OtherViews(index)))
+    for number, mine in enumerate(zip(people, sessions, strict=True)):
+        assert views.get(number) == [
+            other
+            for other, key in enumerate(zip(people, sessions, strict=True))
+            if key == mine and cameras[other] != cameras[number]
+        ]
+
+
+def test_views_of_a_long_session_are_small():
+    """Half of its 20000 clips are the views of each, and yet they are sent to worker processes in a moment."""
+    one, cameras = ["one"] * 20000, ["left", "right"] * 10000
+    views = cross_view.OtherViews({"identity": one, "session": one, "camera": cameras})
+    assert views.get(7) == list(range(0, 20000, 2))
+    assert len(pickle.dumps(views)) < 300_000
+
+
+def test_views_are_found_only_where_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr("data_pipelines.examples.OtherViews", lambda index: ["asked for"])
+    for changes, view_change in (({}, 0.1), ({"second_expression": True}, 0.0), ({}, 0.0)):
+        examples = Examples(_quiet(_config(RENDERED, cross_view=0.0, **changes), view_change))
+        assert bool(examples.views) == bool(changes or view_change)
+    assert Examples(_quiet(_config(RENDERED, cross_view=0.1))).views
 
 
 def test_configs_whose_figures_were_measured_without_have_none():

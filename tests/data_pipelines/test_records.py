@@ -163,12 +163,6 @@ def test_motion_of_another_dataset_is_an_error(tmp_path):
             dataset.ClipDataset(directory, "train")
 
 
-def test_views_are_other_cameras_of_the_same_session(tmp_path):
-    directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32, cameras=2)
-    clips = dataset.ClipDataset(directory, "train")
-    assert clips.views() == {0: [1], 1: [0], 2: [3], 3: [2]}
-
-
 def test_errors_of_opening_a_dataset(tmp_path):
     with pytest.raises(UserError, match="no dataset at"):
         dataset.ClipDataset(tmp_path / "nowhere", "train")
