@@ -5,6 +5,7 @@ What an example shows is a function of (seed, position); which positions make a 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import shutil
@@ -63,8 +64,7 @@ class Examples:
                 f"{', '.join(records.POLYGONS)}"
             )
         self.config = config
-        self.seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._begin(seed)
         self.augment = config["augment"]
         self.video = config["mode"] == "video"
         self.sizes = (config["image_size"], config["pose_size"], config["expression_size"])
@@ -92,9 +92,19 @@ class Examples:
         self.cross_view = CrossView(
             self.clips, self.views, config["cross_view"], config["source_margin"]
         )
+
+    def _begin(self, seed: int) -> None:
+        self.seed = seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.reported = Path(tempfile.mkdtemp(prefix="dexportrait-reported-"))
         owner = os.getpid()
         weakref.finalize(self, _remove_own, str(self.reported), owner)
+
+    def seeded(self, seed: int) -> Examples:
+        """The same data in the order of a seed; nothing is opened again."""
+        other = copy.copy(self)
+        other._begin(seed)
+        return other
 
     def __len__(self) -> int:
         return len(self.usable)

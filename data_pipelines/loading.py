@@ -77,6 +77,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
+    examples: Examples | None = None,
 ) -> Loader:
     """Endless training batches from batch number `step` on.
 
@@ -86,6 +87,7 @@ def make_loader(
         step: number of the first batch.
         process_index, process_count: this host and how many there are, for equal parts in order.
         rows: of every batch, that this host brings instead: hosts of a mesh may share a source.
+        examples: those of `config`, where they are open already (`survey.Survey`); large data take long to open.
 
     Returns:
         Iterator of dicts, to be closed when no more is wanted; S = len(rows) or batch_size / process_count
@@ -113,7 +115,8 @@ def make_loader(
             )
         local = batch // process_count
         rows = range(process_index * local, (process_index + 1) * local)
-    data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(Examples(config, seed=seed))
+    examples = Examples(config, seed=seed) if examples is None else examples.seeded(seed)
+    data = grain.MapDataset.range(_ENDLESS).seed(seed).random_map(examples)
     data = grain.MapDataset.source(_RowsOfBatches(data, batch, rows)).batch(len(rows))
     processes = config["workers"]
     if not processes:

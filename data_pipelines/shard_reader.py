@@ -26,6 +26,7 @@ from data_pipelines import records
 # What array_record raises where a file cannot be read and where it holds no record alike.
 ERRORS = (OSError, ValueError, RuntimeError, IndexError)
 PAUSES = (0.2, 1.0, 4.0)  # seconds before a record is asked for again
+AT_ONCE = 64  # shards that are looked at together, where all are: a shared disk answers slowly, and many at a time
 AGAIN = 300.0  # seconds before a shard that could not be opened is waited for again
 
 
@@ -44,7 +45,7 @@ class ShardError(records.RecordError):
 
 def record_counts(paths: Sequence[Path]) -> list[int]:
     """How many records each shard has, of which all are opened; one of ERRORS where one cannot be."""
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(_record_count, paths))
 
 

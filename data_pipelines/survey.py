@@ -29,6 +29,7 @@ class Survey:
         evaluable: whether there is something held out to evaluate while training.
         fingerprint: of what is trained on; other data have another.
         people: how many are trained on.
+        examples: what is trained on, opened, for `loading.make_loader` to go on with.
         notes: what is worth knowing and nothing to worry about, one line each.
     """
 
@@ -36,6 +37,7 @@ class Survey:
     evaluable: bool
     fingerprint: dict[str, str]
     people: int
+    examples: Examples
     notes: tuple[str, ...] = ()
 
 
@@ -70,12 +72,12 @@ def survey(config: Mapping[str, Any], held_out: str = "") -> Survey:
                 f"; there is no split '{held_out}', so nothing is evaluated while training "
                 "(prepare --holdout=time holds out the end of every clip)"
             )
-            return Survey(tuple(warnings), False, fingerprint, people, tuple(notes))
+            return Survey(tuple(warnings), False, fingerprint, people, examples, tuple(notes))
     if held_out:
         evaluated = Examples(config, split=held_out)
         _check_readable(evaluated)
         warnings += _too_short(evaluated)
-    return Survey(tuple(warnings), bool(held_out), fingerprint, people, tuple(notes))
+    return Survey(tuple(warnings), bool(held_out), fingerprint, people, examples, tuple(notes))
 
 
 def _check_readable(examples: Examples) -> None:

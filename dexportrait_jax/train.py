@@ -149,6 +149,7 @@ def train(
             seed=config.seed,
             step=done,
             rows=sources,
+            examples=found.examples,
         )
 
         try_programs(task, config, step_function, abstract, mesh, done)

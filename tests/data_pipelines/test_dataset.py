@@ -1,5 +1,6 @@
 """A dataset's files are all there and are those of its index, or it is not read."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -91,6 +92,21 @@ def test_shards_are_counted_where_the_dataset_does_not_say(directory, says):
     (directory / dataset.index_name("train")).write_text(json.dumps(fewer))
     (directory / dataset.background_name("train")).unlink()
     assert "8 records, the index has 7" in refused(directory)
+
+
+def test_the_fingerprint_is_of_size_beginning_and_end_of_every_shard(directory, monkeypatch):
+    """As runs have written it into `data.json`."""
+    monkeypatch.setattr(dataset, "_ENDS", 100)
+    clips = ClipDataset(directory, "train")
+    found = clips.fingerprint()
+    assert list(found) == [path.name for path in clips.paths] and len(found) == 4
+    for path in clips.paths:
+        data = path.read_bytes()
+        told = f"{len(data)} ".encode() + data[:100] + data[-100:]
+        assert found[path.name] == hashlib.sha256(told).hexdigest()
+    clips.paths[2].write_bytes(data[:150])
+    again = ClipDataset(directory, "train").fingerprint()
+    assert [name for name in found if found[name] != again[name]] == [clips.paths[2].name]
 
 
 def test_records_of_other_clips_than_the_index_says(directory):

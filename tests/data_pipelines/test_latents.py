@@ -11,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, latents, loading
+from data_pipelines import dataset, latents, loading, shard_reader
 from data_pipelines.prepare import builder
 from data_pipelines.prepare import latents as writing
+from data_pipelines.survey import survey
 from dexportrait_jax.errors import UserError
 from tests import fixtures
+from tests.data_pipelines.batches import assert_same
 
 SIZE = 32
 
@@ -96,6 +98,32 @@ def test_a_batch_holds_the_latents_of_its_pictures(directory, made, mode, worker
     (host,) = take(cached, 1, step=2, rows=[2, 3])
     whole = take(cached, 1, step=2)[0]
     np.testing.assert_array_equal(host["target_latents"], whole["target_latents"][2:])
+
+
+def test_what_was_opened_to_look_at_the_data_is_not_opened_again_to_read_them(
+    directory, made, monkeypatch
+):
+    """A large dataset is tens of thousands of files; batches are those of a loader that opens them itself."""
+    values = config(directory, latents=str(made), cross_view=0.5)
+    expected = take(values, 2, step=5)
+    opened = []
+    for owner, name in [
+        (dataset.ClipDataset, "_read_index"),
+        (dataset, "_digest_of_ends"),
+        (shard_reader, "_record_count"),
+    ]:
+        plain = getattr(owner, name)
+
+        def counted(given, plain=plain, name=name):
+            opened.append(name)
+            return plain(given)
+
+        monkeypatch.setattr(owner, name, counted)
+    found = survey(values)
+    for one, other in zip(expected, take(values, 2, step=5, examples=found.examples), strict=True):
+        assert_same(one, other)
+    assert sorted(opened) == ["_digest_of_ends", "_read_index", "_record_count"]
+    assert found.fingerprint == found.examples.clips.fingerprint()
 
 
 @pytest.mark.parametrize("mode", ["pairs", "video"])
