@@ -272,19 +272,28 @@ class ClipDataset:
         """
         if not 0 <= number < len(self):
             raise IndexError(f"there is no record {number} of {len(self)}")
-        with self._lock:  # Grain reads from several threads
-            try:
-                return self._get(int(number))
-            except records.RecordError as error:
-                error.clip_id = self.index["clip_id"][number]  # its bytes may not say it
-                raise
+        number = int(number)
+        with self._lock:
+            if number in self._cache:
+                self._cache.move_to_end(number)
+                return self._cache[number][0]
+        try:  # without the lock: several threads read at the same time
+            data = self._records[number]
+            clip = records.decode(data)
+            self._check(number, clip)
+        except records.RecordError as error:
+            error.clip_id = self.index["clip_id"][number]  # its bytes may not say it
+            raise
+        with self._lock:
+            if number not in self._cache:
+                self._cache[number] = clip, len(data)
+                self._cached += len(data)
+                while self._cached > self._cache_bytes and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1][1]
+        return clip
 
-    def _get(self, number: int) -> records.Clip:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number][0]
-        data = self._records[number]
-        clip = records.decode(data)
+    def _check(self, number: int, clip: records.Clip) -> None:
+        """RecordError where a record is another than the index says."""
         expected = self.index["clip_id"][number]
         if clip.clip_id != expected:  # identity, camera and time of the index are another clip's
             raise records.RecordError(
@@ -294,11 +303,6 @@ class ClipDataset:
             raise records.RecordError(
                 f"record {number}: {len(clip)} frames, the index says otherwise"
             )
-        self._cache[number] = clip, len(data)
-        self._cached += len(data)
-        while self._cached > self._cache_bytes and len(self._cache) > 1:
-            self._cached -= self._cache.popitem(last=False)[1][1]
-        return clip
 
     def background_motion(self, number: int) -> np.ndarray | None:
         """`records.Clip.background_motion` of a clip, without reading it; None where it is not stored."""

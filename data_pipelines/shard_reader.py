@@ -61,7 +61,8 @@ def _record_count(path: Path) -> int:
 class ShardReader:
     """The records of several shards, one shard after the other.
 
-    Cheap to pickle and to send to worker processes: a shard is opened when a record of it is first read.
+    Cheap to pickle and to send to worker processes: a shard is opened when a record of it is first read. Threads read
+    at the same time, also from one shard: its reader may be shared. What one of them waits for holds up no other.
 
     Args:
         paths: of the shards.
@@ -105,50 +106,61 @@ class ShardReader:
         if not 0 <= number < len(self):
             raise IndexError(f"there is no record {number} of {len(self)}")
         shard = bisect.bisect_right(self._edges, number) - 1
-        with self._lock:  # Grain reads from several threads
+        with self._lock:
             if number in self._unreadable:  # and is not waited for a second time
                 raise records.RecordError(self._unreadable[number])
             if shard in self._away:
                 waited, text = self._away[shard]
                 if len(self._away) < self._filled and time.monotonic() < waited + AGAIN:
                     raise ShardError(text, self.paths[shard], known=True)
-            return self._read(number, shard)
+        return self._read(number, shard)
 
     def _read(self, number: int, shard: int) -> bytes:
         path, place = self.paths[shard], number - self._edges[shard]
         for pause in (*PAUSES, None):
-            opened = False
+            source = None
             try:
                 source = self._opened(shard)
-                opened = True
                 return source[place]
             except ERRORS as error:
                 # Files that were open before the disk went away stay unreadable when it comes back.
-                self._open.pop(shard, None)
+                self._close(shard, source)
                 failure = error
             if pause is not None:
                 time.sleep(pause)
         said = " ".join(str(failure).split())
-        if opened:
-            self._unreadable[number] = f"record {place} of {path} cannot be read: {said}"
-            raise records.RecordError(self._unreadable[number]) from failure
+        if source is not None:
+            text = f"record {place} of {path} cannot be read: {said}"
+            with self._lock:
+                self._unreadable[number] = text
+            raise records.RecordError(text) from failure
         text = f"{path} cannot be read: {said}"
-        self._away[shard] = time.monotonic(), text
+        with self._lock:
+            self._away[shard] = time.monotonic(), text
         raise ShardError(text, path, known=False) from failure
 
     def _opened(self, shard: int) -> Any:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
         source = array_record_data_source.ArrayRecordDataSource([self.paths[shard]])
         expected = self._edges[shard + 1] - self._edges[shard]
         if len(source) != expected:
             raise ValueError(f"it holds {len(source)} records and not {expected}")
-        self._away.pop(shard, None)
-        self._open[shard] = source
-        if len(self._open) > self._most_open:
-            self._open.popitem(last=False)
+        with self._lock:
+            self._away.pop(shard, None)
+            source = self._open.setdefault(shard, source)  # another thread's, if it was quicker
+            self._open.move_to_end(shard)
+            if len(self._open) > self._most_open:
+                self._open.popitem(last=False)
         return source
+
+    def _close(self, shard: int, source: Any) -> None:
+        """Closes a shard unless it has been opened anew by another thread; who still reads of it is not disturbed."""
+        with self._lock:
+            if source is not None and self._open.get(shard) is source:
+                del self._open[shard]
 
 
 def _most_open() -> int:

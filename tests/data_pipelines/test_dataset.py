@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -122,6 +124,22 @@ def test_records_of_other_clips_than_the_index_says(directory):
     ) as caught:
         clips[1]
     assert caught.value.clip_id == clips.index["clip_id"][1]
+
+
+def test_threads_decode_at_the_same_time_and_keep_a_clip_once(directory, monkeypatch):
+    clips, together = ClipDataset(directory, "train"), threading.Barrier(4)
+    plain = records.decode
+
+    def decode(data):
+        together.wait(10)  # for four of them
+        return plain(data)
+
+    monkeypatch.setattr(dataset.records, "decode", decode)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(clips.__getitem__, [2, 2, 2, 5], timeout=20))
+    assert [clip.identity for clip in found] == ["drawn2", "drawn2", "drawn2", "drawn5"]
+    assert clips._cached == sum(len(clips._records[number]) for number in (2, 5))
+    assert any(clips[2] is clip for clip in found[:3])
 
 
 def test_an_index_is_made_of_more_shards_than_may_be_open(tmp_path):

@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
@@ -89,6 +92,63 @@ def test_what_stays_unreadable_is_a_record_error_and_waited_for_once(paths, paus
             reader[4]
         assert paused == list(shard_reader.PAUSES)
     assert reader[1] == b"01" and reader[5] == b"12"
+
+
+def test_threads_read_at_the_same_time(paths, monkeypatch):
+    """Of one shard too."""
+    together = threading.Barrier(4)
+
+    class Source:
+        def __init__(self, paths):
+            pass
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, place):
+            together.wait(10)  # for four reads; one after the other they would never be there
+            return b"there"
+
+    monkeypatch.setattr(shard_reader.array_record_data_source, "ArrayRecordDataSource", Source)
+    reader = ShardReader(paths, [3, 3, 3, 3])
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reader.__getitem__, [0, 1, 2, 4], timeout=20)) == [b"there"] * 4
+
+
+def test_a_record_that_is_waited_for_holds_up_no_other(paths, monkeypatch):
+    whole, waiting, others_are_read = paths[1].read_bytes(), threading.Event(), threading.Event()
+    tear(paths[1])
+
+    def pause(seconds):
+        waiting.set()
+        assert others_are_read.wait(10)
+        paths[1].write_bytes(whole)
+
+    monkeypatch.setattr(shard_reader.time, "sleep", pause)
+    reader = ShardReader(paths, COUNTS)
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(reader.__getitem__, 4)
+        assert waiting.wait(10)
+        assert [reader[number] for number in (0, 1, 2, 6, 7)] == [*ALL[:3], *ALL[6:]]
+        others_are_read.set()
+        assert late.result(10) == ALL[4]
+
+
+def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
+    """With fewer shards open than there are threads, so that they are closed while others read of them."""
+    monkeypatch.setattr(shard_reader.resource, "getrlimit", lambda _: (8, 8))
+    rng = np.random.default_rng(0)
+    written = [rng.bytes(int(size)) for size in rng.integers(1, 100_000, 40)]
+    for shard in range(4):
+        writer = array_record_module.ArrayRecordWriter(str(tmp_path / f"{shard}"), "group_size:1")
+        for data in written[10 * shard : 10 * shard + 10]:
+            writer.write(data)
+        writer.close()
+    reader = ShardReader([tmp_path / f"{shard}" for shard in range(4)], [10] * 4)
+    asked = rng.integers(0, 40, 2000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        for number, data in zip(asked, pool.map(reader.__getitem__, asked), strict=True):
+            assert data == written[number]
 
 
 def tear(path):
