@@ -81,9 +81,16 @@ def window_motion(of_frames: np.ndarray) -> float:
     return float(of_frames[1:].mean()) if len(of_frames) > 1 else 0.0
 
 
-def all_windows(of_frames: np.ndarray, span: int) -> np.ndarray:
-    """(n - span + 1,) `window_motion` of every window of `span` frames of a clip, by its first frame."""
+def all_windows(of_frames: np.ndarray, frames: np.ndarray, span: int) -> np.ndarray:
+    """(windows,) `window_motion` of every window of `span` frames of some clips, by its first frame.
+
+    Args:
+        of_frames: (n,) `motion` of the clips, one after the other.
+        frames: (clips,) of each; shorter ones have no window.
+    """
+    ends = np.repeat(np.cumsum(frames), frames)  # of the clip of every frame
+    first = np.flatnonzero(np.arange(len(of_frames)) + span <= ends)
     if span < 2:
-        return np.zeros(len(of_frames))
-    sums = np.concatenate([[0.0], np.cumsum(of_frames[1:], dtype=np.float64)])
-    return (sums[span - 1 :] - sums[: len(sums) - span + 1]) / (span - 1)
+        return np.zeros(len(first))
+    sums = np.concatenate([[0.0], np.cumsum(of_frames, dtype=np.float64)])
+    return (sums[first + span] - sums[first + 1]) / (span - 1)

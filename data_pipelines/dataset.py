@@ -11,9 +11,11 @@ import collections
 import concurrent.futures
 import hashlib
 import io
+import itertools
 import json
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dexportrait_jax.errors import UserError
 
 INFO, NAME = "dataset_info.json", "portrait_clips"  # where TFDS says what a dataset is, and ours
 _ENDS = 1 << 16  # bytes of a shard that its fingerprint looks at, at both ends
+_TOGETHER = 1 << 20  # frames whose motion of backgrounds is read at a time
 _SHARD = re.compile(
     r"(?P<stem>.+-(?P<split>[A-Za-z0-9_]+)\.array_record)(-(?P<number>\d+)-of-(?P<count>\d+))?"
 )
@@ -308,6 +311,15 @@ class ClipDataset:
         """`records.Clip.background_motion` of a clip, without reading it; None where it is not stored."""
         motion = self._background()
         return None if motion is None else motion[self._starts[number] : self._starts[number + 1]]
+
+    def background_motions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`background_motion` of all clips in their order, where it is stored: of some thousand one after the other,
+        and the frames of each. Its file is read from beginning to end, a few megabytes at a time."""
+        motion = self._background()
+        places = np.arange(0, self._starts[-1] + _TOGETHER, _TOGETHER)
+        edges = np.unique(np.minimum(np.searchsorted(self._starts, places), len(self)))
+        for first, last in itertools.pairwise(edges):
+            yield motion[self._starts[first] : self._starts[last]], self.frames[first:last]
 
     def _background(self) -> np.ndarray | None:
         if self._motion is None and self._motion_path is not None:

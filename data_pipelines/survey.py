@@ -6,7 +6,7 @@ What cannot be trained on is an error; what can, but was perhaps not meant, is a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from dexportrait_jax.errors import UserError
 
 _ATTEMPTS = 100  # damaged records before a split counts as damaged
 _MEASURED = 256  # frames that are measured of a dataset that does not say how much backgrounds move
+_BINS = 1_000_000  # of the motion of windows, whose median is told to three digits
 _FEW = 0.1  # calm windows that are worth a warning
 
 
@@ -115,36 +116,28 @@ def _judge_calm(examples: Examples, warnings: list[str], notes: list[str]) -> No
 
     Where it is not stored, a part of the clips is measured, as while training.
     """
-    looked_at, frames, stored = [], 0, True
-    for place in np.random.default_rng(0).permutation(len(examples)):
-        number = int(examples.usable[place])
-        of_frames = examples.clips.background_motion(number)
-        if of_frames is None:
-            stored = False
-            if frames >= _MEASURED:
-                break
-            try:
-                clip = examples.clips[number]
-                of_frames = background.motion(clip, 0, len(clip))
-            except records.RecordError:
-                continue  # said when it is loaded
-            frames += len(of_frames)
-        looked_at.append(background.all_windows(of_frames, examples.span))
-    if not looked_at:
-        return
-    windows = np.concatenate(looked_at)
+    stored = examples.clips.background_motion(int(examples.usable[0])) is not None
+    looked_at = windows = calm = 0
+    histogram = np.zeros(_BINS, np.int64)
     limit = examples.config["calm"]["max_difference"]
-    # Sums differ from the loader's in the last digit.
-    calm = int((windows <= limit + 1e-6).sum())
-    part = "" if len(looked_at) == len(examples) else f" in {len(looked_at)} clips looked at"
+    for clips, motion in _stored_windows(examples) if stored else _measured_windows(examples):
+        looked_at += clips
+        windows += len(motion)
+        # Sums differ from the loader's in the last digit.
+        calm += int((motion <= limit + 1e-6).sum())
+        places = np.clip(motion * _BINS, 0, _BINS - 1).astype(np.int64)
+        histogram += np.bincount(places, minlength=_BINS)
+    if not windows:
+        return
+    part = "" if looked_at == len(examples) else f" in {looked_at} clips looked at"
     found = (
-        f"{_place(examples)}: {calm} of {len(windows)} windows of {examples.span} frames{part} have a calm "
+        f"{_place(examples)}: {calm} of {windows} windows of {examples.span} frames{part} have a calm "
         f"background, at most data.calm.max_difference={limit:g}"
     )
-    if calm < _FEW * len(windows):
+    if calm < _FEW * windows:
         warnings.append(
             f"warning: {found}; else the calmest of {examples.config['calm']['candidates']} is taken: raise "
-            f"--config.data.calm.max_difference (half of them have {np.median(windows):.3f} or less), or give "
+            f"--config.data.calm.max_difference (half of them have {_median(histogram):.3f} or less), or give "
             "calmer videos"
         )
     else:
@@ -154,6 +147,35 @@ def _judge_calm(examples: Examples, warnings: list[str], notes: list[str]) -> No
             f"{_place(examples)} does not say how much backgrounds move: windows are measured from their frames as "
             f"they are drawn; `dexportrait measure --data={examples.clips.directory}` stores it once"
         )
+
+
+def _stored_windows(examples: Examples) -> Iterator[tuple[int, np.ndarray]]:
+    """How many usable clips, and `background.window_motion` of all their windows, of some at a time."""
+    for of_frames, frames in examples.clips.background_motions():
+        usable = int((frames >= examples.span).sum())
+        yield usable, background.all_windows(of_frames, frames, examples.span)
+
+
+def _measured_windows(examples: Examples) -> Iterator[tuple[int, np.ndarray]]:
+    """The same of clips from all over the split, one at a time, until `_MEASURED` frames were measured."""
+    frames = 0
+    for place in np.random.default_rng(0).permutation(len(examples)):
+        if frames >= _MEASURED:
+            return
+        try:
+            clip = examples.clips[int(examples.usable[place])]
+            of_frames = background.motion(clip, 0, len(clip))
+        except records.RecordError:
+            continue  # said when it is loaded
+        frames += len(clip)
+        yield 1, background.all_windows(of_frames, np.array([len(clip)]), examples.span)
+
+
+def _median(histogram: np.ndarray) -> float:
+    """The median of values from 0 to 1 that are counted in bins, to half a bin."""
+    below, count = np.cumsum(histogram), histogram.sum()
+    middle = np.searchsorted(below, [(count - 1) // 2, count // 2], side="right")
+    return float((middle.mean() + 0.5) / len(histogram))
 
 
 def _place(examples: Examples) -> str:

@@ -83,13 +83,25 @@ def test_what_lies_beyond_the_original_does_not_count():
 
 def test_windows_are_means_over_their_own_pairs():
     of_frames = np.float32([0.5, 0.1, 0.2, 0.6, 0.0])
-    np.testing.assert_allclose(background.all_windows(of_frames, 3), [0.15, 0.4, 0.3], atol=1e-7)
+    windows = background.all_windows(of_frames, [5], 3)
+    np.testing.assert_allclose(windows, [0.15, 0.4, 0.3], atol=1e-7)
     for start in range(3):
-        expected = background.all_windows(of_frames, 3)[start]
-        assert background.window_motion(of_frames[start : start + 3]) == pytest.approx(expected)
+        assert background.window_motion(of_frames[start : start + 3]) == pytest.approx(
+            windows[start]
+        )
     assert background.window_motion(of_frames[:1]) == 0
-    np.testing.assert_array_equal(background.all_windows(of_frames, 1), np.zeros(5))
-    assert len(background.all_windows(of_frames, 6)) == 0
+    np.testing.assert_array_equal(background.all_windows(of_frames, [5], 1), np.zeros(5))
+    assert len(background.all_windows(of_frames, [5], 6)) == 0
+
+
+def test_windows_lie_within_one_clip():
+    of_frames = np.float32([0.0, 0.1, 0.3, 0.0, 0.0, 0.4, 0.2, 0.6])
+    np.testing.assert_allclose(
+        background.all_windows(of_frames, [3, 1, 4], 3), [0.2, 0.3, 0.4], atol=1e-7
+    )
+    np.testing.assert_allclose(
+        background.all_windows(of_frames, [3, 1, 4], 2), [0.1, 0.3, 0.4, 0.2, 0.6], atol=1e-7
+    )
 
 
 def test_a_frame_that_is_no_picture_is_a_record_error():

@@ -323,7 +323,8 @@ def test_windows_are_chosen_by_what_is_stored(restless, monkeypatch):
     calmest = Examples(config | {"calm": _calm(0.0, 6)})
     first = Examples(config | {"calm": _calm(1.0, 6)})
     clips = calmest.clips
-    every = np.concatenate([background.all_windows(clip.background_motion, 4) for clip in clips])
+    motions = [clip.background_motion for clip in clips]
+    every = background.all_windows(np.concatenate(motions), clips.frames, 4)
     limit = float(np.quantile(every, 0.3))
     below = Examples(config | {"calm": _calm(limit, 6)})
 

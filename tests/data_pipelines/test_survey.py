@@ -81,6 +81,28 @@ def test_calm_windows_are_counted(tmp_path, older):
     assert survey(_data(directory)).notes == ()
 
 
+@pytest.mark.parametrize("together", [1, 10, 1000])
+def test_calm_windows_are_counted_a_few_clips_at_a_time(tmp_path, monkeypatch, together):
+    """Of a million clips their motion alone is more than a gigabyte."""
+    monkeypatch.setattr(dataset, "_TOGETHER", together)
+    lengths = (5, 2, 9, 3, 12, 4)
+    clips = [fixtures.flickering(number, length, 32) for number, length in enumerate(lengths)]
+    directory = builder.write_dataset({"train": lambda: clips}, tmp_path / "data")
+    windows = [
+        float(clip.background_motion[first + 1 : first + 4].mean())
+        for clip in clips
+        for first in range(len(clip) - 3)
+    ]
+    parts = list(dataset.ClipDataset(directory, "train").background_motions())
+    assert np.concatenate([frames for _, frames in parts]).tolist() == list(lengths)
+    assert max(len(of_frames) for of_frames, _ in parts) <= together + max(lengths)
+    assert len(parts) > 1 or together == 1000
+    knobs = {"max_difference": min(windows), "candidates": 8}
+    found = survey(_data(directory, mode="video", frames=4, calm=knobs))
+    assert f"1 of {len(windows)} windows of 4 frames have a calm" in found.warnings[-1]
+    assert f"half of them have {np.median(windows):.3f} or less" in found.warnings[-1]
+
+
 @pytest.mark.parametrize("held_out", ["", "validation"])
 def test_one_person_is_a_warning(tmp_path, held_out):
     """Without a held-out split there is nothing to evaluate; where there is one, it is evaluated."""
