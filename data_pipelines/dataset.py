@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -116,27 +115,52 @@ def build_index(
     """Reads every record of a split and returns what is to be known of all clips at once.
 
     Args:
-        measure: with the motion of backgrounds; of records that lack it, it is measured.
+        measure: the motion of backgrounds too, of records that lack it.
 
     Returns:
         the index, one list per key in record order; and the clips' `background_motion` (frames,) float32, one
-        clip after the other, or nothing without `measure`.
+        clip after the other.
     """
     paths = shards(directory)[split]
     # Not all open at once: a large split has more of them than a process may have open.
     source = shard_reader.ShardReader(paths, shard_reader.record_counts(paths))
-    columns = ("clip_id", "identity", "session", "camera", "frames", "fps", "start", "size")
-    index: dict[str, list] = {name: [] for name in columns}
-    motions = [np.zeros(0, np.float32)]
+    index = Index()
     for number in range(len(source)):
         clip = records.decode(source[number])
-        values = (clip.clip_id, clip.identity, clip.session, clip.camera, len(clip), clip.fps)
-        values += (float(clip.timestamps[0]), clip.size)
-        for name, value in zip(columns, values, strict=True):
-            index[name].append(value)
-        if measure:
-            motions.append(background.measured(clip).background_motion)
-    return index, np.concatenate(motions)
+        index.add(background.measured(clip) if measure else clip)
+    return index.columns, index.motion
+
+
+class Index:
+    """What is to be known of all clips of a split at once, collected clip by clip.
+
+    Attributes:
+        columns: a list per key, in the order of the clips; numbers are those that a record holds, in float32.
+    """
+
+    def __init__(self) -> None:
+        names = ("clip_id", "identity", "session", "camera", "frames", "fps", "start", "size")
+        self.columns: dict[str, list] = {name: [] for name in names}
+        self._motion = bytearray()  # of a million clips a gigabyte: kept once
+
+    @property
+    def motion(self) -> np.ndarray:
+        """(frames of all clips,) float32: their `background_motion`, of those that have it."""
+        return np.frombuffer(self._motion, np.float32)
+
+    def add(self, clip: records.Clip) -> None:
+        values = (clip.clip_id, clip.identity, clip.session, clip.camera, len(clip))
+        values += (float(np.float32(clip.fps)), float(np.float32(clip.timestamps[0])), clip.size)
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+        if clip.background_motion is not None:
+            self._motion += np.asarray(clip.background_motion, np.float32).tobytes()
+
+    def write(self, directory: Path, split: str) -> None:
+        """Stores it beside the shards of a split."""
+        text = json.dumps(self.columns)
+        files.write_bytes(directory / index_name(split), text.encode())
+        write_background_motion(directory, split, self.motion)
 
 
 def _shared(index: dict[str, list]) -> dict[str, list]:
@@ -148,10 +172,9 @@ def _shared(index: dict[str, list]) -> dict[str, list]:
 
 
 def write_background_motion(directory: str | Path, split: str, motion: np.ndarray) -> None:
-    """Stores what `build_index` found beside the shards of a split."""
-    stream = io.BytesIO()
-    np.save(stream, motion)
-    files.write_bytes(Path(directory) / background_name(split), stream.getvalue())
+    """Stores the motion of all backgrounds beside the shards of a split."""
+    with files.staged_stream(Path(directory) / background_name(split)) as stream:
+        np.save(stream, motion)
 
 
 def open_clips(path: str | Path, split: str, *, cache_bytes: int = 256 << 20):

@@ -3,7 +3,7 @@
 The directory is made beside its final place and renamed when whole. It holds what TFDS expects
 (`dataset_info.json`,
 `features.json`, the shards) and per split one small `clip_index-SPLIT.json` and
-`background_motion-SPLIT.npy`, read back from the shards, so that a training run knows every clip's
+`background_motion-SPLIT.npy`, collected as the records are written, so that a training run knows every clip's
 length, keys and calm windows without opening all records.
 
 TFDS writes the metadata alone: its own writer keeps a split of up to 1000 MiB in memory, to shuffle it, and needs
@@ -12,7 +12,6 @@ TensorFlow beyond that. Here a record is written as soon as it is made.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -98,11 +97,6 @@ def write_dataset(
             for name, content in (reports or {}).items():
                 text = content if isinstance(content, str) else content()
                 files.write_bytes(temporary / name, text.encode())
-            for split in dataset.split_names(temporary):
-                index, motion = dataset.build_index(temporary, split)
-                text = json.dumps(index)
-                files.write_bytes(temporary / dataset.index_name(split), text.encode())
-                dataset.write_background_motion(temporary, split, motion)
             files.replace_directory(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,9 +104,16 @@ def write_dataset(
 
 
 def _write_split(name: str, clips: Iterable[records.Clip], directory: Path) -> tfds.core.SplitInfo:
-    """Writes the shards of a split, which has none where there is no clip; returns what the metadata tell of it."""
-    lengths, size = [], 0
-    encoded = (records.encode(background.measured(clip)) for clip in clips)
+    """Writes the shards and the index of a split, which has none where there is no clip; returns what the metadata
+    tell of it."""
+    lengths, size, index = [], 0, dataset.Index()
+
+    def encode(clip: records.Clip) -> bytes:
+        clip = background.measured(clip)
+        index.add(clip)
+        return records.encode(clip)
+
+    encoded = map(encode, clips)
     record = next(encoded, None)
     while record is not None:
         length, room = 0, SHARD_BYTES
@@ -125,6 +126,8 @@ def _write_split(name: str, clips: Iterable[records.Clip], directory: Path) -> t
     for number in range(len(lengths)):  # only now it is known of how many
         finished = directory / dataset.shard_name(name, number, len(lengths))
         (directory / _unfinished(name, number)).rename(finished)
+    if lengths:
+        index.write(directory, name)
     return tfds.core.SplitInfo(
         name=name, shard_lengths=lengths, num_bytes=size, filename_template=None
     )

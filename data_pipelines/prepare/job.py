@@ -114,7 +114,7 @@ def run_prepare(
             from data_pipelines.prepare import builder  # needs TFDS, which reading does not
 
             parts = splits.split(
-                [job.clips for job in kept], holdout, holdout_fraction, holdout_gap, people
+                [job.video() for job in kept], holdout, holdout_fraction, holdout_gap, people
             )
             builder.write_dataset(
                 {name: _counted(clips, written) for name, clips in parts.items()},

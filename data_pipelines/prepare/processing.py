@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data_pipelines import files, records, spill, video
 from data_pipelines.prepare import clips as clip_making
-from data_pipelines.prepare import crop, detect, filters
+from data_pipelines.prepare import crop, detect, filters, splits
 from dexportrait_jax.errors import UserError
 
 # Of clips; datasets say it too. Raise it when the same video and settings would give other ones.
@@ -64,11 +64,25 @@ class Job:
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
         return self.folder / f"{key}.clips"
 
+    @property
+    def _times(self) -> Path:
+        return self.result.with_suffix(".times")
+
     def clips(self) -> Iterator[records.Clip]:
         """The clips that were made, one at a time."""
         parts = _parts(self.result)
         next(parts)
         yield from map(records.decode, parts)
+
+    def times(self) -> list[splits.Times]:
+        """Of every clip that was made, in order: to be known without reading all pictures."""
+        if not self._times.exists():  # looked at before they were kept
+            return [splits.Times.of(clip) for clip in self.clips()]
+        return [splits.Times.from_json(values) for values in json.loads(self._times.read_text())]
+
+    def video(self) -> splits.Video:
+        """What `splits.split` asks of it."""
+        return splits.Video(self.naming, self.clips, self.times)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -215,18 +229,21 @@ def _look_at(job: Job) -> filters.Verdict:
 def _kept(job: Job) -> filters.Verdict:
     """Looks at a video and writes its result file; where its disk does not answer, a DiskError, and no file."""
     with files.writing_to(job.folder), files.staged_stream(job.result) as stream:
-        for part in _made(job):
+        for part, times in _made(job):
             if isinstance(part, filters.Verdict):
-                verdict = part
+                verdict, of_clips = part, []
                 stream.seek(0)
                 stream.truncate()
                 part = json.dumps(verdict.as_dict()).encode()
+            else:
+                of_clips.append(times.as_json())
             stream.write(struct.pack("<Q", len(part)))
             stream.write(part)
+        files.write_bytes(job._times, json.dumps(of_clips).encode())  # before the result is there
     return verdict
 
 
-def _made(job: Job) -> Iterator[filters.Verdict | bytes]:
+def _made(job: Job) -> Iterator[tuple[filters.Verdict | bytes, splits.Times | None]]:
     """The verdict, then the clips one by one; where one fails, another verdict, in place of all before it."""
     try:
         clips, verdict = clip_making.clips_from_video(
@@ -234,18 +251,19 @@ def _made(job: Job) -> Iterator[filters.Verdict | bytes]:
         )
         if verdict.damaged:
             _check_reachable(job)
-        yield verdict
-        yield from map(records.encode, clips)
+        yield verdict, None
+        for clip in clips:
+            yield records.encode(clip), splits.Times.of(clip)
     except (spill.NoRoomError, video.DiskError):
         raise  # a fault of the machine
     except UserError as error:
         _check_reachable(job)
         detail = f" ({str(error).removeprefix(job.path).strip()})"
-        yield filters.Verdict(job.path, False, filters.UNREADABLE, detail)
+        yield filters.Verdict(job.path, False, filters.UNREADABLE, detail), None
     except Exception as error:  # one strange video must not end a job of days
         _check_reachable(job)
         detail = f": {type(error).__name__}: {error}"
-        yield filters.Verdict(job.path, False, filters.FAILED, detail)
+        yield filters.Verdict(job.path, False, filters.FAILED, detail), None
 
 
 def _check_reachable(job: Job) -> None:

@@ -10,10 +10,55 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import records
+from data_pipelines.prepare.clips import Naming
 
 HOLDOUTS = ("identity", "time")
 
 Clips = Callable[[], Iterator[records.Clip]]
+
+
+class Times(NamedTuple):
+    """When the frames of a clip are, as its record has it.
+
+    Attributes:
+        seconds: (frames,) float64, of numbers that are float32.
+        fps: likewise.
+    """
+
+    seconds: np.ndarray
+    fps: float
+
+    @classmethod
+    def of(cls, clip: records.Clip) -> Times:
+        seconds = np.asarray(clip.timestamps, np.float32).astype(
+            np.float64
+        )  # a copy: no record stays
+        return cls(seconds, float(np.float32(clip.fps)))
+
+    def as_json(self) -> list:
+        return [self.fps, self.seconds.tolist()]
+
+    @classmethod
+    def from_json(cls, values: list) -> Times:
+        return cls(np.array(values[1], np.float64), values[0])
+
+
+class Video(NamedTuple):
+    """A video whose clips are split.
+
+    Attributes:
+        naming: keys of all its clips.
+        clips: yields them in order, as often as it is called.
+        times: gives those of every clip, without reading it where that can be.
+    """
+
+    naming: Naming
+    clips: Clips
+    times: Callable[[], list[Times]]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.naming.identity, self.naming.session
 
 
 class Held(NamedTuple):
@@ -33,7 +78,7 @@ class Held(NamedTuple):
 
 
 def split(
-    videos: list[Clips],
+    videos: list[Video],
     holdout: str,
     fraction: float,
     gap: int,
@@ -42,7 +87,7 @@ def split(
     """split name -> function that yields its clips.
 
     Args:
-        videos: per video, a function that yields its clips in order; they are read as often as needed.
+        videos: by identity, each is read once; by time, once a split.
         holdout: "identity" or "time".
         fraction: how much of it is held out; 0 makes no validation split.
         gap: frames between training and validation, for "time", where all cameras of a session are cut alike.
@@ -54,14 +99,13 @@ def split(
         if times:
             parts["validation"] = lambda: _in_time(videos, times, validation=True)
         return parts
-    identities = {clip.identity for clips in videos for clip in clips()}
+    identities = {video.naming.identity for video in videos}
     held = identities & set(people) if people else held_out(identities, fraction)
 
     def pick(validation: bool) -> Iterator[records.Clip]:
-        for clips in videos:
-            for clip in clips():
-                if (clip.identity in held) == validation:
-                    yield clip
+        for video in videos:
+            if (video.naming.identity in held) == validation:
+                yield from video.clips()
 
     chosen = {"train": lambda: pick(False)}
     return chosen | {"validation": lambda: pick(True)} if held else chosen
@@ -84,7 +128,7 @@ def held_out(identities: set[str], fraction: float) -> set[str]:
 
 
 def held_times(
-    videos: Iterable[Clips], fraction: float, gap: int
+    videos: Iterable[Video], fraction: float, gap: int
 ) -> dict[tuple[str, str], list[Held]]:
     """(identity, session) -> the times that are held out: the last `fraction` of the frames of every clip.
 
@@ -95,15 +139,14 @@ def held_times(
     Args:
         gap: frames left out before and behind what is held out.
     """
-    sessions: dict[tuple[str, str], dict[str, list[tuple[np.ndarray, float]]]] = {}
-    for clips in videos:
-        for clip in clips():
-            cameras = sessions.setdefault((clip.identity, clip.session), {})
-            # A copy: the array itself would keep the whole record in memory.
-            timed = clip.timestamps.astype(np.float64), clip.fps
-            cameras.setdefault(clip.camera, []).append(timed)
+    sessions: dict[tuple[str, str], list[Video]] = {}
+    for video in videos:
+        sessions.setdefault(video.key, []).append(video)
     found = {}
-    for key, cameras in sessions.items():
+    for key, of_session in sessions.items():  # one after the other: the times of all are gigabytes
+        cameras: dict[str, list[Times]] = {}
+        for video in of_session:
+            cameras.setdefault(video.naming.camera, []).extend(video.times())
         ordered = sorted(
             cameras.values(), key=lambda camera: -sum(len(times) for times, _ in camera)
         )
@@ -148,13 +191,15 @@ def _held_out(times: np.ndarray, held: list[Held]) -> np.ndarray:
 
 
 def _in_time(
-    videos: list[Clips], held: dict[tuple[str, str], list[Held]], *, validation: bool
+    videos: list[Video], held: dict[tuple[str, str], list[Held]], *, validation: bool
 ) -> Iterator[records.Clip]:
     chosen = _held_out if validation else _trainable
-    for clips in videos:
-        for clip in clips():
-            times = clip.timestamps.astype(np.float64)
-            yield from _parts(clip, chosen(times, held.get((clip.identity, clip.session), [])))
+    for video in videos:
+        of_session = held.get(video.key, [])
+        if validation and not of_session:
+            continue
+        for clip in video.clips():
+            yield from _parts(clip, chosen(Times.of(clip).seconds, of_session))
 
 
 def _parts(clip: records.Clip, chosen: np.ndarray) -> Iterator[records.Clip]:

@@ -366,6 +366,37 @@ def test_of_a_long_video_one_clip_is_in_memory(videos, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.concatenate([c.timestamps for c in written]), np.arange(30) / 25)
 
 
+@pytest.mark.parametrize("holdout", ["identity", "time"])
+def test_a_dataset_is_the_same_where_times_were_not_kept(videos, tmp_path, monkeypatch, holdout):
+    """As by versions that kept clips alone; every clip is decoded once, or once a split."""
+    decoded, plain = [], records.decode
+    monkeypatch.setattr(records, "decode", lambda data: decoded.append(1) or plain(data))
+    options = {"holdout": holdout, "holdout_fraction": 0.3}
+    _run(videos, tmp_path / "out", **options)
+    assert len(decoded) == (4 if holdout == "identity" else 8)
+    index = {name: _index(tmp_path / "out", name) for name in ("train", "validation")}
+    for name, found in index.items():  # as its shards have it
+        read, motion = dataset.build_index(tmp_path / "out", name)
+        assert read == found
+        stored = np.load(tmp_path / "out" / dataset.background_name(name))
+        np.testing.assert_array_equal(motion, stored)
+    split = processing.splits.split
+
+    def forgotten(*arguments):
+        for path in (tmp_path / ".again.work").glob("*.times"):
+            path.unlink()
+        return split(*arguments)
+
+    monkeypatch.setattr(processing.splits, "split", forgotten)
+    _run(videos, tmp_path / "again", **options)
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def _index(out, split):
+    return json.loads((out / dataset.index_name(split)).read_text())
+
+
 def test_what_fails_half_way_leaves_a_verdict_and_no_clips(videos, tmp_path, monkeypatch):
     settings = crop.Settings(size=48, min_frames=6, clip_frames=6)
     naming = clips.Naming.of(videos / "anna.mp4")
