@@ -162,7 +162,8 @@ class Examples:
     def _report(self, name: str, text: str) -> None:
         """Says once what is left out; `name` is its own."""
         try:
-            (self.reported / name).touch(exist_ok=False)
+            with (self.reported / name).open("x") as said:
+                said.write(text)
         except FileExistsError:
             return
         except OSError:
@@ -172,6 +173,11 @@ class Examples:
             file=sys.stderr,
             flush=True,
         )
+
+    def left_out(self) -> list[str]:
+        """What was reported so far, by all worker processes, the newest last."""
+        said = sorted(self.reported.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return [path.read_text() for path in said]
 
     def _training(self, number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         sample = augmentation.random_sample(rng, self.augment)

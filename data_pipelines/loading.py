@@ -122,7 +122,11 @@ def make_loader(
     if not processes:
         threads = min(4, os.cpu_count() or 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        return Loader(lambda first: iter(data[first:].to_iter_dataset(options)), step)
+        return Loader(
+            lambda first: iter(data[first:].to_iter_dataset(options)),
+            step,
+            left_out=examples.left_out,
+        )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read flags; ours is no absl command line
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -138,7 +142,7 @@ def make_loader(
         )
         return iter(prefetched)
 
-    return Loader(start, step, starts_processes=True)
+    return Loader(start, step, starts_processes=True, left_out=examples.left_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,15 +202,21 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         start: number of a batch -> iterator of the batches from it on.
         step: number of the first batch.
         starts_processes: whether such an iterator does so, with its first batch.
+        left_out: says which records could not be read so far, and why.
 
     Raises:
         UserError: when iterated: workers were killed `_DEATHS` times, and no batch was made in between.
     """
 
     def __init__(
-        self, start: Callable[[int], Iterator], step: int, *, starts_processes: bool = False
+        self,
+        start: Callable[[int], Iterator],
+        step: int,
+        *,
+        starts_processes: bool = False,
+        left_out: Callable[[], list[str]] = list,
     ):
-        self._start, self._number = start, step
+        self._start, self._number, self.left_out = start, step, left_out
         self._starts_processes = starts_processes
         self._holder = [start(step)]
         self.close = weakref.finalize(self, _let_go, self._holder)  # also called when Python ends

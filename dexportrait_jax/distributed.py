@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -93,6 +94,11 @@ def _exit_after(seconds: float, code: int) -> None:
 def is_main() -> bool:
     """True in the one process that prints and writes records."""
     return jax.process_index() == 0
+
+
+def here() -> str:
+    """This process, as errors name it."""
+    return f"process {jax.process_index()} on {socket.gethostname()}"
 
 
 class Agreement:

@@ -210,6 +210,18 @@ def rows_of_process(mesh: Mesh, sources: int) -> list[int]:
     return sorted({row for (part,) in parts for row in range(*part.indices(sources))})
 
 
+def rows_of_several_processes(mesh: Mesh, sources: int) -> list[int]:
+    """The sources of a batch that more than one process has to bring, in order."""
+    parts = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    length = sources // len(parts)
+    return [
+        row
+        for number, devices in enumerate(parts)
+        if len({device.process_index for device in devices}) > 1
+        for row in range(number * length, (number + 1) * length)
+    ]
+
+
 def put_batch(
     batch: dict[str, Any], mesh: Mesh, sources: int, rows: Sequence[int]
 ) -> dict[str, jax.Array]:

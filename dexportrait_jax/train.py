@@ -36,6 +36,7 @@ from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.programs import build, first_state, try_programs
+from dexportrait_jax.shared_sources import SharedSources
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
 from dexportrait_jax.train_checks import check, check_same_data, check_shares
@@ -182,6 +183,7 @@ def train(
             return times | efficiency.row(times) | known
 
         agreement = distributed.Agreement(done)
+        shared = SharedSources(mesh, config.data.batch_size, sources)
         compiled: set[frozenset[str]] = set()
         last_save = time.monotonic()
         with jax.set_mesh(mesh), contextlib.closing(profile):
@@ -189,9 +191,9 @@ def train(
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:
                     with wall.spent("data"):
-                        batch = sharding.put_batch(
-                            next(loader), mesh, config.data.batch_size, sources
-                        )
+                        own = next(loader)
+                        shared.add(own)
+                        batch = sharding.put_batch(own, mesh, config.data.batch_size, sources)
                     with contextlib.nullcontext() if events in compiled else wall.spent("compile"):
                         state, metrics = step_function(state, batch, constants, events)
                     compiled.add(events)
@@ -215,7 +217,11 @@ def train(
                 if save or len(writer) >= config.log_every or agreement.due(step):
                     asked = {"late": _late(config.checkpoint, last_save), "stop": stop_asked()}
                     worst = {"time/data_seconds": wall.waited_for_data(), **memory_in_use()}
-                    worst = agreement.greatest(step, asked | worst)
+                    worst = agreement.greatest(step, asked | worst | shared.figures())
+                    apart = shared.apart(worst, step, loader.left_out)
+                    if apart:
+                        checkpoints.close()  # a save that is under way holds nothing of it
+                        raise UserError(apart)
                     late, stopping = worst.pop("late") > 0, worst.pop("stop") > 0
                     save = save or late or stopping
                 if save or len(writer) >= config.log_every:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Mapping
 
 import jax
@@ -70,9 +69,8 @@ def check_same_data(path: str, fingerprint: Mapping[str, str]) -> None:
     same = distributed.from_main(mine) == mine
     if distributed.everywhere(same):
         return
-    here = f"process {jax.process_index()} on {socket.gethostname()}"
     raise UserError(
-        f"not every process sees the same data in {path}: {here} sees "
+        f"not every process sees the same data in {path}: {distributed.here()} sees "
         + ("what the main process sees" if same else "other data than the main process")
         + "; give all hosts the same copy, or a shared disk"
     )

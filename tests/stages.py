@@ -115,6 +115,7 @@ def every_batch(monkeypatch, seen: Callable[[int, dict], dict]) -> None:
     class Loader:
         def __init__(self, **options):
             self.inner, self.step = make(**options), options["step"]
+            self.left_out = self.inner.left_out
 
         def __iter__(self):
             return self

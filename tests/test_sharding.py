@@ -89,6 +89,20 @@ def test_only_data_crosses_slices_of_tpus():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({"data": 8}, []),
+        ({"fsdp": 2, "context": 4}, []),
+        ({"fsdp": 1, "context": 8}, list(range(16))),
+        ({"data": 2, "tensor": 4}, []),
+        ({"context": 2, "tensor": 4}, list(range(16))),
+    ],
+)
+def test_sources_that_several_processes_bring(sizes, rows):
+    assert sharding.rows_of_several_processes(two_hosts("cpu", **sizes), 16) == rows
+
+
+@pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
         ("params/g/conv/kernel", (3, 3, 64, 256), (None, None, None, "fsdp")),

@@ -13,6 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipelines import loading
+from data_pipelines.examples import Examples
+from dexportrait_jax import checkpoint
 from dexportrait_jax.metrics import read_rows
 from launch.local_processes import free_port
 from tests import fixtures
@@ -304,3 +307,50 @@ def test_processes_that_see_other_data_end_with_a_line_each(tmp_path):
     for number, sees in enumerate(("what the main process sees", "other data than the main")):
         (line,) = [line for line in said if f"process {number} on " in line]
         assert f" sees {sees}" in line and f" in {tmp_path / str(number)}: " in line
+
+
+ONE_CANNOT_READ = """
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipelines import records, shard_reader
+from tests.stages import handful_of_numbers, micro
+
+handful_of_numbers(pytest.MonkeyPatch())
+read = shard_reader.ShardReader._read
+
+
+def damaged_here(self, number, shard):
+    if number == {number} and os.environ["JAX_PROCESS_ID"] == "1":
+        raise records.RecordError("record {number} of its disk cannot be read")
+    return read(self, number, shard)
+
+
+shard_reader.ShardReader._read = damaged_here
+
+
+def get_config(variant=""):
+    return micro("motion", Path({data!r}), Path({data!r}), **{changes!r})
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_alone_cannot_read_reaches_no_checkpoint(places, tmp_path):
+    """Where both bring the same sources: it would show another clip, and weights that are one would be two."""
+    data, _ = places
+    changes = {"data__batch_size": 2, "num_steps": 3, "checkpoint__every_steps": 1}
+    changes |= {"mesh__data": 1, "mesh__tensor": 2}
+    shown = Examples(loading.default_data() | {"path": str(data)}).order(0)  # two in a step
+    config = tmp_path / "stage.py"
+    config.write_text(ONE_CANNOT_READ.format(number=shown[2], data=str(data), changes=changes))
+    launcher = [sys.executable, "-m", "launch.local_processes", "--processes=2", "--"]
+    job = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run([*launcher, *job], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert checkpoint.newest_step(tmp_path / "run") == 1
+    said = [line for line in done.stderr.splitlines() if "source 0 of a batch up to step 2" in line]
+    assert len(said) == 2
+    for number, left in enumerate(("left nothing out", f"left out: record {shown[2]} is damaged")):
+        assert any(f"process {number} on " in line and left in line for line in said)
