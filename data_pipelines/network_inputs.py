@@ -20,6 +20,7 @@ from data_pipelines.transforms import (
     decode_frame,
     fill_polygons,
     sample_picture,
+    shown_copies,
     similarity_matrix,
     transform_head_pose,
     transform_points,
@@ -80,7 +81,7 @@ def frame_inputs(
     if np.linalg.det(draw.frame[:, :2]) < 0:
         blendshapes = blendshapes[_MIRRORED_BLENDSHAPES]
     inputs = {
-        "pose_image": pose_picture(for_pose, polygons, draw, augment),
+        "pose_image": pose_picture(for_pose, polygons, picture.shape[0], draw, augment),
         "expression_image": expression(draw, expression_from),
         "component_mask": component_mask(polygons, draw, augment, image_size),
         "head_pose": transform_head_pose(draw.frame, clip.head_pose[index]),
@@ -126,13 +127,14 @@ def inference_inputs(
 
 
 def pose_picture(
-    moved_picture: np.ndarray, polygons: Mapping[str, np.ndarray], draw: Draw, augment
+    moved_picture: np.ndarray, polygons: Mapping[str, np.ndarray], side: int, draw: Draw, augment
 ) -> np.ndarray:
-    """The pose encoder's input (n, n, 3) uint8: eyes and mouth hidden (P1), colours (P2).
+    """The pose encoder's input (n, n, 3) uint8: eyes and mouth hidden (P1), mirrored ones too, colours (P2).
 
     Args:
         moved_picture: (n, n, 3), the frame after its similarity.
         polygons: of the stored frame.
+        side: of the stored frame in pixels.
     """
     knobs, size, result = augment["pose_mask"], moved_picture.shape[0], moved_picture.copy()
     if draw.pose_blur * size > 0.2:
@@ -141,15 +143,17 @@ def pose_picture(
         result = cv2.transform(result, draw.pose_colour)
     if not knobs["applied"]:
         return result
-    moved = {
-        name: transform_points(draw.frame, polygons[name])
-        for name in ("right_eye", "left_eye", "outer_lips", "face_oval")
-    }
-    regions = hidden_regions(moved, draw.mask_dilation, knobs["minimum_height"])
+    regions = []
+    for matrix in shown_copies(draw.frame, side, size, augment["similarity"]["border"]):
+        moved = {
+            name: transform_points(matrix, polygons[name])
+            for name in ("right_eye", "left_eye", "outer_lips")
+        }
+        regions += hidden_regions(moved, draw.mask_dilation, knobs["minimum_height"])
     hidden = fill_polygons(regions, size)
     fill = np.zeros(3)
     if knobs["fill"] == "mean":
-        face = fill_polygons([moved["face_oval"]], size)
+        face = fill_polygons([transform_points(draw.frame, polygons["face_oval"])], size)
         fill = np.asarray(cv2.mean(result, mask=face & ~hidden)[:3])
     result[hidden > 0] = np.clip(fill + draw.mask_tint, 0, 255).astype(np.uint8)
     return result
@@ -257,7 +261,10 @@ def expression_landmarks(clip: records.Clip, index: int, draw: Draw) -> np.ndarr
 def component_mask(
     polygons: Mapping[str, np.ndarray], draw: Draw, augment, size: int
 ) -> np.ndarray:
-    """(size, size) uint8, 255 on eyes, brows, nose and mouth, with a soft edge (method.md 6.3)."""
+    """(size, size) uint8, 255 on eyes, brows, nose and mouth, with a soft edge (method.md 6.3).
+
+    Not on what the border mirrors: losses weigh by it, and that is nobody's face.
+    """
     knobs = augment["component_mask"]
     mask = fill_polygons(
         [transform_points(draw.frame, polygons[name]) for name in knobs["parts"]], size

@@ -6,6 +6,7 @@ transform one (3, 4) matrix on RGB.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import cv2
@@ -119,13 +120,11 @@ def sample_picture(
     """
     (a, b, shift_x), (c, d, shift_y) = matrix.tolist()
     determinant = a * d - b * c
-    zoom = abs(determinant) ** 0.5 * size / picture.shape[0]
-    if zoom < 0.75:  # bilinear reading would skip pixels: average them first
-        smaller = max(8, round(picture.shape[0] * zoom))
-        picture = cv2.resize(picture, (smaller, smaller), interpolation=cv2.INTER_AREA)
+    side = _side_when_sampled(picture.shape[0], matrix, size)
+    if side != picture.shape[0]:
+        picture = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
     # Pixel of the result -> its coordinates -> coordinates in the picture -> its pixel there. Written
     # out: on small pictures four matrix products would cost as much as the resampling.
-    side = picture.shape[0]
     inverse = np.array([[d, -b], [-c, a]]) * (side / size / determinant)
     middle = -np.array([d * shift_x - b * shift_y, a * shift_y - c * shift_x]) / determinant
     start = (middle + 1) * side / 2 - 0.5 + inverse @ ((1 - size) / 2, (1 - size) / 2)
@@ -139,6 +138,36 @@ def sample_picture(
     grid = np.stack([columns, rows], axis=-1) + field
     where = (grid @ lookup[:, :2].T + lookup[:, 2]).astype(np.float32)
     return cv2.remap(picture, where, None, cv2.INTER_LINEAR, borderMode=mode)
+
+
+def _side_when_sampled(side: int, matrix: np.ndarray, size: int) -> int:
+    """What a picture is reduced to where bilinear reading would skip pixels: those are averaged first."""
+    zoom = abs(np.linalg.det(matrix[:, :2])) ** 0.5 * size / side
+    return max(8, round(side * zoom)) if zoom < 0.75 else side
+
+
+def shown_copies(
+    matrix: np.ndarray, side: int, size: int, border: str = "reflect"
+) -> list[np.ndarray]:
+    """Where `sample_picture` shows a picture of so many pixels: a (2, 3) matrix of every copy that its border makes.
+
+    The first is `matrix`.
+    """
+    if border != "reflect":
+        return [matrix]
+    corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]]) - matrix[:, 2]
+    seen = corners @ np.linalg.inv(matrix[:, :2]).T
+    # Picture 0 reaches from -1 to 1, number 1 from 1 to 3, mirrored.
+    first = np.floor((seen.min(0) + 1) / 2 + 1e-6).astype(int)
+    last = np.ceil((seen.max(0) + 1) / 2 - 1e-6).astype(int)
+    apart = 2.0 - 2.0 / _side_when_sampled(side, matrix, size)  # mirrored at the outermost pixels
+    copies = [matrix]
+    for place in itertools.product(*map(range, first, last)):
+        if any(place):
+            mirrored = np.diag([-1.0 if number % 2 else 1.0 for number in place])
+            shift = matrix[:, :2] @ (apart * np.array(place)) + matrix[:, 2]
+            copies.append(np.concatenate([matrix[:, :2] @ mirrored, shift[:, None]], axis=1))
+    return copies
 
 
 def fill_polygons(polygons: Sequence[np.ndarray], size: int) -> np.ndarray:

@@ -39,6 +39,34 @@ def test_p1_hides_eyes_and_mouth(clip, knobs):
     np.testing.assert_array_equal(inputs["pose_image"][outside], inputs["image"][outside])
 
 
+@pytest.mark.parametrize("border", ["reflect", "replicate"])
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"scale": 0.5},
+        {"roll": 20.0, "scale": 0.8, "shift": (0.1, -0.5)},
+        {"scale": 0.4, "shift": (0.5, 0.0), "flip": True},
+    ],
+)
+def test_p1_hides_what_the_border_mirrors(clip, knobs, moved, border):
+    """Eyes and mouth are painted blue, and a picture of a head that has moved away shows them again at its edge."""
+    knobs["similarity"]["border"] = border
+    draw = dataclasses.replace(
+        augment.neutral_draw(knobs), frame=transforms.similarity_matrix(**moved)
+    )
+    parts = [clip.mask_polygons[name][2] for name in ("right_eye", "left_eye", "outer_lips")]
+    picture = np.full((96, 96, 3), (200, 150, 100), np.uint8)
+    picture[transforms.fill_polygons(parts, 96) > 0] = (0, 0, 255)
+    seen = network_inputs.frame_inputs(clip, 2, draw, knobs, (96, 96, 64), picture=picture)
+    once = transforms.fill_polygons([transforms.transform_points(draw.frame, p) for p in parts], 96)
+    blue = seen["image"][..., 2] > 180
+    assert blue[once > 0].mean() > 0.5
+    far = cv2.dilate(once, np.ones((5, 5), np.uint8)) == 0
+    assert blue[far].any() == (border == "reflect")
+    # The skin has 100; of an eye of three pixels some blue bleeds beyond what is hidden of it.
+    assert seen["pose_image"][..., 2].max() < 140
+
+
 def test_p1_does_not_tell_a_closed_eye(clip, knobs):
     """The hidden region of an eye is nearly the same, open or shut."""
     areas = []

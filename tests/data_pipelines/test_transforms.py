@@ -83,6 +83,20 @@ def test_a_point_of_the_picture_goes_where_the_matrix_says(options, size):
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
+@pytest.mark.parametrize("options", [*SIMILARITIES, {"roll": 30.0, "scale": 0.3}])
+def test_copies_are_where_a_reflecting_border_shows_them(options):
+    matrix = transforms.similarity_matrix(**options)
+    copies = transforms.shown_copies(matrix, 256, 256)
+    np.testing.assert_array_equal(copies[0], matrix)
+    assert len(copies) == 1 or "scale" in options or "shift" in options or "roll" in options
+    assert len(transforms.shown_copies(matrix, 256, 256, "replicate")) == 1
+    spot = np.array([[-0.4, 0.2], [-0.2, 0.2], [-0.2, 0.5], [-0.4, 0.3]])
+    shown = transforms.sample_picture(transforms.fill_polygons([spot], 256), matrix, 256) > 127
+    drawn = transforms.fill_polygons([transforms.transform_points(c, spot) for c in copies], 256)
+    ring = cv2.morphologyEx(drawn, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8)) > 0
+    assert shown.any() and not (shown != (drawn > 0))[~ring].any()
+
+
 def test_no_transformation_is_the_picture_itself(clip):
     picture = transforms.decode_frame(clip, 0)
     same = transforms.sample_picture(picture, transforms.similarity_matrix(), clip.size)
