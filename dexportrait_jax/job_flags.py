@@ -75,7 +75,7 @@ def prepare(parser: argparse.ArgumentParser) -> None:
         "identity",
         "whose video it is: a regular expression searched in each path, with groups named identity, "
         "session and camera, such as '(?P<identity>id[0-9]+)/'; a session without an identity is a person "
-        "(default: each video is a person)",
+        "(default: each name of a file is a person, in whatever folders)",
         default=None,
     )
     flag(

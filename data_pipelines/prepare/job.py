@@ -71,7 +71,7 @@ def run_prepare(
         landmarker_path: `face_landmarker.task`; None for the fetched asset.
         identity: regular expression searched in each path, with groups named identity, session and
             camera, of which it needs one of the first two: without an identity, a session is a person;
-            without an expression, every video is.
+            without an expression, every name of a file, in whatever folders.
         settings: further constants of crop and filters; `size` and `face_scale` override theirs.
 
     Raises:
@@ -80,6 +80,8 @@ def run_prepare(
     paths = _matching(videos)
     _check_flags(size, face_scale, holdout, holdout_fraction, holdout_gap, max_frames, workers)
     namings = _namings(paths, identity)
+    if not identity:
+        _tell_one_name(paths, namings)
     people = _people(holdout_people, holdout, {naming.identity for naming in namings})
     settings = dataclasses.replace(settings or crop.Settings(), size=size)
     if face_scale is not None:
@@ -244,6 +246,22 @@ def _namings(paths: list[Path], pattern: str | None) -> list[clip_making.Naming]
             )
         )
     return namings
+
+
+def _tell_one_name(paths: list[Path], namings: list[clip_making.Naming]) -> None:
+    """Says that videos of one name are taken for one person's, who may be several: id1/0001.mp4 and id2/0001.mp4."""
+    counts = collections.Counter(naming.identity for naming in namings)
+    alike = sum(count for count in counts.values() if count > 1)
+    if alike:
+        name, count = counts.most_common(1)[0]
+        first = next(
+            path for path, naming in zip(paths, namings, strict=True) if naming.identity == name
+        )
+        _say(
+            f"{alike} of {len(paths)} videos have the name of another, as {first} ({count} of '{name}'): videos of one "
+            "name count as one person's. Where the folder tells people apart, give "
+            r"--identity='(?P<identity>[^/]+)/[^/]+$'"
+        )
 
 
 def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:

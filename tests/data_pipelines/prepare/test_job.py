@@ -611,7 +611,7 @@ def test_cameras_of_a_session_show_one_person(videos, tmp_path):
         assert len(set(index["identity"])) == 1 and index["camera"] == ["left", "right"]
 
 
-def test_videos_of_one_name_stay_apart(videos, tmp_path):
+def test_videos_of_one_name_stay_apart(videos, tmp_path, capsys):
     (videos / "more").mkdir()
     (videos / "more" / "anna.mp4").write_bytes((videos / "anna.mp4").read_bytes())
     job.run_prepare(
@@ -620,6 +620,20 @@ def test_videos_of_one_name_stay_apart(videos, tmp_path):
     )  # fmt: skip
     index = dataset.ClipDataset(tmp_path / "out", "train").index
     assert len(set(index["clip_id"])) == 2 and set(index["identity"]) == {"anna"}
+    said = capsys.readouterr().out
+    assert f"2 of 2 videos have the name of another, as {videos / 'anna.mp4'} (2 of 'anna')" in said
+
+
+def test_the_pattern_that_is_told_takes_people_apart(capsys):
+    """Where videos of one name are in folders of their people; where all names differ, nothing is told."""
+    paths = [Path(f"faces/id{person}/{name}.mp4") for person in (1, 2) for name in ("a", "b")]
+    job._tell_one_name(paths[:2], job._namings(paths[:2], None))
+    assert capsys.readouterr().out == ""
+    job._tell_one_name(paths, job._namings(paths, None))
+    (line,) = capsys.readouterr().out.splitlines()
+    pattern = line.partition("--identity='")[2].strip("'")
+    people = [naming.identity for naming in job._namings(paths, pattern)]
+    assert people == ["id1", "id1", "id2", "id2"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
