@@ -171,6 +171,9 @@ def from_features(features: Mapping[str, Any]) -> Clip:
     try:
         texts = {name: _text(features[name]) for name in _TEXTS}
         settings = json.loads(texts.pop("settings"))
+        size = settings["size"]
+        if not isinstance(size, int):
+            raise ValueError(f"settings.size is {size!r}")
         frames = list(features["frames"])
         _check_masks(features)
         arrays = {}
@@ -182,7 +185,7 @@ def from_features(features: Mapping[str, Any]) -> Clip:
         raise RecordError(f"not a clip record: {error}") from error
     polygons = {name: arrays.pop(f"mask_polygons/{name}") for name in POLYGONS}
     fps = float(arrays.pop("fps"))
-    size = int(settings.pop("size"))
+    del settings["size"]
     return Clip(
         **texts,
         fps=fps,

@@ -105,6 +105,14 @@ def test_masks_that_are_points_or_no_numbers_are_refused(clip):
             records.decode(data)
 
 
+@pytest.mark.parametrize(
+    "settings", ["{}", "[]", '"x"', "null", '{"size": "x"}', '{"size": null}', '{"size": Infinity}']
+)
+def test_settings_without_a_size_are_refused(clip, settings):
+    with pytest.raises(records.RecordError, match="not a clip record: "):
+        records.from_features(records.to_features(clip) | {"settings": settings})
+
+
 def test_wrong_shapes_are_refused(clip):
     with pytest.raises(records.RecordError, match="landmarks"):
         records.encode(dataclasses.replace(clip, landmarks=clip.landmarks[:-1]))
