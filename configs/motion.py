@@ -67,7 +67,9 @@ def get_config(variant: str = "full") -> ConfigDict:
             "clpips_reduction": "all_positions",  # all_positions | mask_area
             "adversarial": 0.1 if tiny else 1.0,
             "adversarial_start": 0,
-            "adversarial_images": 4 if tiny else 0,  # targets that the discriminator sees; 0: all
+            "adversarial_images": 4
+            if tiny
+            else 0,  # targets of a batch that the discriminator sees; 0: all
             "r1_gamma": 10.0,
             "r1_every": 1 if tiny else 16,
             # Gradient norm of every term at the picture, or at poses and latents, for setting weights; 0: never. A

@@ -35,8 +35,8 @@ DATA_FILE = "data.json"
 # Changing these goes on with the same run: how long and where it runs, how fast it learns (what helps after steps that
 # are not finite), where the same data and weights lie now, and where it once started from (a running one does not read
 # it again). What the backward pass keeps changes numbers by rounding alone. A batch in other parts is the same samples
-# into the same State, but each part draws its own noise, and losses that compare samples see those of their part.
-# How an export is sampled is no part of what is learned.
+# into the same State, but each part draws its own noise, and what compares samples (some losses, the discriminator's
+# deviation) sees those of its part. How an export is sampled is no part of what is learned.
 FREE_KEYS = (
     "num_steps",
     "log_every",

@@ -65,6 +65,11 @@ class MotionTask:
                 f"config.loss.pose_leak needs 4 targets in each of the config.accumulate={config.accumulate} parts of "
                 f"a batch, not {sources * data.targets}; give a larger batch, or --config.accumulate=1"
             )
+        if config.loss.adversarial_images % config.accumulate:
+            raise UserError(
+                f"config.loss.adversarial_images={config.loss.adversarial_images} pictures of a batch cannot be shared "
+                f"by its config.accumulate={config.accumulate} parts; choose a multiple, or 0 for all pictures"
+            )
         if config.loss.invariance and not data.second_expression:
             raise UserError(
                 "config.loss.invariance compares two expression pictures of an instant: give "
@@ -287,8 +292,9 @@ class MotionTask:
         return discriminator_network(self.config, jnp.float32)
 
     def judged(self, targets: int) -> int:
-        """How many of a batch's targets the discriminator sees: all, or `loss.adversarial_images`."""
-        return min(targets, self.config.loss.adversarial_images or targets)
+        """How many targets of a part of a batch the discriminator sees: all, or its share of `adversarial_images`."""
+        share = self.config.loss.adversarial_images // self.config.accumulate
+        return min(targets, share or targets)
 
     def preview(
         self, params: dict[str, Any], batch: dict[str, Array]

@@ -210,6 +210,12 @@ def test_discriminator_loss_by_hand():
     assert discriminator_loss(stub_task("loss.adversarial_images=1"), "joint")[0] == plain
 
 
+@pytest.mark.parametrize(("images", "parts", "seen"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (0, 4, 8)])
+def test_the_discriminator_sees_as_many_of_a_batch_in_any_parts(images, parts, seen):
+    task = stub_task(f"loss.adversarial_images={images}", f"accumulate={parts}")
+    assert task.judged(8) == seen
+
+
 def test_the_penalty_is_computed_in_float32():
     """Whatever the networks compute in; logits of bfloat16 stay what they are."""
 
@@ -332,6 +338,7 @@ def test_plain_features_as_the_supplement_prints_them():
         ("loss.r1_every=0", "config.loss.r1_every=0 is out of range"),
         # Of 28 sources with 4 targets, 14 in each part and none alone.
         ("loss.person_leak=1.0 accumulate=28", "in each of the config.accumulate=28 parts"),
+        ("loss.adversarial_images=6 accumulate=4", "shared by its config.accumulate=4 parts"),
         ("loss.pose_leak=1.0 data.targets=3 accumulate=28", "28 parts of a batch, not 3; give"),
     ],
 )
