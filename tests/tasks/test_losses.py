@@ -8,6 +8,7 @@ from flax import nnx
 from dexportrait_jax import geometry
 from dexportrait_jax.tasks import losses
 from dexportrait_jax.tasks.motion_networks import LabelHeads
+from tests.compiling import products_on_tpus
 
 
 def picture(values):
@@ -91,6 +92,11 @@ def test_landmark_label():
     assert error((0.0, -1.01), (2.0, 2.0)) == 0
     # The landmarks beyond the maps are nobody's.
     assert error((0.75, -0.75), (-0.25, 0.25), (0.9, 0.9)) == pytest.approx(0, abs=1e-6)
+
+
+def test_landmark_label_is_float32_on_tpus():
+    maps, wanted = np.zeros((1, 4, 4, 2), np.float32), np.zeros((1, 2, 2), np.float32)
+    assert products_on_tpus(losses.landmark_label, maps, wanted) == [("f32", True)]
 
 
 def test_landmark_label_reads_a_mean():

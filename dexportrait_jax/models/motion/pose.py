@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from dexportrait_jax import geometry
@@ -140,7 +141,10 @@ class PoseEncoder(ConvNeXtV2):
 
         def head(outputs: int) -> nnx.Linear:
             small = nnx.initializers.normal(0.02 / dims[-1] ** 0.5)
-            return nnx.Linear(dims[-1], outputs, kernel_init=small, rngs=rngs)
+            # Else TPUs multiply float32 in one pass of bfloat16: a shift of the head would be off by 0.004.
+            return nnx.Linear(
+                dims[-1], outputs, kernel_init=small, precision=lax.Precision.HIGHEST, rngs=rngs
+            )
 
         if rotation_head == "euler_bins":
             self.fc_pitch, self.fc_yaw, self.fc_roll = head(_BINS), head(_BINS), head(_BINS)

@@ -38,7 +38,10 @@ class FusedLeakyReLU(nnx.Module):
 
 
 class EqualLinear(nnx.Module):
-    """Linear layer with weights of unit variance, scaled by 1 / sqrt(in) when they are used."""
+    """Linear layer with weights of unit variance, scaled by 1 / sqrt(in) when they are used.
+
+    What it is asked to compute in float32 is float32 on TPUs too, which would multiply it in one pass of bfloat16.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,10 @@ class EqualLinear(nnx.Module):
 
     def __call__(self, inputs: Float[Array, "b in"]) -> Float[Array, "b out"]:
         kernel = self.kernel[...] / self.kernel.shape[0] ** 0.5
-        output = inputs.astype(self.dtype) @ kernel.astype(self.dtype)
+        precision = lax.Precision.HIGHEST if jnp.dtype(self.dtype) == jnp.float32 else None
+        output = jnp.matmul(
+            inputs.astype(self.dtype), kernel.astype(self.dtype), precision=precision
+        )
         output = output + self.bias[...].astype(self.dtype)
         return leaky_relu(output) if self.activate else output
 
@@ -130,7 +136,11 @@ class ModulatedConv(nnx.Module):
             scaled = inputs * scales[:, None, None].astype(self.dtype)
             output = convolve_changing(scaled, kernel.astype(self.dtype), self.change)
         if self.demodulate:
-            squares = jnp.square(scales) @ jnp.square(kernel).sum(axis=(0, 1))
+            squares = jnp.matmul(
+                jnp.square(scales),
+                jnp.square(kernel).sum(axis=(0, 1)),
+                precision=lax.Precision.HIGHEST,
+            )
             output = output * lax.rsqrt(squares + 1e-8)[:, None, None].astype(self.dtype)
         return output
 

@@ -11,6 +11,7 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 from dexportrait_jax import geometry
 from dexportrait_jax.models.motion.pose import ConvNeXtV2, PoseEncoder
 from dexportrait_jax.state import Network
+from tests.compiling import products_on_tpus
 from tests.models.motion.torch_statements import close
 
 SIZES = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
@@ -111,3 +112,12 @@ def test_blocks_of_a_narrow_network_start_empty_unless_by_fan_in():
 def test_unknown_head():
     with pytest.raises(ValueError, match="quaternion"):
         PoseEncoder(**SIZES, rotation_head="quaternion", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("rotation_head", "heads"), [("euler_bins", 5), ("6d", 3)])
+def test_heads_are_float32_on_tpus(rotation_head, heads):
+    encoder = PoseEncoder(
+        **SIZES, rotation_head=rotation_head, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    found = products_on_tpus(encoder, np.zeros((1, 64, 64, 3), np.float32))
+    assert [how for kind, how in found if kind == "f32"] == [True] * heads

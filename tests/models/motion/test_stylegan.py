@@ -9,6 +9,7 @@ from flax import nnx
 
 from dexportrait_jax.models.layers import convolution_backend
 from dexportrait_jax.models.motion import stylegan
+from tests.compiling import products_on_tpus
 from tests.models.motion.torch_statements import close, randomised, to_torch
 
 BUILD = {"rngs": nnx.Rngs(0)}
@@ -111,3 +112,11 @@ def test_fused_leaky_relu_and_equal_linear():
     inputs = np.arange(9.0, dtype=np.float32)[None]
     expected = inputs @ np.asarray(linear.kernel[...]) / 3 + 1
     np.testing.assert_allclose(linear(inputs), expected, rtol=1e-5)
+
+
+def test_style_scales_and_demodulation_are_float32_on_tpus():
+    layer = stylegan.ModulatedConv(6, 5, 3, 7, dtype=jnp.bfloat16, **BUILD)
+    inputs, style = np.zeros((2, 4, 4, 6), jnp.bfloat16), np.zeros((2, 7), jnp.bfloat16)
+    assert products_on_tpus(layer, inputs, style) == [("f32", True), ("f32", True)]
+    narrow = stylegan.EqualLinear(7, 3, dtype=jnp.bfloat16, **BUILD)
+    assert products_on_tpus(narrow, style) == [("bf16", False)]
