@@ -98,7 +98,9 @@ class Checkpoints:
         arrays_with_checksums()
         self.directory = Path(workdir).absolute() / FOLDER
         self.directory.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(self.directory)
         self._saving: int | None = None
+        self._not_begun: Exception | None = None
         self._timeout_seconds = timeout_seconds
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -106,7 +108,6 @@ class Checkpoints:
                 async_options=ocp.options.AsyncOptions(timeout_secs=timeout_seconds)
             ),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
         )
 
     def steps(self) -> list[int]:
@@ -144,9 +145,13 @@ class Checkpoints:
             "dexportrait_jax": dexportrait_jax.__version__,
             "code_sha256": code_version.code_sha256(),
         }
-        with writing_to(self.directory):
-            self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
         self._saving = step
+        try:
+            self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+        except (
+            Exception
+        ) as error:  # a save that cannot be begun has failed like one that cannot be ended
+            self._not_begun = error
         if failed:
             self.wait()
 
@@ -159,9 +164,12 @@ class Checkpoints:
         if self._saving is None:
             return
         step, self._saving = self._saving, None
+        not_begun, self._not_begun = self._not_begun, None
         # In this thread: what Orbax raises it raises once a thread, and the next save asks in this one.
         with writing_to(self.directory):
             try:
+                if not_begun:
+                    raise not_begun
                 self._checkpointer.wait()
             except TimeoutError as error:
                 why = "the disk is slow"
@@ -322,6 +330,23 @@ def load_groups(
                     file=sys.stderr,
                 )
     raise UserError(f"none of the checkpoints in {workdir / FOLDER} can be read")
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes, in the main process, what saves left that were cut short.
+
+    Orbax would do so behind one's back, and raise what went wrong from the first save, in the main process alone.
+    """
+    if not distributed.is_main():
+        return
+    for path in directory.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():  # on NFS, where another host still holds one of its files
+            print(
+                f"warning: {path} is left of a save that was cut short and cannot be removed; it takes room, and does "
+                "no other harm",
+                file=sys.stderr,
+            )
 
 
 def _check_schema(place: Path, writer: dict[str, Any] | None) -> None:

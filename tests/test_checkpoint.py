@@ -333,6 +333,48 @@ def test_a_save_that_was_killed_is_no_checkpoint(run):
     assert not half.exists()
 
 
+def test_what_a_killed_save_left_and_cannot_be_removed_stops_no_save(run, monkeypatch, capsys):
+    """As on NFS, while another host holds a file of it."""
+    half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
+    shutil.copytree(run / "checkpoints" / "4", half)
+    held = str(half / "_CHECKPOINT_METADATA")
+    remove = os.unlink
+
+    def unlink(path, **named):
+        if str(path) not in (held, Path(held).name):
+            remove(path, **named)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    checkpoints = Checkpoints(run, keep=9)
+    checkpoints.save(8, placed(state_of(8), mesh(data=4, fsdp=2), "fsdp"))
+    checkpoints.close()
+    assert half.exists()
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {half} is left") and said.count("\n") == 1
+    assert checkpoint.newest_step(run) == 8
+
+
+def test_a_save_that_cannot_be_begun_is_tried_again(tmp_path, monkeypatch, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    begin, answers = checkpoints._checkpointer.save_async, [STALE, None, STALE, STALE]
+
+    def save_async(*arguments, **named):
+        if error := answers.pop(0):
+            raise error
+        return begin(*arguments, **named)
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", save_async)
+    checkpoints.save(2, state)
+    checkpoints.save(4, state)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: checkpoint 2 was not saved (cannot write ")
+    assert said.endswith("trying again at step 4") and checkpoints.steps() == [4]
+    checkpoints.save(6, state)
+    with pytest.raises(UserError, match="Stale file handle"):
+        checkpoints.save(8, state)
+
+
 def test_a_full_disk_keeps_what_was_saved(tmp_path):
     state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
     grown = state | {"opt": jax.device_put(np.random.default_rng(0).random((1024, 1024)))}
