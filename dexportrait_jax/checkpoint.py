@@ -100,6 +100,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(self.directory)
         self._saving: int | None = None
+        self._saved: int | None = None
         self._not_begun: Exception | None = None
         self._timeout_seconds = timeout_seconds
         self._checkpointer = ocp.training.Checkpointer(
@@ -140,20 +141,58 @@ class Checkpoints:
         saved = distributed.from_main(self.steps())
         if step in saved:
             return
-        writer = {
-            "schema": SCHEMA,
-            "dexportrait_jax": dexportrait_jax.__version__,
-            "code_sha256": code_version.code_sha256(),
-        }
         self._saving = step
         try:
-            self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+            self._begin(step, state)
         except (
             Exception
         ) as error:  # a save that cannot be begun has failed like one that cannot be ended
             self._not_begun = error
         if failed:
+            self._wait_together()
+
+    def _begin(self, step: int, state: Any) -> None:
+        writer = {
+            "schema": SCHEMA,
+            "dexportrait_jax": dexportrait_jax.__version__,
+            "code_sha256": code_version.code_sha256(),
+        }
+        self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+
+    def finish(self, step: int, state: Any, older_will_do: bool = False) -> int:
+        """Saves, waits and frees Orbax's threads. All processes must ask.
+
+        What fails is tried once more, because no next save comes.
+
+        Args:
+          older_will_do: where that fails, too, and there is an older checkpoint, it is a warning.
+
+        Returns:
+          The step that the newest checkpoint is of.
+        """
+        try:
+            self.save(step, state)
+            self.save(step, state)  # which waits for the first, and does its work if that failed
+        except Exception as error:  # in all processes, or in none
+            older = distributed.from_main([] if self._saved is None else [self._saved])
+            if not (older_will_do and older):
+                raise
+            print(f"warning: step {step} could not be saved: {_first_line(error)}", file=sys.stderr)
+            return older[0]
+        self._checkpointer.close()
+        return step
+
+    def _wait_together(self) -> None:
+        """`wait`, which raises in all processes where it does in one."""
+        step, failure = self._saving, None
+        try:
             self.wait()
+        except Exception as error:
+            failure = error
+        if not distributed.everywhere(failure is None):
+            raise failure or UserError(
+                f"checkpoint {step} was not saved: another process could not write its part, and says why"
+            )
 
     def wait(self) -> None:
         """Blocks until the running save is on disk; raises if it failed.
@@ -181,6 +220,7 @@ class Checkpoints:
                 ) from error
             if distributed.is_main():
                 write_bytes(self.directory.parent / LAST_SAVED, f"{step}\n".encode())
+        self._saved = step
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest readable state as (step, state), or None in a run that has not saved yet.
@@ -198,6 +238,7 @@ class Checkpoints:
         for step in reversed(distributed.from_main(self.steps())):
             state, failure = self._read(step, abstract_state)
             if not failure:
+                self._saved = step
                 return step, state
             failures.append(failure)
             print(f"checkpoint {step} cannot be read: {failure}", file=sys.stderr)

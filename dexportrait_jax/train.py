@@ -78,7 +78,7 @@ def train(
     Raises:
       UserError: the directory holds another run, the data do not fit, or a phase keeps giving
         non-finite gradients.
-      SystemExit: code 75 after SIGTERM, once the state is saved.
+      SystemExit: code 75 after SIGTERM, once the state is saved, or cannot be and an older one is.
     """
     started, began = time.monotonic(), time.time()
     wall = WallTime(started)
@@ -231,25 +231,26 @@ def train(
                     if distributed.is_main():
                         spikes.note(rows)
                         progress.update(step, _note(rows[-1], task))
+                if stopping and not last:
+                    loader.close()
+                    with wall.spent("save"):
+                        saved = checkpoints.finish(step, state, older_will_do=True)
+                    what = "saved" if saved == step else f"saved up to step {saved}"
+                    say(
+                        f"{config.stage}: stopped at step {step}, {what}; start the same command to go on"
+                    )
+                    raise SystemExit(RESUME_ME)
                 if save:
                     with wall.spent("save"):
                         checkpoints.save(step, state)
                     last_save = time.monotonic()
-                if stopping and not last:
-                    loader.close()
-                    with wall.spent("save"):
-                        checkpoints.close()
-                    say(
-                        f"{config.stage}: stopped at step {step}, saved; start the same command to go on"
-                    )
-                    raise SystemExit(RESUME_ME)
                 if evaluating:
                     with wall.spent("evaluate"):
                         evaluations.write(preview, state, config, workdir, step)
         loader.close()
         writer.close()
         with wall.spent("save"):
-            checkpoints.close()
+            checkpoints.finish(config.num_steps, state)
         say(f"{workdir}: trained to step {config.num_steps} in {wall.summary()}")
         return state
 

@@ -357,19 +357,13 @@ def test_what_a_killed_save_left_and_cannot_be_removed_stops_no_save(run, monkey
 def test_a_save_that_cannot_be_begun_is_tried_again(tmp_path, monkeypatch, capsys):
     checkpoints = Checkpoints(tmp_path)
     state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
-    begin, answers = checkpoints._checkpointer.save_async, [STALE, None, STALE, STALE]
-
-    def save_async(*arguments, **named):
-        if error := answers.pop(0):
-            raise error
-        return begin(*arguments, **named)
-
-    monkeypatch.setattr(checkpoints._checkpointer, "save_async", save_async)
+    failing_to_begin(checkpoints, monkeypatch, 1)
     checkpoints.save(2, state)
     checkpoints.save(4, state)
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("warning: checkpoint 2 was not saved (cannot write ")
     assert said.endswith("trying again at step 4") and checkpoints.steps() == [4]
+    failing_to_begin(checkpoints, monkeypatch, 2)
     checkpoints.save(6, state)
     with pytest.raises(UserError, match="Stale file handle"):
         checkpoints.save(8, state)
@@ -454,6 +448,46 @@ def test_two_saves_that_fail_in_a_row_are_an_error_at_once(tmp_path, monkeypatch
     assert len(said) == 2
     assert said[0].endswith("checkpoint 1 was not saved (no answer); trying again at step 2")
     assert said[1].endswith("checkpoint 4 was not saved (third); trying again at step 5")
+
+
+def failing_to_begin(checkpoints, monkeypatch, times):
+    """The first saves cannot be begun."""
+    begin, failures = checkpoints._checkpointer.save_async, [STALE] * times
+
+    def save_async(*arguments, **named):
+        if failures:
+            raise failures.pop()
+        return begin(*arguments, **named)
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_async", save_async)
+
+
+@pytest.mark.parametrize(("times", "saved"), [(0, 6), (1, 6), (2, 4)])
+def test_the_last_save_is_tried_once_more(run, monkeypatch, capsys, times, saved):
+    """And where that fails too, an older checkpoint will do for a run that is stopped."""
+    checkpoints = Checkpoints(run)
+    _, state = checkpoints.restore(ABSTRACT)
+    failing_to_begin(checkpoints, monkeypatch, times)
+    assert checkpoints.finish(6, state, older_will_do=True) == saved
+    assert checkpoint.newest_step(run) == saved
+    said = capsys.readouterr().err
+    assert said.count("warning: checkpoint 6 was not saved (cannot write ") == min(times, 1)
+    assert said.count("warning: step 6 could not be saved: cannot write ") == (times == 2)
+
+
+@pytest.mark.parametrize(("older", "older_will_do"), [(True, False), (False, True)])
+def test_a_last_save_that_fails_twice_is_an_error_where_none_older_will_do(
+    tmp_path, monkeypatch, older, older_will_do
+):
+    checkpoints = Checkpoints(tmp_path)
+    state = placed(state_of(2), mesh(data=4, fsdp=2), "fsdp")
+    if older:
+        checkpoints.save(2, state)
+        checkpoints.wait()
+    failing_to_begin(checkpoints, monkeypatch, 2)
+    with pytest.raises(UserError, match="Stale file handle"):
+        checkpoints.finish(4, state, older_will_do)
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(

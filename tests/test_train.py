@@ -300,9 +300,8 @@ def test_what_is_evaluated_is_saved_before(places, tmp_path, monkeypatch, one_de
         lambda preview, state, config, path: order.append(("evaluate", int(path.stem[-7:]))),
     )
     train(config, tmp_path)
-    assert order == [(what, step) for step in (2, 4) for what in ("save", "evaluate")] + [
-        ("save", 5)
-    ]
+    assert order[:4] == [(what, step) for step in (2, 4) for what in ("save", "evaluate")]
+    assert set(order[4:]) == {("save", 5)}  # asked for again, it is waited for
 
 
 @pytest.mark.parametrize("ended_in", [2, pytest.param(4, marks=pytest.mark.slow)])

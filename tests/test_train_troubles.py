@@ -3,6 +3,7 @@
 And what a run writes beside weights, of which a loss that jumps is one.
 """
 
+import errno
 import functools
 import time
 
@@ -13,8 +14,8 @@ from dexportrait_jax import checkpoint, programs
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.spikes import Spikes
-from dexportrait_jax.train import train
-from tests.stages import every_batch, handful_of_numbers, micro
+from dexportrait_jax.train import RESUME_ME, train
+from tests.stages import every_batch, handful_of_numbers, interrupt_in_step, micro
 from tests.test_efficiency import steps_in
 from tests.test_metric_sinks import read as read_tensorboard
 
@@ -103,13 +104,13 @@ def hanging(monkeypatch):
 
 def slow_to_save(monkeypatch):
     """The last save of three steps is not on disk for so long."""
-    close = checkpoint.Checkpoints.close
+    finish = checkpoint.Checkpoints.finish
 
-    def answers_late(self):
+    def answers_late(self, *given):
         time.sleep(1.5)
-        close(self)
+        finish(self, *given)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "close", answers_late)
+    monkeypatch.setattr(checkpoint.Checkpoints, "finish", answers_late)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +132,27 @@ def test_what_hangs_is_reported_with_all_stacks(
     assert said and f"it is at: {place};" in said[-1] and "stacks.txt" in said[-1]
     stacks = (tmp_path / "stacks.txt").read_text().split(f"after {steps} steps")[-1]
     assert frame in stacks and "Thread" in stacks
+
+
+@pytest.mark.parametrize(("older", "code"), [(True, RESUME_ME), (False, None)])
+def test_a_run_that_is_stopped_and_cannot_save_goes_on_from_an_older_checkpoint(
+    older, code, places, tmp_path, monkeypatch, one_device, capsys
+):
+    """Launchers take code 1 as final; where there is nothing to go on from, it is."""
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, num_steps=5, checkpoint__every_steps=2 if older else 0)
+    interrupt_in_step(monkeypatch, 3)
+    begin = checkpoint.Checkpoints._begin
+
+    def unreliable(self, step, state):
+        if step == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        begin(self, step, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_begin", unreliable)
+    with pytest.raises(SystemExit if older else UserError) as stop:
+        train(config, tmp_path)
+    assert getattr(stop.value, "code", None) == code
+    said = capsys.readouterr()
+    assert said.err.count("checkpoint 3 was not saved (cannot write ") == 1
+    assert ("stopped at step 3, saved up to step 2; start" in said.out) == older
