@@ -23,6 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from data_pipelines.files import writing_to
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import UserError
+from dexportrait_jax.growing_file import GrowingFile
 
 TENSORBOARD = "tensorboard"  # in the run's directory
 WANDB_ID = "wandb_id.txt"
@@ -63,7 +64,7 @@ class TensorBoard:
     """Scalars for `tensorboard --logdir=WORKDIR`, in a new event file for every start of the run.
 
     The file begins by saying at which step the run goes on: TensorBoard then forgets what earlier files say of later
-    steps. It is written in the thread that asks and not in one behind it, so that a full disk is an error here.
+    steps. It is written in the thread that asks and not in one behind it, so that a full disk is an error of `flush`.
     """
 
     def __init__(self, folder: Path, resume_step: int):
@@ -72,7 +73,7 @@ class TensorBoard:
         self._path = folder / name
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("xb")
+            self._file = GrowingFile(self._path)
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
@@ -92,8 +93,7 @@ class TensorBoard:
             self._file.close()
 
     def _write(self, event: Event) -> None:
-        with writing_to(self._path):
-            self._records.write(event.SerializeToString())
+        self._records.write(event.SerializeToString())
 
 
 class WeightsAndBiases:

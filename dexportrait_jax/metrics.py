@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +13,14 @@ from typing import Any
 
 import jax
 
+from data_pipelines.files import writing_to
+from dexportrait_jax.errors import UserError
+from dexportrait_jax.growing_file import GrowingFile
 from dexportrait_jax.metric_sinks import Sink
 
 FILE = "metrics.jsonl"
+# So many seconds may rows not reach the disk, at one flush after the other: as long as a save and the next may fail.
+PATIENCE = 900.0
 
 
 class MetricWriter:
@@ -24,7 +28,8 @@ class MetricWriter:
 
     Rows stay on the device until `flush`, so that recording never makes a step wait. After a restart the rows
     past the restored step are taken away first: the record has no step twice and no gap. Lines that were damaged are
-    taken away too, see `read_rows`.
+    taken away too, see `read_rows`. Rows that cannot be written are a warning and kept for the next flush, until none
+    could be for `PATIENCE` seconds.
 
     Args:
       workdir: the run's directory.
@@ -40,7 +45,8 @@ class MetricWriter:
     ):
         self.path = Path(workdir) / FILE
         self._waiting: list[tuple[int, dict[str, Any]]] = []
-        self._file = None
+        self._file: GrowingFile | None = None
+        self._failing_since: float | None = None
         self._sinks = sinks
         self.dropped = 0
         self.last_kept: dict[str, Any] = {}
@@ -54,7 +60,7 @@ class MetricWriter:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
             temporary.replace(self.path)
-        self._file = self.path.open("a")
+        self._file = GrowingFile(self.path)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Keeps a row for the next flush. `step` counts finished steps, from 1."""
@@ -67,6 +73,9 @@ class MetricWriter:
         """Fetches the waiting rows from the device, writes them to disk and returns them.
 
         `more(number of rows)` is asked once they are here, and what it gives is written in the last of them.
+
+        Raises:
+          UserError: what kept rows from the disk for too long.
         """
         waiting, self._waiting = self._waiting, []
         rows = []
@@ -79,21 +88,34 @@ class MetricWriter:
             # JSON has no NaN; a missing measurement is null.
             clean = {k: (v if math.isfinite(v) else None) for k, v in rows[-1].items()}
             if self._file:
-                self._file.write(json.dumps(clean) + "\n")
+                self._file.write((json.dumps(clean) + "\n").encode())
             for sink in self._sinks:
                 sink.row(step, values)
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        for sink in self._sinks:
-            sink.flush()
+        try:
+            if self._file:
+                with writing_to(self.path):
+                    self._file.flush()
+            for sink in self._sinks:
+                sink.flush()
+            self._failing_since = None
+        except UserError as error:
+            now = time.monotonic()
+            if self._failing_since is None:
+                self._failing_since = now
+                print(
+                    f"warning: the last rows are not on disk ({error}); trying again with the next",
+                    file=sys.stderr,
+                )
+            elif now - self._failing_since > PATIENCE:
+                raise
         return rows
 
     def close(self) -> None:
         """Writes what waits and closes the file."""
         self.flush()
         if self._file:
-            self._file.close()
+            with writing_to(self.path):
+                self._file.close()
         for sink in self._sinks:
             sink.close()
 

@@ -235,6 +235,7 @@ def train(
                     loader.close()
                     with wall.spent("save"):
                         saved = checkpoints.finish(step, state, older_will_do=True)
+                    writer.flush()  # again, where the disk did not take the last rows
                     what = "saved" if saved == step else f"saved up to step {saved}"
                     say(
                         f"{config.stage}: stopped at step {step}, {what}; start the same command to go on"
@@ -248,9 +249,9 @@ def train(
                     with wall.spent("evaluate"):
                         evaluations.write(preview, state, config, workdir, step)
         loader.close()
-        writer.close()
         with wall.spent("save"):
             checkpoints.finish(config.num_steps, state)
+        writer.close()
         say(f"{workdir}: trained to step {config.num_steps} in {wall.summary()}")
         return state
 

@@ -1,12 +1,17 @@
 """The record of a run: no step twice, no gap, whatever was torn."""
 
+import errno
 import json
+import os
 
 import jax.numpy as jnp
 import pytest
 
-from dexportrait_jax import metrics
+from dexportrait_jax import config as configs
+from dexportrait_jax import growing_file, metric_sinks, metrics
+from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import MetricWriter, Progress, read_rows
+from tests.test_metric_sinks import read as read_tensorboard
 
 
 def test_rows_wait_until_flush(tmp_path):
@@ -57,6 +62,55 @@ def test_a_damaged_line_costs_itself_alone(tmp_path, damage, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert [row["step"] for row in read_rows(path)] == kept
     assert damage not in path.read_bytes() and capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Whether what is written can be brought to the disk: a number of files for which it cannot, from now on."""
+    left, sync = [0], os.fsync
+
+    def fsync(file):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        sync(file)
+
+    monkeypatch.setattr(growing_file.os, "fsync", fsync)
+    return left
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_disk_that_fails_for_a_while_costs_no_row(tmp_path, failing, capsys, failures):
+    config = configs.load_config("configs/autoencoder.py:tiny")
+    writer = MetricWriter(tmp_path, 0, sinks=metric_sinks.make_sinks(config, tmp_path, 0))
+    for step in range(1, 8):
+        if step == 3:
+            failing[0] = failures
+        writer.add(step, {"loss": jnp.float32(step)})
+        assert writer.flush() == [{"step": step, "loss": step}]
+    writer.close()
+    wanted = [(step, step) for step in range(1, 8)]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == wanted
+    assert read_tensorboard(tmp_path / "tensorboard")["loss"] == wanted
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("warning: the last rows are not on disk (cannot write ")
+    assert "Stale file handle" in said
+
+
+def test_rows_that_never_reach_the_disk_are_an_error(tmp_path, failing, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    writer = MetricWriter(tmp_path, 0)
+    failing[0] = 100
+    for step in (1, 2):
+        writer.add(step, {"loss": 1.0})
+        writer.flush()
+        clock[0] += metrics.PATIENCE - 1
+    with pytest.raises(UserError, match="Stale file handle"):
+        writer.flush()
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Stale file handle"):
+        writer.close()
 
 
 def test_non_finite_values_are_null_in_valid_json(tmp_path):
