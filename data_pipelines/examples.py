@@ -28,7 +28,7 @@ from data_pipelines import (
     shard_reader,
 )
 from data_pipelines.cross_view import CrossView, OtherViews, Shown, far_frames
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.errors import MayPass, UserError
 
 _MODES = ("pairs", "video")
 _ATTEMPTS = 100  # damaged records in a row before all count as damaged
@@ -132,7 +132,7 @@ class Examples:
 
     def _replacing(self, order: Sequence[int], place: int, make) -> dict[str, np.ndarray]:
         """`make` of the clip at a place of an order of `usable`, or of the first one after it that can be read."""
-        failed = 0
+        failed, away = 0, True
         for attempt in range(len(self)):
             clip = int(self.usable[order[(place + attempt) % len(self)]])
             try:
@@ -142,13 +142,19 @@ class Examples:
                     error.known
                 ):  # which costs nothing: a shard may hold more clips than may be damaged in a row
                     continue
+                away = away and error.away
                 self._report(error.path.name, f"{error}; its clips are left out until it can be")
             except records.RecordError as error:
-                damaged = self._damaged(clip, error)
+                away, damaged = False, self._damaged(clip, error)
                 self._report(str(damaged), f"record {damaged} is damaged and left out: {error}")
             failed += 1
             if failed == _ATTEMPTS:
                 break
+        if failed and away:
+            raise MayPass(
+                f"no shard of {self.clips.directory} can be opened, in {failed} attempts: that disk does not answer; "
+                "look after it, and start the same command again"
+            )
         raise UserError(
             f"the records of {self.clips.directory} are damaged, {_ATTEMPTS} in a row or all; "
             "prepare it again"

@@ -36,11 +36,12 @@ class ShardError(records.RecordError):
     Attributes:
         path: of the shard.
         known: it was known before, so that nothing was read for this record.
+        away: not even its first byte could be read: it is the disk's fault, not the shard's.
     """
 
-    def __init__(self, text: str, path: Path, known: bool):
+    def __init__(self, text: str, path: Path, known: bool, away: bool = False):
         super().__init__(text)
-        self.path, self.known = path, known
+        self.path, self.known, self.away = path, known, away
 
 
 def record_counts(paths: Sequence[Path]) -> list[int]:
@@ -137,7 +138,7 @@ class ShardReader:
         text = f"{path} cannot be read: {said}"
         with self._lock:
             self._away[shard] = time.monotonic(), text
-        raise ShardError(text, path, known=False) from failure
+        raise ShardError(text, path, known=False, away=not _answers(path)) from failure
 
     def _opened(self, shard: int) -> Any:
         with self._lock:
@@ -161,6 +162,15 @@ class ShardReader:
         with self._lock:
             if source is not None and self._open.get(shard) is source:
                 del self._open[shard]
+
+
+def _answers(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            stream.read(1)
+    except OSError:
+        return False
+    return True
 
 
 def _most_open() -> int:

@@ -1,8 +1,9 @@
 """`dexportrait <job>`: reads the command line and calls one function a job.
 
 Exit codes: 0 the job did its work; 1 it could not, and one line says why; 2 the command line is wrong;
-70 a fault in the program (--debug shows where); 75 stopped by SIGTERM after saving, start the same command
-again; 130 interrupted; 141 whoever read the output went away, as `head` does.
+70 a fault in the program (--debug shows where); 75 stopped by SIGTERM after saving, or by what may pass by itself,
+such as a disk that does not answer: start the same command again; 130 interrupted; 141 whoever read the output went
+away, as `head` does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dexportrait_jax import __version__
-from dexportrait_jax.errors import in_words, is_fault
+from dexportrait_jax.errors import RESUME_ME, MayPass, in_words, is_fault
 from dexportrait_jax.jobs import JOBS, Job
 
 USAGE_ERROR, FAILED, FAULT, INTERRUPTED, NO_READER = 2, 1, 70, 130, 141
@@ -82,6 +83,9 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         else:
             print(f"dexportrait {name}: {in_words(error, name)}", file=sys.stderr)
+        if isinstance(error, MayPass):
+            _leave_others(RESUME_ME)
+            return RESUME_ME
         return FAULT if is_fault(error) else FAILED
     except KeyboardInterrupt:
         print(f"dexportrait {name}: interrupted", file=sys.stderr)
@@ -92,7 +96,12 @@ def run(arguments: list[str]) -> int:
 
 def _leave(code: int) -> None:
     """Where several processes train as one, they stop together, but fail apart."""
-    if code in (FAILED, FAULT, INTERRUPTED, NO_READER) and "jax" in sys.modules:
+    if code in (FAILED, FAULT, INTERRUPTED, NO_READER):
+        _leave_others(code)
+
+
+def _leave_others(code: int) -> None:
+    if "jax" in sys.modules:
         from dexportrait_jax import distributed
 
         distributed.end_soon(code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
+
 # Which extra of pyproject.toml brings a package that is not there.
 EXTRAS = {
     "mediapipe": "prepare",
@@ -17,6 +19,10 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and ends with a non-zero code.
     """
+
+
+class MayPass(UserError):
+    """What may have passed by itself when the same command is started again, as its exit code asks for."""
 
 
 class Fault(Exception):

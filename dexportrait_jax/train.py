@@ -32,7 +32,7 @@ from dexportrait_jax import (
 )
 from dexportrait_jax import config as configs
 from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.errors import RESUME_ME, UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.programs import build, first_state, try_programs
@@ -41,8 +41,6 @@ from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.tasks import Task, make_task
 from dexportrait_jax.train_checks import check, check_same_data, check_shares
 from dexportrait_jax.wall_time import GOOD_SECONDS, WallTime, Watch, stacks_file
-
-RESUME_ME = 75  # EX_TEMPFAIL: the launcher should start the same command again
 
 
 def run_train(

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from dexportrait_jax import checkpoint, programs
-from dexportrait_jax.errors import UserError
+from dexportrait_jax import checkpoint, cli, programs
+from dexportrait_jax.errors import MayPass, UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.train import RESUME_ME, train
@@ -156,3 +156,22 @@ def test_a_run_that_is_stopped_and_cannot_save_goes_on_from_an_older_checkpoint(
     said = capsys.readouterr()
     assert said.err.count("checkpoint 3 was not saved (cannot write ") == 1
     assert ("stopped at step 3, saved up to step 2; start" in said.out) == older
+
+
+def test_a_disk_of_data_that_does_not_answer_ends_with_the_code_to_start_again(
+    places, tmp_path, monkeypatch, one_device, capsys
+):
+    """Other processes, if there are any, are not waited for: they do not know."""
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places)
+    monkeypatch.setattr("dexportrait_jax.config.load_config", lambda *_: config)
+
+    def away(number, batch):
+        raise MayPass("no answer")
+
+    every_batch(monkeypatch, away)
+    left = []
+    monkeypatch.setattr("dexportrait_jax.distributed.end_soon", left.append)
+    assert cli.run(["train", "--config=motion.py", f"--workdir={tmp_path}"]) == RESUME_ME
+    assert left == [RESUME_ME]
+    assert capsys.readouterr().err.splitlines()[-1] == "dexportrait train: no answer"

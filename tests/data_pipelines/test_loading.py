@@ -28,7 +28,7 @@ from data_pipelines.examples import Examples
 from data_pipelines.measure import run_measure
 from data_pipelines.prepare import builder
 from data_pipelines.survey import survey
-from dexportrait_jax.errors import UserError
+from dexportrait_jax.errors import MayPass, UserError
 from tests import fixtures
 from tests.data_pipelines.batches import assert_same, take
 
@@ -572,6 +572,24 @@ def test_nothing_but_bad_records_is_an_error(tmp_path):
     examples = Examples(_config(directory))
     with pytest.raises(UserError, match="damaged"):
         examples(0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("all_away", [True, False])
+def test_a_disk_that_is_away_for_long_is_no_damage(tmp_path, monkeypatch, capfd, all_away):
+    """The run may be started again, where nothing but the disk is to blame."""
+    monkeypatch.setattr(shard_reader, "PAUSES", ())
+    directory = fixtures.make_dataset(tmp_path / "data", 4, 4, 32)
+    shards = fixtures.spread(directory, 4)
+    examples = Examples(_config(directory, targets=1))
+    for shard in shards:
+        shard.rename(shard.with_suffix(".away"))
+    if not all_away:
+        shards[2].write_bytes(b"torn")
+    with pytest.raises(UserError) as said:
+        examples(0, np.random.default_rng(0))
+    assert isinstance(said.value, MayPass) == all_away
+    words = f"no shard of {directory} can be opened, in 4 attempts" if all_away else "damaged"
+    assert words in str(said.value) and "\n" not in str(said.value)
 
 
 def test_errors_at_the_start(directory, tmp_path):
