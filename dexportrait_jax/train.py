@@ -27,6 +27,7 @@ from dexportrait_jax import (
     distributed,
     evaluations,
     metric_sinks,
+    out_of_memory,
     run_directory,
     sharding,
 )
@@ -74,8 +75,8 @@ def train(
       stop_asked: says whether SIGTERM came, for a caller that catches it already; None: it is caught here.
 
     Raises:
-      UserError: the directory holds another run, the data do not fit, or a phase keeps giving
-        non-finite gradients.
+      UserError: the directory holds another run, the data do not fit, the devices' memory is too small, or a
+        phase keeps giving non-finite gradients.
       SystemExit: code 75 after SIGTERM, once the state is saved, or cannot be and an older one is.
     """
     started, began = time.monotonic(), time.time()
@@ -117,7 +118,7 @@ def train(
                     say(f"warning: step {done} is not evaluated: {error}", file=sys.stderr)
                 else:
                     if found.evaluable:
-                        with jax.set_mesh(mesh):
+                        with jax.set_mesh(mesh), out_of_memory.in_words(config, mesh):
                             evaluations.write(preview, state, config, workdir, done, owed=True)
             say(f"{workdir}: already trained to step {done} of {config.num_steps}")
             checkpoints.close()
@@ -135,7 +136,11 @@ def train(
         for note in found.notes:
             say(note)
         if owed and found.evaluable:
-            with jax.set_mesh(mesh), wall.spent("evaluate"):
+            with (
+                jax.set_mesh(mesh),
+                wall.spent("evaluate"),
+                out_of_memory.in_words(config, mesh),
+            ):
                 evaluations.write(preview, state, config, workdir, done, owed=True)
         # All that was done lies on the disk, and what comes now takes longest.
         if not distributed.everywhere(not stop_asked()):
@@ -155,7 +160,8 @@ def train(
 
         # Or make the first state.
         if state is None:
-            state = first_state(task, config, shardings)
+            with out_of_memory.in_words(config, mesh):
+                state = first_state(task, config, shardings)
         constants = task.constants()
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), constants)
         constants = sharding.put(constants, everywhere)
@@ -184,7 +190,11 @@ def train(
         shared = SharedSources(mesh, config.data.batch_size, sources)
         compiled: set[frozenset[str]] = set()
         last_save = time.monotonic()
-        with jax.set_mesh(mesh), contextlib.closing(profile):
+        with (
+            jax.set_mesh(mesh),
+            contextlib.closing(profile),
+            out_of_memory.in_words(config, mesh),
+        ):
             for step in range(done + 1, config.num_steps + 1):
                 events = task.events(step - 1)
                 with profile.step(step) as result_is:

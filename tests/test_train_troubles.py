@@ -7,6 +7,7 @@ import errno
 import functools
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -175,3 +176,39 @@ def test_a_disk_of_data_that_does_not_answer_ends_with_the_code_to_start_again(
     assert cli.run(["train", "--config=motion.py", f"--workdir={tmp_path}"]) == RESUME_ME
     assert left == [RESUME_ME]
     assert capsys.readouterr().err.splitlines()[-1] == "dexportrait train: no answer"
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nAllocator: bfc",
+            UserError,
+            r"too little memory for motion on 1 of them \(RESOURCE_EXHAUSTED: .*\); less need --config.*accumulate=2",
+        ),
+        ("INTERNAL: something", jax.errors.JaxRuntimeError, "INTERNAL"),
+    ],
+)
+@pytest.mark.parametrize("place", ["step", "preview"])
+def test_too_little_memory_is_no_fault_in_the_program(
+    said, error, words, place, places, tmp_path, monkeypatch, one_device
+):
+    """Launchers start a fault again and again; this one would come every time."""
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, num_steps=2, evaluate__at_end=True, evaluate__split="train")
+    make = programs.build
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    if place == "step":
+        monkeypatch.setattr("dexportrait_jax.train.try_programs", lambda *_: None)
+        monkeypatch.setattr(
+            "dexportrait_jax.train.build", lambda *given: (*make(*given)[:2], exhausted)
+        )
+    else:
+        monkeypatch.setattr("dexportrait_jax.evaluations.write_samples", exhausted)
+    with pytest.raises(error, match=words) as ended:
+        train(config, tmp_path)
+    if error is UserError:
+        assert "\n" not in str(ended.value)
