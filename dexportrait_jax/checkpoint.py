@@ -9,6 +9,7 @@ one that is whole but holds another State than this code is an error that names 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -157,7 +158,15 @@ class Checkpoints:
             "dexportrait_jax": dexportrait_jax.__version__,
             "code_sha256": code_version.code_sha256(),
         }
-        self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+        saving = self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+        # In a thread of Orbax's, once it is committed: the next save, which asks for this one, may be far away.
+        saving.on_complete(lambda _: self._note(step))
+
+    def _note(self, step: int) -> None:
+        """Says beside the folder that a step is saved; the checkpoint is there, whether that can be said or not."""
+        if distributed.is_main():
+            with contextlib.suppress(OSError):
+                write_bytes(self.directory.parent / LAST_SAVED, f"{step}\n".encode())
 
     def finish(self, step: int, state: Any, older_will_do: bool = False) -> int:
         """Saves, waits and frees Orbax's threads. All processes must ask.
@@ -218,8 +227,7 @@ class Checkpoints:
                     f"not all of {self.directory / str(step)} was written in {self._timeout_seconds} s: {why}; look "
                     "after that disk, or raise --config.checkpoint.timeout_seconds"
                 ) from error
-            if distributed.is_main():
-                write_bytes(self.directory.parent / LAST_SAVED, f"{step}\n".encode())
+        self._note(step)
         self._saved = step
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:

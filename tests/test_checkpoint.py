@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -326,6 +327,31 @@ def test_the_main_process_says_which_checkpoints_there_are(
         assert_equal(found[1], state_of(step))
 
 
+def test_what_is_saved_is_told_before_anything_is_asked(tmp_path):
+    """Or a run would begin again in silence that loses its only checkpoint before the next save."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, placed(state_of(2), mesh(data=4, fsdp=2), "fsdp", "data"))
+    until = time.monotonic() + 60
+    while not (told := tmp_path / "last_saved.txt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert told.read_text() == "2\n" and checkpoint.newest_step(tmp_path) == 2
+    checkpoints.close()
+
+
+def test_a_save_that_failed_is_not_told(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+
+    def refuse(*_, **__):
+        raise STALE
+
+    monkeypatch.setattr(checkpoints._checkpointer._manager, "_finalize_checkpoint", refuse)
+    checkpoints.save(2, placed(state_of(2), mesh(data=4, fsdp=2), "fsdp", "data"))
+    with pytest.raises(UserError, match="Stale file handle"):
+        checkpoints.wait()
+    time.sleep(0.2)
+    assert not (tmp_path / "last_saved.txt").exists()
+
+
 def test_a_save_that_was_killed_is_no_checkpoint(run):
     half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
     shutil.copytree(run / "checkpoints" / "4", half)
@@ -435,7 +461,12 @@ def test_two_saves_that_fail_in_a_row_are_an_error_at_once(tmp_path, monkeypatch
 
     inner = checkpoints._checkpointer
     monkeypatch.setattr(inner, "wait", wait)
-    monkeypatch.setattr(inner, "save_async", lambda step, *_, **__: started.append(step))
+
+    def save_async(step, *_, **__):
+        started.append(step)
+        return types.SimpleNamespace(on_complete=lambda told: None)
+
+    monkeypatch.setattr(inner, "save_async", save_async)
     checkpoints.save(1, state)
     with pytest.raises(OSError, match="none again"):
         checkpoints.save(2, state)
