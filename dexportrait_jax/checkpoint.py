@@ -39,6 +39,9 @@ SCHEMA = 1
 # Seconds before a checkpoint that could not be read is tried again, and then once more. A bucket that is too busy, or a
 # file handle that is stale on one of hundreds of hosts, must not cost all of them what the newest checkpoint holds.
 READ_AGAIN_AFTER = (5.0, 30.0)
+# Seconds that a shared file system may take to show all hosts what one has made: NFS keeps what it knows of a folder
+# for up to 60.
+SHOWN_WITHIN = 90.0
 # In errors about bytes that were read and are not what was written. Those stay so, however long one waits.
 _DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE")
 
@@ -263,6 +266,7 @@ class Checkpoints:
         All must ask. They try together, up to three times; what is damaged twice in a row is not tried again.
         """
         damaged_before = False
+        self._wait_until_shown(step)
         for pause in (*READ_AGAIN_AFTER, None):
             state, failure, damaged = None, "", False
             try:
@@ -286,9 +290,19 @@ class Checkpoints:
             time.sleep(pause)
         return None, failure or "another process cannot read its part"
 
+    def _wait_until_shown(self, step: int) -> None:
+        """Waits until this process sees the step, too, which the main one sees; it may have looked too early."""
+        deadline = time.monotonic() + SHOWN_WITHIN
+        while step not in self.steps():
+            with contextlib.suppress(OSError):
+                self._checkpointer.reload()
+            if step in self.steps() or time.monotonic() >= deadline:
+                return
+            time.sleep(1.0)
+
     def _load(self, step: int, abstract_state: Any) -> Any:
         place = self.directory / str(step)
-        if step not in self.steps():  # the main process sees it, and this one looked too early
+        if step not in self.steps():
             self._checkpointer.reload()
         metadata = self._checkpointer.metadata(step)
         _check_schema(place, metadata.custom_metadata)

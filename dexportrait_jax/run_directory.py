@@ -167,12 +167,12 @@ def _holder(lock_file: Path) -> str:
     return f" ({said.splitlines()[0][:200]})" if said else ""
 
 
-def check_shared(workdir: Path, seconds: float = 90.0) -> None:
+def check_shared(workdir: Path, seconds: float = checkpoint.SHOWN_WITHIN) -> None:
     """UserError where a process does not see in the directory what the main one writes there; all must ask.
 
     Args:
       workdir: the run's directory, which is there.
-      seconds: that a shared file system may take to show it. NFS keeps what it knows of a folder for up to 60.
+      seconds: that a shared file system may take to show it.
     """
     if jax.process_count() == 1:
         return

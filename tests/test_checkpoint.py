@@ -30,7 +30,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def pauses(monkeypatch):
     """Nobody waits before a checkpoint is read again; gives how long one would have waited."""
     waited = []
-    monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(sleep=waited.append))
+    clock = types.SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited))
+    monkeypatch.setattr(checkpoint, "time", clock)
     return waited
 
 
@@ -244,16 +245,30 @@ def test_all_try_again_where_one_cannot_read_its_part(run, monkeypatch, pauses, 
     assert pauses == ([5, 30] if step == 2 else [5])
 
 
-def test_a_checkpoint_that_one_process_sees_later_than_the_main_one(run, monkeypatch, capsys):
+@pytest.mark.parametrize(("shown_after", "found"), [(0, 4), (60, 4), (600, 2)])
+def test_a_checkpoint_that_one_process_sees_later_than_the_main_one(
+    run, monkeypatch, pauses, capsys, shown_after, found
+):
+    """NFS keeps what it knows of a folder for up to a minute: nobody votes against a checkpoint before that."""
     newest, hidden = run / "checkpoints" / "4", run / "hidden"
     newest.rename(hidden)
     checkpoints = Checkpoints(run)
     assert checkpoints.steps() == [2]
-    hidden.rename(newest)
+    reload = checkpoints._checkpointer.reload
+
+    def look_again():
+        if sum(pauses) >= shown_after and hidden.exists():
+            hidden.rename(newest)
+        reload()
+
+    monkeypatch.setattr(checkpoints._checkpointer, "reload", look_again)
     monkeypatch.setattr(distributed, "from_main", lambda mine: [2, 4])
     step, _ = checkpoints.restore(ABSTRACT)
     checkpoints.close()
-    assert step == 4 and capsys.readouterr().err == ""
+    assert step == found
+    said = capsys.readouterr().err
+    assert said == "" if found == 4 else "checkpoint 4 cannot be read: " in said
+    assert sum(pauses) == (shown_after if found == 4 else checkpoint.SHOWN_WITHIN + 5 + 30)
 
 
 def test_an_array_is_read_as_it_was_written_or_not_at_all(run):
