@@ -26,10 +26,10 @@ PATIENCE = 900.0
 class MetricWriter:
     """Appends to `WORKDIR/metrics.jsonl`.
 
-    Rows stay on the device until `flush`, so that recording never makes a step wait. After a restart the rows
-    past the restored step are taken away first: the record has no step twice and no gap. Lines that were damaged are
-    taken away too, see `read_rows`. Rows that cannot be written are a warning and kept for the next flush, until none
-    could be for `PATIENCE` seconds.
+    Rows stay on the device until `flush`, which waits for their steps: so that recording makes no step wait, the next
+    one has to be under way by then. After a restart the rows past the restored step are taken away first: the record
+    has no step twice and no gap. Lines that were damaged are taken away too, see `read_rows`. Rows that cannot be
+    written are a warning and kept for the next flush, until none could be for `PATIENCE` seconds.
 
     Args:
       workdir: the run's directory.
@@ -79,7 +79,8 @@ class MetricWriter:
         """
         waiting, self._waiting = self._waiting, []
         rows = []
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in waiting]
+        gotten = jax.device_get([metrics for _, metrics in waiting])  # all on their way at once
+        fetched = [(step, metrics) for (step, _), metrics in zip(waiting, gotten, strict=True)]
         if fetched and more:
             fetched[-1][1].update(more(len(fetched)))
         for step, metrics in fetched:

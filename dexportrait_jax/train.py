@@ -9,7 +9,6 @@ trains is in `tasks/`; what one step does is in `step.py`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import sys
 import time
@@ -182,9 +181,24 @@ def train(
         spikes = Spikes(config.report.spikes, workdir / "spikes.txt")
         pictures = config.data.batch_size * loading.targets_of_a_source(config.data)
 
-        def figures(known: dict[str, float], steps: int) -> dict[str, float]:
+        # What all processes have told each other since the last row with figures, and the step of that row.
+        known: dict[str, float] | None = None
+        told = done
+
+        def figures(steps: int) -> dict[str, float]:
             times = wall.row(steps, pictures)
-            return times | efficiency.row(times) | known
+            return times | efficiency.row(times) | (known or {})
+
+        def record(step: int) -> None:
+            """Rows of the steps up to this one; the last has figures where all processes have been asked for them."""
+            nonlocal known, told
+            rows = writer.flush(None if known is None else lambda _: figures(step - told))
+            if known is not None:
+                known, told = None, step
+            _refuse_endless_skipping(rows, task, config)
+            if distributed.is_main():
+                spikes.note(rows)
+                progress.update(step, _note(rows[-1], task))
 
         agreement = distributed.Agreement(done)
         shared = SharedSources(mesh, config.data.batch_size, sources)
@@ -206,6 +220,9 @@ def train(
                         state, metrics = step_function(state, batch, constants, events)
                     compiled.add(events)
                     result_is(metrics)
+                if len(writer) >= config.log_every:
+                    # The devices are at work on this step, and wait neither for what the last ones gave nor for a disk.
+                    record(step - 1)
                 if step > done + 1:
                     efficiency.add(events)
                 else:
@@ -222,23 +239,20 @@ def train(
                 # A signal waits for the end of an evaluation, and whoever sent it may not: what is evaluated is saved.
                 save = last or evaluating or _falls_on(step, config.checkpoint.every_steps)
                 stopping = False
-                if save or len(writer) >= config.log_every or agreement.due(step):
+                if save or agreement.due(step):
                     asked = {"late": _late(config.checkpoint, last_save), "stop": stop_asked()}
-                    worst = {"time/data_seconds": wall.waited_for_data(), **memory_in_use()}
-                    worst = agreement.greatest(step, asked | worst | shared.figures())
-                    apart = shared.apart(worst, step, loader.left_out)
+                    worst = {"data": wall.waited_for_data(), **memory_in_use(), **shared.figures()}
+                    known = agreement.greatest(step, asked | worst)
+                    apart = shared.apart(known, step, loader.left_out)
                     if apart:
                         checkpoints.close()  # a save that is under way holds nothing of it
                         raise UserError(apart)
-                    late, stopping = worst.pop("late") > 0, worst.pop("stop") > 0
+                    wall.slowest_waited(known.pop("data"))
+                    late, stopping = known.pop("late") > 0, known.pop("stop") > 0
                     save = save or late or stopping
-                if save or len(writer) >= config.log_every:
+                if save:
                     # Rows reach the disk before the checkpoint that covers them.
-                    rows = writer.flush(functools.partial(figures, worst))
-                    _refuse_endless_skipping(rows, task, config)
-                    if distributed.is_main():
-                        spikes.note(rows)
-                        progress.update(step, _note(rows[-1], task))
+                    record(step)
                 if stopping and not last:
                     loader.close()
                     with wall.spent("save"):

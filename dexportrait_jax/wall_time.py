@@ -24,7 +24,8 @@ class WallTime:
     """The time of one process, by what it was spent on, and of the run over all its starts.
 
     Everything until the first `spent` or `ready` is "start". On an accelerator the host runs ahead of the device, so
-    that some of its waiting for data costs nothing; all of it is counted, and the goodput is a lower bound.
+    that some of its waiting for data costs nothing; all of it is counted, and the goodput is a lower bound. Where
+    another process waits for data, this one waits for it in a step: see `slowest_waited`.
     """
 
     def __init__(self, started: float | None = None):
@@ -36,6 +37,7 @@ class WallTime:
         self.since = self._last
         self._good_before = self._seconds_before = 0.0
         self._untimed = 0
+        self._data_told = 0.0
 
     def goes_on(self, good_seconds: float, seconds_before: float) -> None:
         """Other processes trained the run before.
@@ -53,6 +55,7 @@ class WallTime:
         """The first step is done: from now on what is nothing else is steps. Its own time was that of the start."""
         self._untimed = 1
         self._turn_to(STEPS)
+        self._data_told = self._all["data"]
 
     @contextlib.contextmanager
     def spent(self, on: str) -> Iterator[None]:
@@ -93,8 +96,18 @@ class WallTime:
         return line
 
     def waited_for_data(self) -> float:
-        """Seconds since the last row."""
-        return self._window["data"]
+        """Seconds that this process has waited since `slowest_waited` was last told, or since it was ready."""
+        return self._all["data"] - self._data_told
+
+    def slowest_waited(self, seconds: float) -> None:
+        """Of all processes, one has waited so long, and the others for it: what those took for steps is no step."""
+        self._turn_to(self.doing)
+        longer = max(seconds - self.waited_for_data(), 0.0)
+        for spent in (self._all, self._window):
+            moved = min(longer, spent[STEPS])
+            spent[STEPS] -= moved
+            spent["data"] += moved
+        self._data_told = self._all["data"]
 
     def _good(self) -> tuple[float, float]:
         """Seconds of the steps that the run has, and their share of the time since its first start."""

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from dexportrait_jax import checkpoint, cli, programs
+from dexportrait_jax import checkpoint, cli, distributed, programs
 from dexportrait_jax.errors import MayPass, UserError
-from dexportrait_jax.metrics import read_rows
+from dexportrait_jax.metrics import MetricWriter, read_rows
 from dexportrait_jax.spikes import Spikes
 from dexportrait_jax.train import RESUME_ME, train
 from tests.stages import every_batch, handful_of_numbers, interrupt_in_step, micro
@@ -70,6 +70,55 @@ def test_figures_trace_and_spikes_of_a_run(places, tmp_path, monkeypatch, one_de
         name: [(row["step"], float(np.float32(row[name]))) for row in rows if name in row]
         for name in names
     }
+
+
+def test_rows_are_fetched_while_the_next_step_is_under_way(
+    places, tmp_path, monkeypatch, one_device
+):
+    """And several processes, which wait for each other to ask, ask when it is time and not for every row."""
+    handful_of_numbers(monkeypatch)
+    config = micro("motion", *places, num_steps=7, log_every=2)
+    happened, make, flush = [], programs.build, MetricWriter.flush
+
+    def building(*given):
+        abstract, shardings, step_function = make(*given)
+
+        def step(*given):
+            happened.append("step")
+            return step_function(*given)
+
+        return abstract, shardings, step
+
+    def noted(self, *given):
+        rows = flush(self, *given)
+        happened.extend([[row["step"] for row in rows]] if rows else [])
+        return rows
+
+    class EveryThird(distributed.Agreement):
+        def due(self, step):
+            return step % 3 == 0
+
+        def greatest(self, step, figures):
+            happened.append(f"asked after {step}")
+            return super().greatest(step, figures)
+
+    monkeypatch.setattr("dexportrait_jax.train.try_programs", lambda *_: None)
+    monkeypatch.setattr("dexportrait_jax.train.build", building)
+    monkeypatch.setattr(MetricWriter, "flush", noted)
+    monkeypatch.setattr(distributed, "Agreement", EveryThird)
+    train(config, tmp_path)
+    assert happened == [
+        *["step", "step", "step", [1, 2], "asked after 3"],
+        *["step", "step", [3, 4], "step", "asked after 6"],
+        *["step", [5, 6], "asked after 7", [7]],
+    ]
+    # Of all four steps since the start, where nobody was asked for the first two alone.
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "time/goodput" in row] == [4, 6, 7]
+    figures, sources = rows[3], config.data.batch_size * config.data.targets
+    seconds = sum(v for k, v in figures.items() if k.startswith("time/") and k.endswith("_seconds"))
+    seconds += 2 * figures["time/step_seconds"] - figures["time/good_seconds"]  # three were timed
+    assert figures["time/pictures_per_second"] == pytest.approx(4 * sources / seconds, rel=1e-4)
 
 
 def hungry(monkeypatch):

@@ -75,6 +75,40 @@ def test_goodput_is_that_of_all_starts(clock):
     )
 
 
+def test_the_wait_of_another_process_is_no_step(clock):
+    """Of 10 s a step, another waited 6 for data while this one waited 1: 4 were left for the step."""
+    wall = WallTime()
+    with wall.spent("data"):
+        clock[0] += 50  # of the start, in all processes
+    wall.ready()
+    rows = []
+    for waited in (6.0, 6.0, 0.5):  # in the last this one waits longest
+        with wall.spent("data"):
+            clock[0] += 1
+        clock[0] += 9
+        assert wall.waited_for_data() == 1.0
+        wall.slowest_waited(max(waited, 1.0))
+        assert wall.waited_for_data() == 0.0
+        rows.append(wall.row(1, 1))
+    assert [row["time/data_seconds"] for row in rows[1:]] == [6.0, 1.0]
+    assert [row["time/step_seconds"] for row in rows[1:]] == [4.0, 9.0]
+    assert rows[-1]["time/good_seconds"] == 4 + 4 + 9
+    assert rows[-1]["time/goodput"] == pytest.approx(17 / 80)
+
+
+def test_no_more_is_taken_from_steps_than_there_was(clock):
+    """Of a window that has just begun; of all the time it is."""
+    wall = WallTime()
+    wall.ready()
+    clock[0] += 10
+    wall.row(1, 1)
+    clock[0] += 2
+    wall.slowest_waited(5.0)
+    row = wall.row(1, 1)
+    assert row["time/data_seconds"] == 2.0 and "time/step_seconds" not in row
+    assert row["time/good_seconds"] == 7.0
+
+
 def test_goodput_where_nothing_says_when_the_run_began(clock):
     """`environment.json` is lost, or of a version that did not say: the steps are no more than all of the time."""
     wall = WallTime()
