@@ -111,14 +111,14 @@ def train(
         evaluates = config.evaluate.at_end or config.evaluate.every_steps
         if done >= config.num_steps:
             if owed:
+                evaluable = False
                 try:
-                    found = survey(config.data, config.evaluate.split)
+                    evaluable = survey(config.data, config.evaluate.split).evaluable
                 except UserError as error:  # what is trained is trained, with its data or without
                     say(f"warning: step {done} is not evaluated: {error}", file=sys.stderr)
-                else:
-                    if found.evaluable:
-                        with jax.set_mesh(mesh), out_of_memory.in_words(config, mesh):
-                            evaluations.write(preview, state, config, workdir, done, owed=True)
+                if distributed.everywhere(evaluable):
+                    with jax.set_mesh(mesh), out_of_memory.in_words(config, mesh):
+                        evaluations.write(preview, state, config, workdir, done, owed=True)
             say(f"{workdir}: already trained to step {done} of {config.num_steps}")
             checkpoints.close()
             return state

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import time
+import types
 from datetime import datetime
 
 import jax
@@ -360,6 +361,19 @@ def test_an_evaluation_that_never_ends_stops_no_run(
     told = capsys.readouterr()
     assert "warning: step 4 is not evaluated: there is no dataset" in told.err
     assert "already trained to step 4 of 4" in told.out
+
+    # Nor where another host has no data: a picture takes all of them.
+    here_alone, asked = object(), []
+    monkeypatch.setattr(
+        "dexportrait_jax.train.survey", lambda *_: types.SimpleNamespace(evaluable=here_alone)
+    )
+    monkeypatch.setattr(
+        "dexportrait_jax.distributed.everywhere", lambda holds: asked.append(holds) or holds is True
+    )
+    with monkeypatch.context() as patch:
+        cut_short(patch, 4)
+        train(config, tmp_path)
+    assert here_alone in asked
 
 
 EVALUATED = {"num_steps": 4, "evaluate__every_steps": 2, "evaluate__split": "train"}
