@@ -76,12 +76,14 @@ def topology_of(address: str) -> tuple[str, int] | None:
     return meshes.address(topology) if topology else None
 
 
-def what_topology_changed(address: str, config: ml_collections.ConfigDict) -> str | None:
-    """A sentence where the topology of an address gave its config another batch."""
+def what_topology_changed(
+    address: str, config: ml_collections.ConfigDict, overrides: list[str] | None = None
+) -> str | None:
+    """A sentence where the topology of an address gave its config another batch, and not one of the overrides."""
     path, variant, topology = _parts(address)
     if not topology:
         return None
-    before = load_config(f"{path}:{variant}" if variant else path).data.batch_size
+    before = load_config(f"{path}:{variant}" if variant else path, overrides).data.batch_size
     if before == config.data.batch_size:
         return None
     now = config.data.batch_size

@@ -55,7 +55,7 @@ def run_train(
     with _sigterm() as stop_asked:
         distributed.initialize(distributed_mode)
         settings = configs.load_config(config, overrides)
-        changed = configs.what_topology_changed(config, settings)
+        changed = configs.what_topology_changed(config, settings, overrides)
         if changed and distributed.is_main():
             print(changed)
         train(settings, Path(workdir), stop_asked)

@@ -131,6 +131,13 @@ def test_a_batch_that_was_rounded_up_is_said():
     assert "16 sources instead of 12" in said
 
 
+def test_a_batch_that_was_given_is_not_said_to_be_the_topologys():
+    address, overrides = "configs/animator_image.py:full@v5e:16x16", ["data.batch_size=64"]
+    config = configs.load_config(address, overrides)
+    assert config.data.batch_size == 64
+    assert configs.what_topology_changed(address, config, overrides) is None
+
+
 def test_what_is_given_stays():
     address = "configs/animator_image.py:full@v5e:16x16"
     config = assert_shared(
