@@ -13,6 +13,10 @@
 set -euo pipefail
 name="$1"
 shift
+if [ "$1" = train ]; then  # so long a save may take, within the five minutes; what is given goes before it
+  shift
+  set -- train --config.checkpoint.timeout_seconds=240 "$@"
+fi
 exec xpk workload create \
   --cluster="${CLUSTER:?name of the GKE cluster}" \
   --workload="$name" \

@@ -16,6 +16,8 @@ from dexportrait_jax import config as configs
 from launch import local_processes
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+# Below the time that a host is given to end, which is the launcher's to know.
+TIMEOUT = r"--config\.checkpoint\.timeout_seconds=(\d+)"
 
 # Slurm's, as far as the script relies on it: tasks, the end of all with the first that fails, the highest code.
 SRUN = """
@@ -101,7 +103,12 @@ def test_scripts_are_bash(script):
 def test_a_run_under_slurm_that_is_done(sbatch):
     code, said = sbatch("0:0 0.5:0")
     assert code == 0 and "scontrol" not in said
-    assert said.count("began train --workdir=a b\n") == 2
+    (seconds,) = {int(found) for found in re.findall(TIMEOUT, said)}
+    assert (
+        said.count(f"began train --config.checkpoint.timeout_seconds={seconds} --workdir=a b\n")
+        == 2
+    )
+    assert f"--signal=TERM@{seconds + 120}\n" in (LAUNCH / "slurm.sbatch").read_text()
     assert "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=64\n" in said
 
 
@@ -156,7 +163,16 @@ def test_xpk_starts_again_what_was_stopped_or_killed(tmp_path):
     assert f"--restart-on-exit-codes={cli.FAULT},{train.RESUME_ME}" in said
     assert "--max-restarts=100" in said
     assert "--termination-grace-period-seconds=300" in said
-    assert said[-1] == r"--command=exec dexportrait train --workdir=/mnt/a\ b "
+    command = said[-1].removeprefix("--command=exec dexportrait ")
+    assert int(re.search(TIMEOUT, command)[1]) < 300
+    assert re.sub(f"{TIMEOUT} ", "", command) == r"train --workdir=/mnt/a\ b "
+
+
+def test_a_timeout_that_is_given_to_a_launcher_stays():
+    """It stands behind the launcher's."""
+    flags = ["checkpoint.timeout_seconds=240", "checkpoint.timeout_seconds=100"]
+    config = configs.load_config("configs/autoencoder.py:tiny", flags)
+    assert config.checkpoint.timeout_seconds == 100
 
 
 def test_sky_keeps_runs_and_data_in_buckets():
@@ -193,6 +209,8 @@ def test_jobset_starts_as_many_hosts_as_its_config_is_spread_over():
     chips_of_a_host = container["resources"]["limits"]["google.com/tpu"]
     assert hosts["parallelism"] * chips_of_a_host == chips.grid(topology)[1]
     assert hosts["completions"] == hosts["parallelism"] and hosts["backoffLimit"] == 0
+    timeout = int(flags["config.checkpoint.timeout_seconds"])
+    assert timeout < pod["terminationGracePeriodSeconds"]
     assert pod["restartPolicy"] == "Never"  # or Kubernetes takes no podFailurePolicy
     configs.load_config(flags["config"], [])
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
