@@ -32,7 +32,7 @@ from dexportrait_jax import (
 )
 from dexportrait_jax import config as configs
 from dexportrait_jax.efficiency import Efficiency, ProfileWindow, memory_in_use
-from dexportrait_jax.errors import RESUME_ME, UserError
+from dexportrait_jax.errors import RESUME_ME, MayPass, UserError
 from dexportrait_jax.metrics import MetricWriter, Progress
 from dexportrait_jax.platforms import jit_on
 from dexportrait_jax.programs import build, first_state, try_programs
@@ -246,7 +246,7 @@ def train(
                     apart = shared.apart(known, step, loader.left_out)
                     if apart:
                         checkpoints.close()  # a save that is under way holds nothing of it
-                        raise UserError(apart)
+                        raise MayPass(apart)
                     wall.slowest_waited(known.pop("data"))
                     late, stopping = known.pop("late") > 0, known.pop("stop") > 0
                     save = save or late or stopping
