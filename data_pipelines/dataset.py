@@ -273,12 +273,11 @@ class ClipDataset:
         )
         self._cached = 0
         self._motion: np.ndarray | None = None
-        self._fingerprint: dict[str, str] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_cache", "_cached", "_motion", "_fingerprint", "_lock"):
+        for name in ("_cache", "_cached", "_motion", "_lock"):
             del state[name]
         return state
 
@@ -361,15 +360,12 @@ class ClipDataset:
         """name -> sha256 of the size, the beginning and the end of the split's shards.
 
         Not of the whole, which would take as long as reading a terabyte. A shard that is written anew from other
-        pictures begins with another record, and ends with other places of its records. They are looked at once, all
-        together: a shared disk takes tens of milliseconds for each, and a large split has tens of thousands.
+        pictures begins with another record, and ends with other places of its records. Many are looked at together: a
+        shared disk takes tens of milliseconds for each, and a large split has tens of thousands.
         """
-        if self._fingerprint is None:
-            with concurrent.futures.ThreadPoolExecutor(shard_reader.AT_ONCE) as pool:
-                digests = list(pool.map(_digest_of_ends, self.paths))
-            names = [path.name for path in self.paths]
-            self._fingerprint = dict(zip(names, digests, strict=True))
-        return dict(self._fingerprint)
+        with concurrent.futures.ThreadPoolExecutor(shard_reader.AT_ONCE) as pool:
+            digests = list(pool.map(_digest_of_ends, self.paths))
+        return {path.name: digest for path, digest in zip(self.paths, digests, strict=True)}
 
 
 def _digest_of_ends(path: Path) -> str:
