@@ -10,81 +10,38 @@ one that is whole but holds another State than this code is an error that names 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-import dexportrait_jax
 from data_pipelines.files import write_bytes, writing_to
-from dexportrait_jax import code_version, distributed, sharding
+from dexportrait_jax import distributed
+from dexportrait_jax.checkpoint_format import (
+    FOLDER,
+    LAST_SAVED,
+    UNFINISHED,
+    arrays_with_checksums,
+    check_schema,
+    differences,
+    first_line,
+    is_damage,
+    orbax_lines_off,
+    writer_in_words,
+    written_by,
+)
 from dexportrait_jax.errors import UserError
 
-FOLDER = "checkpoints"
-# Behind the step, in the name of a checkpoint that Orbax has not finished.
-UNFINISHED = ".orbax-checkpoint-tmp"
-# Beside the folder: the last step whose checkpoint is known to be whole, so that one knows when the folder is lost.
-LAST_SAVED = "last_saved.txt"
-# Of the State: to be raised when its arrays come to mean something else. Checkpoints without a number are of schema 1.
-SCHEMA = 1
 # Seconds before a checkpoint that could not be read is tried again, and then once more. A bucket that is too busy, or a
 # file handle that is stale on one of hundreds of hosts, must not cost all of them what the newest checkpoint holds.
 READ_AGAIN_AFTER = (5.0, 30.0)
 # Seconds that a shared file system may take to show all hosts what one has made: NFS keeps what it knows of a folder
 # for up to 60.
 SHOWN_WITHIN = 90.0
-# In errors about bytes that were read and are not what was written. Those stay so, however long one waits.
-_DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE")
-
-
-def orbax_lines_off() -> None:
-    """Orbax logs every save through absl at INFO and WARNING; a run prints its own lines.
-
-    Of a damaged checkpoint one error is raised, and a traceback for every other array is left to asyncio's log. Of a
-    save that fails, too, one is raised, and every thread that had a part in it leaves its traceback at ERROR.
-    """
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def arrays_with_checksums() -> None:
-    """From now on Orbax writes a CRC-32C with every chunk of an array: a flipped bit is an error for who reads it.
-
-    Without it, numbers that were damaged in place are read as if they were right: of Orbax's files only the indices
-    have checksums, and Orbax (0.12.8) has no option for more. TensorStore has, as a codec that stands in an array's own
-    description: any reader checks it, and arrays without it are read as before.
-    """
-    # Another Orbax may call it otherwise: its checkpoints are as sound as Orbax makes them, and a test says so.
-    try:
-        from orbax.checkpoint._src.serialization import tensorstore_utils as writes
-
-        make = writes._build_zarr3_metadata
-    except (ImportError, AttributeError):
-        return
-    if hasattr(make, "__wrapped__"):
-        return
-
-    @functools.wraps(make)
-    def with_checksums(*arguments, **named):
-        metadata = make(*arguments, **named)
-        for codec in metadata["codecs"]:
-            if codec["name"] == "sharding_indexed":
-                # Last: of the bytes as they are stored.
-                codec["configuration"]["codecs"].append({"name": "crc32c"})
-        return metadata
-
-    writes._build_zarr3_metadata = with_checksums
 
 
 class Checkpoints:
@@ -129,7 +86,7 @@ class Checkpoints:
         try:
             self.wait()
         except Exception as error:  # Orbax raises many kinds; each of them may have passed by now.
-            failure = _first_line(error)
+            failure = first_line(error)
             print(
                 f"warning: checkpoint {before} was not saved ({failure}); trying again at step {step}",
                 file=sys.stderr,
@@ -156,12 +113,9 @@ class Checkpoints:
             self._wait_together()
 
     def _begin(self, step: int, state: Any) -> None:
-        writer = {
-            "schema": SCHEMA,
-            "dexportrait_jax": dexportrait_jax.__version__,
-            "code_sha256": code_version.code_sha256(),
-        }
-        saving = self._checkpointer.save_async(step, state, force=True, custom_metadata=writer)
+        saving = self._checkpointer.save_async(
+            step, state, force=True, custom_metadata=written_by()
+        )
         # In a thread of Orbax's, once it is committed: the next save, which asks for this one, may be far away.
         saving.on_complete(lambda _: self._note(step))
 
@@ -189,7 +143,7 @@ class Checkpoints:
             older = distributed.from_main([] if self._saved is None else [self._saved])
             if not (older_will_do and older):
                 raise
-            print(f"warning: step {step} could not be saved: {_first_line(error)}", file=sys.stderr)
+            print(f"warning: step {step} could not be saved: {first_line(error)}", file=sys.stderr)
             return older[0]
         self._checkpointer.close()
         return step
@@ -274,7 +228,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # Orbax raises many kinds; none is passed over in silence.
-                failure, damaged = _first_line(error), _is_damage(error)
+                failure, damaged = first_line(error), is_damage(error)
             # Each process reads its own part, and one may fail alone: all take this step, or none.
             if distributed.everywhere(not failure):
                 return state, ""
@@ -305,14 +259,14 @@ class Checkpoints:
         if step not in self.steps():
             self._checkpointer.reload()
         metadata = self._checkpointer.metadata(step)
-        _check_schema(place, metadata.custom_metadata)
+        check_schema(place, metadata.custom_metadata)
         # Where Orbax cannot read the tree it gives None; loading will say why.
-        differences = metadata.metadata and _differences(metadata.metadata, abstract_state)
-        if differences:
-            more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        apart = metadata.metadata and differences(metadata.metadata, abstract_state)
+        if apart:
+            more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
             raise UserError(
-                f"{place} was written by {_writer(metadata.custom_metadata)} and holds another State than this "
-                f"version's: {differences[0]}{more}; go on with that version, or train in a new --workdir"
+                f"{place} was written by {writer_in_words(metadata.custom_metadata)} and holds another State than this "
+                f"version's: {apart[0]}{more}; go on with that version, or train in a new --workdir"
             )
         # By itself Orbax lets the processes wait for each other after a load, for ever if one of them failed.
         alone = ocp.options.MultiprocessingOptions(
@@ -340,61 +294,6 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def newest_step(workdir: Path) -> int | None:
-    """The newest committed step of a run, without opening it."""
-    folder = Path(workdir) / FOLDER
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    return max(steps, default=None)
-
-
-def load_groups(
-    workdir: Path, groups: Sequence[str] | None = None, average: bool = True
-) -> tuple[dict[str, Any], int, dict[str, Any]]:
-    """Config (JSON values), step and parameter groups of a run.
-
-    Arrays come as numpy arrays in the host's memory; neither mesh nor task is needed, and no device is touched. Nothing
-    else of the checkpoint is read.
-
-    Args:
-      workdir: the run's directory.
-      groups: names of the groups; None: all.
-      average: take the moving average (EMA) of groups that have one, rather than their weights.
-
-    Raises:
-      UserError: there is no such run or group, or no checkpoint can be read.
-    """
-    orbax_lines_off()
-    workdir = Path(workdir)
-    config_file = workdir / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{workdir} is not a training run: it has no config.json")
-    if newest_step(workdir) is None:
-        raise UserError(f"{workdir} has no checkpoint yet; train it first")
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
-        for checkpoint in sorted(checkpointer.checkpoints, key=lambda item: -item.step):
-            place = (workdir / FOLDER / str(checkpoint.step)).absolute()
-            try:
-                saved = checkpointer.metadata(checkpoint.step)
-                _check_schema(place, saved.custom_metadata)
-                if saved.metadata is None:
-                    raise ValueError("its arrays are damaged")
-                wanted = _on_the_host(saved.metadata, groups, average, place)
-                context = ocp.Context()
-                context.pytree_options.loading.partial_load = True
-                with context:
-                    tree = ocp.load(place, wanted, checkpointable_name="state")
-                found = {name: tree[part][name] for part in wanted for name in wanted[part]}
-                return json.loads(config_file.read_text()), checkpoint.step, found
-            except UserError:
-                raise
-            except Exception as error:
-                print(
-                    f"checkpoint {checkpoint.step} cannot be read: {_first_line(error)}",
-                    file=sys.stderr,
-                )
-    raise UserError(f"none of the checkpoints in {workdir / FOLDER} can be read")
-
-
 def _remove_unfinished(directory: Path) -> None:
     """Removes, in the main process, what saves left that were cut short.
 
@@ -412,58 +311,6 @@ def _remove_unfinished(directory: Path) -> None:
             )
 
 
-def _check_schema(place: Path, writer: dict[str, Any] | None) -> None:
-    """UserError where another version wrote what may mean something else than here."""
-    schema = (writer or {}).get("schema", 1)
-    if schema != SCHEMA:
-        raise UserError(
-            f"{place} was written by {_writer(writer)} under schema {schema}, this is {dexportrait_jax.__version__} "
-            f"with schema {SCHEMA}; read it with that version"
-        )
-
-
-def _writer(writer: dict[str, Any] | None) -> str:
-    if not writer or "dexportrait_jax" not in writer:
-        return "a version before checkpoints said which"
-    code = str(writer.get("code_sha256", ""))[:12]
-    return f"dexportrait_jax {writer['dexportrait_jax']} (code {code})"
-
-
-def _differences(saved: Any, wanted: Any) -> list[str]:
-    """What two trees of shapes do not have in common, a line each."""
-    shapes = [
-        {
-            sharding.path_name(path): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        }
-        for tree in (saved, wanted)
-    ]
-    held, asked = shapes
-    lines = [f"it has no {name}" for name in sorted(asked.keys() - held.keys())]
-    lines += [f"it has {name}" for name in sorted(held.keys() - asked.keys())]
-    return lines + [
-        f"its {name} has shape {held[name]}, not {asked[name]}"
-        for name in sorted(held.keys() & asked.keys())
-        if held[name] != asked[name]
-    ]
-
-
-def _on_the_host(
-    saved: Any, groups: Sequence[str] | None, average: bool, place: Path
-) -> dict[str, dict[str, Any]]:
-    """Shapes of the groups that are asked for, by the part of the State that they are taken from."""
-    wanted: dict[str, dict[str, Any]] = {"params": {}, "ema": {}}
-    for name in saved["params"] if groups is None else groups:
-        if name not in saved["params"]:
-            raise UserError(f"{place} has no group {name!r}; it has {', '.join(saved['params'])}")
-        part = "ema" if average and name in saved["ema"] else "params"
-        # A shape that is a numpy array's, without the array: Orbax then reads into the host's memory.
-        wanted[part][name] = jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), saved[part][name]
-        )
-    return {part: found for part, found in wanted.items() if found}
-
-
 def _unused(path: Path) -> Path:
     """`path`, or with the first number behind it that nothing has yet."""
     number, free = 1, path
@@ -471,16 +318,3 @@ def _unused(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}_{number}")
     return free
-
-
-def _is_damage(error: BaseException | None) -> bool:
-    """Whether bytes were read, and are not what was written; of some damage Orbax tells in the error's cause alone."""
-    while error is not None:
-        if isinstance(error, json.JSONDecodeError) or any(word in str(error) for word in _DAMAGE):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -93,7 +93,7 @@ def _inspect_config(address: str, say: Say) -> None:
 
 
 def _inspect_run(workdir: Path, step: int | None, say: Say) -> None:
-    from dexportrait_jax.checkpoint import FOLDER
+    from dexportrait_jax.checkpoint_format import FOLDER
     from dexportrait_jax.config import from_json
     from dexportrait_jax.metrics import read_rows
 

@@ -59,7 +59,7 @@ def run_plan(
         print(
             f"its batch cannot be shared as it is; planned and to be trained as --config={config}"
         )
-    changed = configs.what_topology_changed(config, settings)
+    changed = configs.what_topology_changed(config, settings, overrides)
     if changed:
         print(changed)
     name = f"{config} on {f'{slices} x ' if slices > 1 else ''}{topology}"

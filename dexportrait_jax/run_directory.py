@@ -25,8 +25,9 @@ import ml_collections
 
 from data_pipelines.file_locks import try_lock
 from data_pipelines.files import write_json, writing_to
-from dexportrait_jax import checkpoint, distributed, environment, metrics
+from dexportrait_jax import checkpoint_format, distributed, environment, metrics
 from dexportrait_jax import config as configs
+from dexportrait_jax.checkpoint import SHOWN_WITHIN
 from dexportrait_jax.diffusion.schedule import noise_schedule
 from dexportrait_jax.errors import UserError
 
@@ -125,7 +126,7 @@ def claimed(workdir: Path) -> Iterator[None]:
         except BaseException:
             if not (workdir / CONFIG_FILE).exists():
                 lock_file.unlink(missing_ok=True)
-                for folder in (workdir / checkpoint.FOLDER, *made):
+                for folder in (workdir / checkpoint_format.FOLDER, *made):
                     with contextlib.suppress(OSError):  # not empty, or not there
                         folder.rmdir()
             raise
@@ -167,7 +168,7 @@ def _holder(lock_file: Path) -> str:
     return f" ({said.splitlines()[0][:200]})" if said else ""
 
 
-def check_shared(workdir: Path, seconds: float = checkpoint.SHOWN_WITHIN) -> None:
+def check_shared(workdir: Path, seconds: float = SHOWN_WITHIN) -> None:
     """UserError where a process does not see in the directory what the main one writes there; all must ask.
 
     Args:
@@ -202,7 +203,7 @@ def check_same_run(workdir: Path, config: ml_collections.ConfigDict) -> None:
     Where nothing says what made them, that is a warning.
     """
     path = workdir / CONFIG_FILE
-    if not _recorded(workdir) and checkpoint.newest_step(workdir) is None:
+    if not _recorded(workdir) and checkpoint_format.newest_step(workdir) is None:
         return
     if not path.exists():
         if distributed.is_main():
@@ -255,10 +256,10 @@ def check_nothing_lost(workdir: Path) -> None:
     A run that ended before its first checkpoint has their folder, and nothing in it: it begins again. All processes
     must ask, before any of them makes the folder.
     """
-    folder, saved = workdir / checkpoint.FOLDER, workdir / checkpoint.LAST_SAVED
+    folder, saved = workdir / checkpoint_format.FOLDER, workdir / checkpoint_format.LAST_SAVED
     lost = (
         _recorded(workdir)
-        and checkpoint.newest_step(workdir) is None
+        and checkpoint_format.newest_step(workdir) is None
         and (saved.exists() or not folder.is_dir())
     )
     if not distributed.everywhere(not lost):
@@ -295,7 +296,7 @@ def write_description(
     anew = not step and not _recorded(workdir)
     if anew:
         # Of a run that was removed. It would have the steps of this one taken for lost, until its own first save.
-        (workdir / checkpoint.LAST_SAVED).unlink(missing_ok=True)
+        (workdir / checkpoint_format.LAST_SAVED).unlink(missing_ok=True)
     return environment.note_start(workdir, step, time.time() if began is None else began, anew)
 
 

@@ -14,7 +14,7 @@ import pytest
 from data_pipelines.prepare import builder
 from data_pipelines.survey import survey
 from data_pipelines.video_writing import VideoWriter
-from dexportrait_jax import cli, demo
+from dexportrait_jax import checkpoint_format, cli, demo
 from dexportrait_jax import config as configs
 from dexportrait_jax.errors import in_words
 from dexportrait_jax.jobs import JOBS
@@ -360,7 +360,7 @@ def test_full_disk_while_training_keeps_the_checkpoint_before(places, tmp_path, 
         assert "full" in line
         (disk / "filler").unlink()
         assert cli.run([str(argument) for argument in job]) == 0
-        assert loop.checkpoint.newest_step(disk / "run") == 4
+        assert checkpoint_format.newest_step(disk / "run") == 4
         assert [row["step"] for row in read_rows(disk / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 

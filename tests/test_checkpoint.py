@@ -18,7 +18,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from dexportrait_jax import checkpoint, distributed, sharding
+from dexportrait_jax import (
+    checkpoint,
+    checkpoint_format,
+    checkpoint_groups,
+    distributed,
+    sharding,
+)
 from dexportrait_jax.checkpoint import Checkpoints
 from dexportrait_jax.errors import UserError
 from tests.disks import small_disk
@@ -280,7 +286,7 @@ def test_an_array_is_read_as_it_was_written_or_not_at_all(run):
         data[position] ^= 1 << position % 8
         file.write_bytes(data)
         for part in ("params", "ema"):
-            _, step, groups = checkpoint.load_groups(run, ["encoder"], average=part == "ema")
+            _, step, groups = checkpoint_groups.load_groups(run, ["encoder"], average=part == "ema")
             assert_equal(groups["encoder"], state_of(step)[part]["encoder"])
             steps.add(step)
     assert steps == {2, 4}
@@ -316,7 +322,7 @@ def test_nothing_readable_is_an_error_for_all_who_ask(run, damage):
     except UserError as error:
         assert "none of the checkpoints in" in str(error) and "\n" not in str(error)
         with pytest.raises(UserError, match="none of the checkpoints"):
-            checkpoint.load_groups(run)
+            checkpoint_groups.load_groups(run)
     assert (run / "checkpoints" / "4").is_dir()
 
 
@@ -349,7 +355,7 @@ def test_what_is_saved_is_told_before_anything_is_asked(tmp_path):
     until = time.monotonic() + 60
     while not (told := tmp_path / "last_saved.txt").exists() and time.monotonic() < until:
         time.sleep(0.01)
-    assert told.read_text() == "2\n" and checkpoint.newest_step(tmp_path) == 2
+    assert told.read_text() == "2\n" and checkpoint_format.newest_step(tmp_path) == 2
     checkpoints.close()
 
 
@@ -392,7 +398,7 @@ def test_what_a_killed_save_left_and_cannot_be_removed_stops_no_save(run, monkey
     assert half.exists()
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {half} is left") and said.count("\n") == 1
-    assert checkpoint.newest_step(run) == 8
+    assert checkpoint_format.newest_step(run) == 8
 
 
 def test_a_save_that_cannot_be_begun_is_tried_again(tmp_path, monkeypatch, capsys):
@@ -515,7 +521,7 @@ def test_the_last_save_is_tried_once_more(run, monkeypatch, capsys, times, saved
     _, state = checkpoints.restore(ABSTRACT)
     failing_to_begin(checkpoints, monkeypatch, times)
     assert checkpoints.finish(6, state, older_will_do=True) == saved
-    assert checkpoint.newest_step(run) == saved
+    assert checkpoint_format.newest_step(run) == saved
     said = capsys.readouterr().err
     assert said.count("warning: checkpoint 6 was not saved (cannot write ") == min(times, 1)
     assert said.count("warning: step 6 could not be saved: cannot write ") == (times == 2)
@@ -549,14 +555,14 @@ def test_onto_another_mesh(saved_run, sizes, axes):
 
 
 def test_averages_and_single_groups_without_the_rest(run, capsys):
-    config, step, groups = checkpoint.load_groups(run)
+    config, step, groups = checkpoint_groups.load_groups(run)
     wanted = state_of(4)
     assert (config["stage"], step) == ("motion", 4)
     assert_equal(
         groups, {"encoder": wanted["ema"]["encoder"], "decoder": wanted["params"]["decoder"]}
     )
     cut("d/*", 100)(run / "checkpoints" / "4")
-    _, step, groups = checkpoint.load_groups(run)
+    _, step, groups = checkpoint_groups.load_groups(run)
     assert step == 2 and "checkpoint 4 cannot be read" in capsys.readouterr().err
     assert_equal(groups["encoder"], state_of(2)["ema"]["encoder"])
 
@@ -582,7 +588,7 @@ def test_no_more_is_read_than_was_asked_for(saved_run, monkeypatch, groups, aver
     monkeypatch.setattr(ocp, "load", noting)
     gc.collect()  # of arrays that errors of other tests still hold
     on_devices = len(jax.live_arrays())
-    _, _, found = checkpoint.load_groups(saved_run, groups, average)
+    _, _, found = checkpoint_groups.load_groups(saved_run, groups, average)
     assert set(asked) == read and len(jax.live_arrays()) == on_devices
     wanted = state_of(4)
     for name in read:
@@ -593,7 +599,7 @@ def test_no_more_is_read_than_was_asked_for(saved_run, monkeypatch, groups, aver
 
 def test_a_group_that_is_not_there(saved_run):
     with pytest.raises(UserError, match="no group 'encodre'; it has decoder, encoder"):
-        checkpoint.load_groups(saved_run, ["encodre"])
+        checkpoint_groups.load_groups(saved_run, ["encodre"])
 
 
 def described(run, **changes):
@@ -607,15 +613,15 @@ def described(run, **changes):
 def test_checkpoints_say_which_version_wrote_them(run):
     with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
         said = checkpointer.metadata(4).custom_metadata
-    assert said["schema"] == checkpoint.SCHEMA and said["dexportrait_jax"]
+    assert said["schema"] == checkpoint_format.SCHEMA and said["dexportrait_jax"]
     assert len(said["code_sha256"]) == 64
     described(run)  # as before there was a schema
     assert_equal(restored(run)[1], state_of(4))
-    assert checkpoint.load_groups(run)[1] == 4
+    assert checkpoint_groups.load_groups(run)[1] == 4
 
 
 @pytest.mark.parametrize("schema", [0, 7])
-@pytest.mark.parametrize("read", [restored, checkpoint.load_groups])
+@pytest.mark.parametrize("read", [restored, checkpoint_groups.load_groups])
 def test_another_schema_names_its_version(run, read, schema):
     described(run, schema=schema, dexportrait_jax="9.8")
     words = rf"was written by dexportrait_jax 9\.8 .* schema {schema}, this is "
@@ -643,17 +649,17 @@ def test_a_checkpoint_of_the_first_version_is_gone_on_with(first_run):
     step, state = restored(workdir, abstract)
     assert step == 4
     assert_equal(state, wanted)
-    assert_equal(checkpoint.load_groups(workdir)[2]["encoder"], wanted["ema"]["encoder"])
+    assert_equal(checkpoint_groups.load_groups(workdir)[2]["encoder"], wanted["ema"]["encoder"])
     checkpoints = Checkpoints(workdir)
     checkpoints.save(6, state | {"step": jnp.int32(6)})
     checkpoints.close()
     assert restored(workdir, abstract)[0] == 6
 
 
-@pytest.mark.parametrize("read", [restored, checkpoint.load_groups])
+@pytest.mark.parametrize("read", [restored, checkpoint_groups.load_groups])
 def test_a_checkpoint_of_the_first_version_has_the_first_schema(first_run, read, monkeypatch):
     """Which it does not say: once arrays mean something else, it must not be taken for one of today's."""
-    monkeypatch.setattr(checkpoint, "SCHEMA", checkpoint.SCHEMA + 1)
+    monkeypatch.setattr(checkpoint_format, "SCHEMA", checkpoint_format.SCHEMA + 1)
     words = "was written by a version before checkpoints said which under schema 1, this is .* schema 2; "
     with pytest.raises(UserError, match=words) as said:
         read(first_run[0])

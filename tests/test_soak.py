@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from dexportrait_jax import checkpoint, sharding
+from dexportrait_jax import checkpoint_format, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.train import train
@@ -120,14 +120,14 @@ def test_two_processes_on_a_disk_that_fills_up(tmp_path):
         job = soak.command(disk / "run", data, 100000, "checkpoint.every_steps=20")
         with started(job, log) as process:
             ready(process, log)
-            while not (newest := checkpoint.newest_step(disk / "run")):
+            while not (newest := checkpoint_format.newest_step(disk / "run")):
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.1)
             filler = fill(disk)
             # By itself JAX would wait five minutes for the other process.
             assert process.wait(120) == 1, log.read_text()
         assert "the disk is full" in log.read_text() and "Traceback" not in log.read_text()
-        saved = checkpoint.newest_step(disk / "run")
+        saved = checkpoint_format.newest_step(disk / "run")
         assert saved >= newest
         filler.unlink()
         with started(job, log) as process:

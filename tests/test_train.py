@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines import loading
-from dexportrait_jax import checkpoint, evaluations, sharding
+from dexportrait_jax import checkpoint, checkpoint_format, evaluations, sharding
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.programs import abstract_state, build, first_state
@@ -340,7 +340,7 @@ def test_an_evaluation_that_never_ends_stops_no_run(
         for _ in range(4):
             with pytest.raises(KeyboardInterrupt):
                 train(config, tmp_path)
-        assert checkpoint.newest_step(tmp_path) == 2
+        assert checkpoint_format.newest_step(tmp_path) == 2
         train(config, tmp_path)
     assert "step 2 was cut short 4 times and is left out" in capsys.readouterr().err
     samples = tmp_path / "samples"

@@ -15,7 +15,7 @@ import pytest
 
 from data_pipelines import loading
 from data_pipelines.examples import Examples
-from dexportrait_jax import checkpoint
+from dexportrait_jax import checkpoint_format
 from dexportrait_jax.metrics import read_rows
 from launch.local_processes import free_port
 from tests import fixtures
@@ -349,7 +349,7 @@ def test_what_one_process_alone_cannot_read_reaches_no_checkpoint(places, tmp_pa
     job = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run([*launcher, *job], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert checkpoint.newest_step(tmp_path / "run") == 1
+    assert checkpoint_format.newest_step(tmp_path / "run") == 1
     said = [line for line in done.stderr.splitlines() if "source 0 of a batch up to step 2" in line]
     assert len(said) == 2
     for number, left in enumerate(("left nothing out", f"left out: record {shown[2]} is damaged")):

@@ -110,9 +110,11 @@ def _metadata(params: Mapping[str, Any]) -> dict[str, str]:
 def run_export(workdir: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> None:
     """Job ``export``: the newest checkpoint of a run, averaged weights where there are any."""
     check_replaceable(Path(out), overwrite)
-    from dexportrait_jax import checkpoint  # JAX and Orbax load only once the arguments are right
+    from dexportrait_jax import (
+        checkpoint_groups,  # JAX and Orbax load only once the arguments are right
+    )
 
-    config, step, groups = checkpoint.load_groups(Path(workdir))
+    config, step, groups = checkpoint_groups.load_groups(Path(workdir))
     crop = _crop_settings(config)
     if crop is not None:
         # Whoever uses the model crops as its training data was cropped; that reads the config.

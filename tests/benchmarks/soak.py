@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 from ml_collections import ConfigDict
 
-from dexportrait_jax import checkpoint, programs, sharding
+from dexportrait_jax import checkpoint, checkpoint_format, programs, sharding
 from dexportrait_jax import config as configs
 from dexportrait_jax.metrics import read_rows
 from dexportrait_jax.tasks import Task, make_task
@@ -138,7 +138,7 @@ def left_alone(job: Sequence[str], out: Path) -> None:
 def killed(job: Sequence[str], out: Path, kills: Sequence[Kill]) -> list[Life]:
     """Starts the job again after each of its ends until it comes to its own; one Life a start."""
     workdir = Path(next(word for word in job if word.startswith("--workdir=")).split("=", 1)[1])
-    checkpoints = workdir / checkpoint.FOLDER
+    checkpoints = workdir / checkpoint_format.FOLDER
     lives: list[Life] = []
     start_seconds = 20.0  # until it is measured; other times are taken as shares of it
     whole = _whole(checkpoints)
@@ -239,7 +239,7 @@ def _start(job: Sequence[str], log: Path, out: Path) -> subprocess.Popen:
 
 def _wait_for(kill, process, workdir, log, began) -> None:
     """Returns when the moment has come, or the job has ended."""
-    checkpoints = workdir / checkpoint.FOLDER
+    checkpoints = workdir / checkpoint_format.FOLDER
     while process.poll() is None:
         if len(_whole(checkpoints)) >= kill.whole and (
             kill.moment == "start"

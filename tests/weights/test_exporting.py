@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from data_pipelines import files
-from dexportrait_jax import checkpoint
+from dexportrait_jax import checkpoint_groups
 from dexportrait_jax.errors import UserError
 from dexportrait_jax.weights import exporting
 from dexportrait_jax.weights.exporting import export_groups, run_export
@@ -202,7 +202,7 @@ def test_job_exports_a_run_with_the_crop_of_its_data(tmp_path, monkeypatch, caps
     }
     if data_is_there:
         fixtures.make_dataset(tmp_path / "data", clips=1, frames=2)
-    monkeypatch.setattr(checkpoint, "load_groups", lambda workdir: (config, 12, _groups()))
+    monkeypatch.setattr(checkpoint_groups, "load_groups", lambda workdir: (config, 12, _groups()))
     run_export(tmp_path / "run", tmp_path / "export")
     model, groups = load_groups(tmp_path / "export", stage="motion")
     assert (model["step"], model["ema"], set(groups)) == (12, True, {"encoder", "decoder"})
