@@ -12,7 +12,6 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,84 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import background, files, records, shard_reader
+from data_pipelines import background, dataset_files, files, records, shard_reader
 from dexportrait_jax.errors import UserError
 
-INFO, NAME = "dataset_info.json", "portrait_clips"  # where TFDS says what a dataset is, and ours
 _ENDS = 1 << 16  # bytes of a shard that its fingerprint looks at, at both ends
 _TOGETHER = 1 << 20  # frames whose motion of backgrounds is read at a time
-_SHARD = re.compile(
-    r"(?P<stem>.+-(?P<split>[A-Za-z0-9_]+)\.array_record)(-(?P<number>\d+)-of-(?P<count>\d+))?"
-)
-
-
-def index_name(split: str) -> str:
-    return f"clip_index-{split}.json"
-
-
-def background_name(split: str) -> str:
-    return f"background_motion-{split}.npy"
-
-
-def shard_name(split: str, number: int, count: int) -> str:
-    """As TFDS names the ArrayRecord file with this number, from 0, of the `count` of a split."""
-    return f"{NAME}-{split}.array_record-{number:05d}-of-{count:05d}"
-
-
-def shards(directory: str | Path) -> dict[str, list[Path]]:
-    """split -> its ArrayRecord files, in order.
-
-    Raises:
-        UserError: some of those that their names tell of are not there, and records would have other numbers than in
-            the index; or they are of several datasets.
-    """
-    found: dict[str, list[re.Match]] = {}
-    for path in sorted(Path(directory).iterdir()):
-        if match := _SHARD.fullmatch(path.name):
-            found.setdefault(match["split"], []).append(match)
-    for of_split in found.values():
-        _check_complete(directory, of_split)
-    return {
-        split: [Path(directory) / match[0] for match in of_split]
-        for split, of_split in found.items()
-    }
-
-
-def _check_complete(directory: str | Path, of_split: list[re.Match]) -> None:
-    first, split = of_split[0], f"split '{of_split[0]['split']}' of {directory}"
-    several = {(match["stem"], match["count"]) for match in of_split}
-    if len(several) > 1:
-        kinds = sorted(f"{stem}-*-of-{count}" if count else stem for stem, count in several)
-        raise UserError(
-            f"{split} has files of several datasets ({', '.join(kinds)}); remove those that are left of another, or "
-            "prepare it again with --overwrite"
-        )
-    if first["count"] is None:
-        return
-    there = {int(match["number"]) for match in of_split}
-    missing = [number for number in range(int(first["count"])) if number not in there]
-    if missing:
-        digits = len(first["number"])
-        names = [
-            f"{first['stem']}-{number:0{digits}d}-of-{first['count']}" for number in missing[:3]
-        ]
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{split} lacks {len(missing)} of its {int(first['count'])} files ({', '.join(names)}{more}); copy it "
-            "whole, or prepare it again with --overwrite"
-        )
-
-
-def split_names(directory: str | Path) -> list[str]:
-    return list(shards(directory))
-
-
-def is_dataset(directory: Path) -> bool:
-    """Whether a folder is a dataset that `prepare`, `render` or `builder.write_dataset` made."""
-    try:
-        return json.loads((directory / INFO).read_text())["name"] == NAME
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def available_splits(path: str | Path) -> list[str]:
@@ -106,7 +32,7 @@ def available_splits(path: str | Path) -> list[str]:
 
     if str(path).startswith(source.PREFIX):
         return list(source.parse(str(path)).split())
-    return split_names(path)
+    return dataset_files.split_names(path)
 
 
 def build_index(
@@ -121,7 +47,7 @@ def build_index(
         the index, one list per key in record order; and the clips' `background_motion` (frames,) float32, one
         clip after the other.
     """
-    paths = shards(directory)[split]
+    paths = dataset_files.shards(directory)[split]
     # Not all open at once: a large split has more of them than a process may have open.
     source = shard_reader.ShardReader(paths, shard_reader.record_counts(paths))
     index = Index()
@@ -159,7 +85,7 @@ class Index:
     def write(self, directory: Path, split: str) -> None:
         """Stores it beside the shards of a split."""
         text = json.dumps(self.columns)
-        files.write_bytes(directory / index_name(split), text.encode())
+        files.write_bytes(directory / dataset_files.index_name(split), text.encode())
         write_background_motion(directory, split, self.motion)
 
 
@@ -173,7 +99,7 @@ def _shared(index: dict[str, list]) -> dict[str, list]:
 
 def write_background_motion(directory: str | Path, split: str, motion: np.ndarray) -> None:
     """Stores the motion of all backgrounds beside the shards of a split."""
-    with files.staged_stream(Path(directory) / background_name(split)) as stream:
+    with files.staged_stream(Path(directory) / dataset_files.background_name(split)) as stream:
         np.save(stream, motion)
 
 
@@ -207,7 +133,7 @@ class ClipDataset:
                 f"no dataset at {self.directory}: make one with "
                 f"`dexportrait prepare --videos=... --out={directory}`"
             )
-        found = shards(self.directory)
+        found = dataset_files.shards(self.directory)
         if not found:
             raise UserError(
                 f"{self.directory} holds no ArrayRecord files: "
@@ -225,14 +151,14 @@ class ClipDataset:
             raise UserError(f"split '{split}' of {self.directory} is empty; prepare more videos")
         self._records = shard_reader.ShardReader(self.paths, self._shard_lengths())
         self._starts = np.concatenate([[0], np.cumsum(self.frames)])
-        path = self.directory / background_name(split)
+        path = self.directory / dataset_files.background_name(split)
         self._motion_path = path if path.exists() else None
         self._cache_bytes = cache_bytes
         self._forget()
         self._background()
 
     def _read_index(self) -> dict[str, list]:
-        path = self.directory / index_name(self.split)
+        path = self.directory / dataset_files.index_name(self.split)
         try:
             if path.exists():
                 return _shared(json.loads(path.read_text()))
@@ -246,7 +172,7 @@ class ClipDataset:
         Where it does not say so, all shards are opened.
         """
         try:
-            info = json.loads((self.directory / INFO).read_text())
+            info = json.loads((self.directory / dataset_files.INFO).read_text())
             (split,) = [split for split in info["splits"] if split["name"] == self.split]
             lengths = [int(length) for length in split["shardLengths"]]
             if len(lengths) == len(self.paths) and sum(lengths) == len(self.frames):

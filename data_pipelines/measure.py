@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from data_pipelines import dataset, files
+from data_pipelines import dataset, dataset_files, files
 from dexportrait_jax.errors import UserError
 
 
@@ -23,11 +23,11 @@ def run_measure(data: str | os.PathLike) -> None:
         UserError: it is no dataset, a record is damaged, or nothing can be written there.
     """
     directory = Path(data).absolute()
-    splits = dataset.split_names(directory) if directory.is_dir() else []
+    splits = dataset_files.split_names(directory) if directory.is_dir() else []
     if not splits:
         raise UserError(f"--data={data} is no dataset; give the --out of `dexportrait prepare`")
     for split in splits:
-        path = directory / dataset.background_name(split)
+        path = directory / dataset_files.background_name(split)
         if path.exists():
             print(f"measure: {path} is there already", flush=True)
             continue

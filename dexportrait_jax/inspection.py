@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import dataset, files, latents
+from data_pipelines import dataset, dataset_files, files, latents
 from dexportrait_jax.errors import UserError
 
 Say = Callable[[str], None]
@@ -70,7 +70,7 @@ def _kind_of(place: Path) -> tuple[Callable[..., None], tuple[Any, ...]]:
             return _inspect_run, (place.parent, None)
         if place.name.isdigit() and (place.parent.parent / "config.json").is_file():
             return _inspect_run, (place.parent.parent, int(place.name))
-        if dataset.shards(place):
+        if dataset_files.shards(place):
             return _inspect_dataset, (place,)
     elif place.suffix == ".safetensors":
         return _inspect_tensors, (place,)
@@ -190,7 +190,7 @@ def _inspect_dataset(directory: Path, say: Say, out: str | None) -> None:
         raise UserError(f"--out={out} {reason}; give a new name that ends in .png")
     say(f"dataset {directory}: {_size(directory)}")
     shown = []
-    for split in dataset.split_names(directory):
+    for split in dataset_files.split_names(directory):
         clips = dataset.ClipDataset(directory, split)
         index = clips.index
         seconds = sum(n / fps for n, fps in zip(index["frames"], index["fps"], strict=True) if fps)

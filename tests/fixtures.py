@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
-from data_pipelines import background, dataset, records
+from data_pipelines import background, dataset_files, records
 from data_pipelines.prepare import builder, masks
 
 
@@ -188,12 +188,12 @@ def remove_masks(
 def make_older(directory: Path, split: str = "train") -> None:
     """Rewrites a split as it was before the motion of backgrounds was stored."""
     _rewrite(directory, split, b"background_motion")
-    (directory / dataset.background_name(split)).unlink()
+    (directory / dataset_files.background_name(split)).unlink()
 
 
 def spread(directory: Path, shards: int, split: str = "train") -> list[Path]:
     """Writes the records of a split anew in so many shards of equal numbers of records; returns the shards."""
-    (whole,) = dataset.shards(directory)[split]
+    (whole,) = dataset_files.shards(directory)[split]
     source = array_record_data_source.ArrayRecordDataSource([whole])
     lengths = [len(part) for part in np.array_split(np.arange(len(source)), shards)]
     stem = str(whole).removesuffix("-00000-of-00001")
@@ -205,11 +205,11 @@ def spread(directory: Path, shards: int, split: str = "train") -> list[Path]:
             writer.write(source[next(following)])
         writer.close()
     whole.unlink()
-    info = json.loads((directory / dataset.INFO).read_text())
+    info = json.loads((directory / dataset_files.INFO).read_text())
     for described in info["splits"]:
         if described["name"] == split:
             described["shardLengths"] = [str(length) for length in lengths]
-    (directory / dataset.INFO).write_text(json.dumps(info))
+    (directory / dataset_files.INFO).write_text(json.dumps(info))
     return paths
 
 
@@ -217,7 +217,7 @@ def _rewrite(
     directory: Path, split: str, prefix: bytes, *, empty: bool = False, keep: tuple[int, ...] = ()
 ) -> None:
     """Rewrites records without the features whose names begin with `prefix`, or with empty ones."""
-    (shard,) = dataset.shards(directory)[split]
+    (shard,) = dataset_files.shards(directory)[split]
     source = array_record_data_source.ArrayRecordDataSource([shard])
     before = [source[number] for number in range(len(source))]
     writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1")

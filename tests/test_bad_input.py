@@ -191,7 +191,8 @@ def test_every_hostile_clip_is_refused_or_cut(tmp_path, shared_data, capfd):
     text = json.dumps(report)
     for name in ("neg_no_face", "neg_two_people", "neg_fullbody_no_usable_face"):
         assert name in text
-    from data_pipelines.dataset import ClipDataset, split_names
+    from data_pipelines.dataset import ClipDataset
+    from data_pipelines.dataset_files import split_names
 
     kept = [
         clip_id

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from data_pipelines import background, dataset, files, records
+from data_pipelines import background, dataset, dataset_files, files, records
 from dexportrait_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -82,7 +82,7 @@ def write_dataset(
         UserError: `out` is there already, is no dataset, or cannot be written; or there is no clip at all.
     """
     out = Path(out).absolute()
-    if files.already_there(out, "a dataset", dataset.is_dataset) and not overwrite:
+    if files.already_there(out, "a dataset", dataset_files.is_dataset) and not overwrite:
         raise UserError(f"{out} exists already; choose another --out or pass --overwrite")
     temporary = files.hidden_name(out, "incomplete")
     try:
@@ -124,7 +124,7 @@ def _write_split(name: str, clips: Iterable[records.Clip], directory: Path) -> t
                 record = next(encoded, None)
         lengths.append(length)
     for number in range(len(lengths)):  # only now it is known of how many
-        finished = directory / dataset.shard_name(name, number, len(lengths))
+        finished = directory / dataset_files.shard_name(name, number, len(lengths))
         (directory / _unfinished(name, number)).rename(finished)
     if lengths:
         index.write(directory, name)

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines import dataset, files, records
+from data_pipelines import dataset, dataset_files, files, records
 from data_pipelines.prepare import clips as clip_making
 from data_pipelines.prepare import crop, filters, processing, splits
 from dexportrait_jax.errors import UserError
@@ -136,7 +136,7 @@ def run_prepare(
             f"({first.reason}{first.detail}); give videos of one person whose face is in view"
         )
     _say(f"{out}: {_contents(out)}, made in {time.monotonic() - started:.0f} s")
-    if holdout_fraction and len(dataset.split_names(out)) == 1:
+    if holdout_fraction and len(dataset_files.split_names(out)) == 1:
         why = "there is one person" if holdout == "identity" else "every clip is too short for it"
         _say(f"nothing is held out for validation: {why}")
 
@@ -266,7 +266,7 @@ def _tell_one_name(paths: list[Path], namings: list[clip_making.Naming]) -> None
 
 def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:
     """Whether the very dataset is there already; UserError where anything else is that may not be replaced."""
-    if not files.already_there(out, "a dataset", dataset.is_dataset) or overwrite:
+    if not files.already_there(out, "a dataset", dataset_files.is_dataset) or overwrite:
         return False
     try:
         before = json.loads((out / MADE_WITH).read_text())
@@ -303,7 +303,7 @@ def _finished(out: Path, made_with: dict[str, Any], overwrite: bool) -> bool:
 
 def _contents(out: Path) -> str:
     parts = []
-    for split in dataset.split_names(out):
+    for split in dataset_files.split_names(out):
         frames = dataset.ClipDataset(out, split).frames
         parts.append(f"{split} {len(frames)} clips, {frames.sum()} frames")
     return "; ".join(parts)

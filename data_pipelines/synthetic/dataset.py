@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cv2
 
-from data_pipelines import background, dataset, files, records
+from data_pipelines import background, dataset_files, files, records
 from data_pipelines.prepare import crop
 from data_pipelines.synthetic import source
 from data_pipelines.workers import live_with_the_parent
@@ -91,7 +91,7 @@ def run_render(
 
 def _finished(out: Path, made_with: str, overwrite: bool) -> bool:
     """Whether the very dataset is there already; UserError where anything else is that may not be replaced."""
-    if not files.already_there(out, "a dataset", dataset.is_dataset) or overwrite:
+    if not files.already_there(out, "a dataset", dataset_files.is_dataset) or overwrite:
         return False
     try:
         same = (out / MADE_WITH).read_text() == made_with

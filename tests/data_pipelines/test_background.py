@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines import background, dataset, records, transforms
+from data_pipelines import background, dataset_files, records, transforms
 from data_pipelines.measure import run_measure
 from dexportrait_jax import cli
 from tests import fixtures
@@ -119,6 +119,6 @@ def test_the_job_leaves_what_is_there_and_refuses_what_is_no_dataset(tmp_path, c
     run_measure(directory)
     said = capfd.readouterr().out
     assert "2 clips, 8 frames" in said and said.count("is there already") == 1  # validation
-    assert (directory / dataset.background_name("train")).stat().st_size < 1000
+    assert (directory / dataset_files.background_name("train")).stat().st_size < 1000
     assert cli.run(["measure", f"--data={tmp_path}"]) == 1
     assert "is no dataset; give the --out of `dexportrait prepare`" in capfd.readouterr().err

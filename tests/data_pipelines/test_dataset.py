@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from data_pipelines import dataset, records
+from data_pipelines import dataset, dataset_files, records
 from data_pipelines.dataset import ClipDataset
 from dexportrait_jax.errors import UserError
 from tests import fixtures
@@ -40,9 +40,9 @@ def test_all_shards_make_a_split(directory):
 @pytest.mark.parametrize("index", [True, False])
 def test_missing_shards_are_named(directory, index):
     """Also the last, and where the index would be made of what is there."""
-    paths = dataset.shards(directory)["train"]
+    paths = dataset_files.shards(directory)["train"]
     if not index:
-        (directory / dataset.index_name("train")).unlink()
+        (directory / dataset_files.index_name("train")).unlink()
     paths[3].unlink()
     assert f"lacks 1 of its 4 files ({paths[3].name})" in refused(directory)
     paths[1].unlink()
@@ -54,7 +54,7 @@ def test_many_missing_shards_are_counted(tmp_path):
     (tmp_path / name.format(999)).touch()
     first = ", ".join(name.format(number) for number in range(3))
     with pytest.raises(UserError) as caught:
-        dataset.split_names(tmp_path)
+        dataset_files.split_names(tmp_path)
     assert f"lacks 999 of its 1000 files ({first} and 996 more)" in str(caught.value)
 
 
@@ -71,28 +71,28 @@ def test_shards_of_several_datasets(directory, left):
 
 def test_a_file_without_a_number_is_a_whole_split(tmp_path):
     made = fixtures.make_dataset(tmp_path / "data", 2, 4, 32)
-    (shard,) = dataset.shards(made)["train"]
+    (shard,) = dataset_files.shards(made)["train"]
     shard.rename(made / "portrait_clips-train.array_record")
     assert [clip.identity for clip in ClipDataset(made, "train")] == ["drawn0", "drawn1"]
 
 
 @pytest.mark.parametrize("says", ["nothing", "other shards"])
 def test_shards_are_counted_where_the_dataset_does_not_say(directory, says):
-    (directory / dataset.INFO).unlink()
+    (directory / dataset_files.INFO).unlink()
     if says == "other shards":
         other = fixtures.make_dataset(directory.parent / "other", 7, 4, 32)
-        shutil.copy(other / dataset.INFO, directory)
+        shutil.copy(other / dataset_files.INFO, directory)
     clips = ClipDataset(directory, "train")
     assert [clip.identity for clip in clips] == [f"drawn{number}" for number in range(8)]
     shard = clips.paths[3]
     whole = shard.read_bytes()
     shard.write_bytes(clips.paths[1].read_bytes()[:1000])
     assert "cannot be read (" in refused(directory)
-    index = json.loads((directory / dataset.index_name("train")).read_text())
+    index = json.loads((directory / dataset_files.index_name("train")).read_text())
     shard.write_bytes(whole)
     fewer = {name: values[:7] for name, values in index.items()}
-    (directory / dataset.index_name("train")).write_text(json.dumps(fewer))
-    (directory / dataset.background_name("train")).unlink()
+    (directory / dataset_files.index_name("train")).write_text(json.dumps(fewer))
+    (directory / dataset_files.background_name("train")).unlink()
     assert "8 records, the index has 7" in refused(directory)
 
 
@@ -113,7 +113,7 @@ def test_the_fingerprint_is_of_size_beginning_and_end_of_every_shard(directory, 
 
 def test_records_of_other_clips_than_the_index_says(directory):
     """Shards that changed places: clips are as long as those of the index, and other people's."""
-    first, second, *_ = dataset.shards(directory)["train"]
+    first, second, *_ = dataset_files.shards(directory)["train"]
     contents = first.read_bytes(), second.read_bytes()
     second.write_bytes(contents[0])
     first.write_bytes(contents[1])
@@ -147,8 +147,8 @@ def test_an_index_is_made_of_more_shards_than_may_be_open(tmp_path):
     made = fixtures.make_dataset(tmp_path / "data", 60, 1, 16, validation_clips=0)
     index = ClipDataset(made, "train").index
     fixtures.spread(made, 60)
-    (made / dataset.index_name("train")).unlink()
-    (made / dataset.background_name("train")).unlink()
+    (made / dataset_files.index_name("train")).unlink()
+    (made / dataset_files.background_name("train")).unlink()
     code = """
 import json, os, resource, sys
 from data_pipelines import dataset, measure

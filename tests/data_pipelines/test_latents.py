@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, latents, loading, shard_reader
+from data_pipelines import dataset, dataset_files, latents, loading, shard_reader
 from data_pipelines.prepare import builder
 from data_pipelines.prepare import latents as writing
 from data_pipelines.survey import survey
@@ -181,12 +181,12 @@ def test_an_ended_job_goes_on_with_the_next_shard(tmp_path, monkeypatch):
     """Two shards; the second fails at first. The first is not encoded again, and the result is the same."""
     whole = fixtures.make_dataset(tmp_path / "data", 3, 10, 48)
     other = fixtures.make_dataset(tmp_path / "other", 2, 6, 48)
-    (first,), (second,) = (dataset.shards(path)["train"] for path in (whole, other))
+    (first,), (second,) = (dataset_files.shards(path)["train"] for path in (whole, other))
     stem = first.name.partition(".array_record")[0]
     shutil.copy(second, whole / f"{stem}.array_record-00001-of-00002")
     first.rename(whole / f"{stem}.array_record-00000-of-00002")
-    (whole / dataset.index_name("train")).unlink()
-    (whole / dataset.background_name("train")).unlink()
+    (whole / dataset_files.index_name("train")).unlink()
+    (whole / dataset_files.background_name("train")).unlink()
     expected = make(whole, tmp_path / "expected")
     seen = []
 
@@ -240,7 +240,7 @@ def test_damaged_frames_have_no_latents_and_are_replaced(tmp_path, capfd):
 
 def test_a_torn_shard_is_said_in_one_line(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", 2, 6, 32, validation_clips=0)
-    (shard,) = dataset.shards(directory)["train"]
+    (shard,) = dataset_files.shards(directory)["train"]
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(
         UserError, match="cannot be read.*prepare it again with --overwrite"

@@ -17,6 +17,7 @@ from data_pipelines import (
     augment,
     background,
     dataset,
+    dataset_files,
     loading,
     network_inputs,
     records,
@@ -371,13 +372,13 @@ def test_an_older_dataset_gives_the_same_batches(restless, stride):
     """Without the stored field the candidates' frames are measured, until `measure` has stored it."""
     config = _config(restless, mode="video", frames=4, frame_stride=stride, calm=_calm(0.05, 4))
     expected = take(config, 3)
-    stored = (restless / dataset.background_name("train")).read_bytes()
+    stored = (restless / dataset_files.background_name("train")).read_bytes()
     fixtures.make_older(restless)
     assert dataset.ClipDataset(restless, "train")[0].background_motion is None
     for one, other in zip(take(config, 3), expected, strict=True):
         assert_same(one, other)
     run_measure(restless)
-    assert (restless / dataset.background_name("train")).read_bytes() == stored
+    assert (restless / dataset_files.background_name("train")).read_bytes() == stored
     for one, other in zip(take(config | {"workers": stride - 1}, 3), expected, strict=True):
         assert_same(one, other)
 

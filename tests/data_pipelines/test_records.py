@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, records, shard_reader
+from data_pipelines import dataset, dataset_files, records, shard_reader
 from data_pipelines.prepare import builder
 from dexportrait_jax.errors import UserError
 from tests import fixtures
@@ -158,13 +158,13 @@ def test_dataset_directory_is_read_by_tfds_and_by_us(tmp_path):
 def test_index_is_rebuilt_when_it_is_missing(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32)
     index = dataset.ClipDataset(directory, "train").index
-    (directory / dataset.index_name("train")).unlink()
+    (directory / dataset_files.index_name("train")).unlink()
     assert dataset.ClipDataset(directory, "train").index == index
 
 
 def test_motion_of_another_dataset_is_an_error(tmp_path):
     directory = fixtures.make_dataset(tmp_path / "data", clips=2, frames=4, size=32)
-    path = directory / dataset.background_name("train")
+    path = directory / dataset_files.background_name("train")
     for damage in (path.read_bytes()[:-4], b"", path.read_bytes()[:20]):
         path.write_bytes(damage)
         with pytest.raises(UserError, match=f"{path} is damaged.*dexportrait measure"):
@@ -191,16 +191,16 @@ def test_a_split_of_several_shards(tmp_path, monkeypatch, capsys):
     splits = {"train": lambda: clips[:7], "nobody": list, "validation": lambda: clips[7:]}
     directory = builder.write_dataset(splits, tmp_path / "data")
     assert capsys.readouterr() == ("", "")
-    names = [path.name for path in dataset.shards(directory)["train"]]
+    names = [path.name for path in dataset_files.shards(directory)["train"]]
     count = len(names)
     assert 4 <= count <= 6
     assert names == [
         f"portrait_clips-train.array_record-{number:05d}-of-{count:05d}" for number in range(count)
     ]
-    info = json.loads((directory / dataset.INFO).read_text())
+    info = json.loads((directory / dataset_files.INFO).read_text())
     train, validation = info["splits"]
     lengths = [int(length) for length in train["shardLengths"]]
-    assert lengths == shard_reader.record_counts(dataset.shards(directory)["train"])
+    assert lengths == shard_reader.record_counts(dataset_files.shards(directory)["train"])
     assert set(lengths) == {1, 2} and sum(lengths) == 7
     assert int(train["numBytes"]) == sum(sizes[:7])
     assert (train["name"], validation["name"]) == ("train", "validation")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, loading
+from data_pipelines import dataset, dataset_files, loading
 from data_pipelines.examples import Examples
 from data_pipelines.prepare import builder
 from data_pipelines.survey import survey
@@ -138,7 +138,7 @@ def test_records_without_masks_are_an_error(tmp_path, kind, index):
     directory = _dataset(tmp_path, train=[(0, 4), (1, 4)])
     fixtures.remove_masks(directory, empty=kind == "empty")
     if not index:
-        (directory / dataset.index_name("train")).unlink()
+        (directory / dataset_files.index_name("train")).unlink()
     with pytest.raises(UserError, match="no mask polygons of right_eye.*prepare") as caught:
         survey(_data(directory))
     assert "\n" not in str(caught.value) and str(directory) in str(caught.value)

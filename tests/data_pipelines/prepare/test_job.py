@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import dataset, files, records
+from data_pipelines import dataset, dataset_files, files, records
 from data_pipelines.prepare import builder, clips, crop, job, processing
 from data_pipelines.synthetic.dataset import run_render
 from data_pipelines.video_writing import VideoWriter
@@ -123,7 +123,7 @@ def test_clips_too_short_to_hold_out_their_end(videos, tmp_path, capsys):
     import tensorflow_datasets as tfds
 
     _run(videos, tmp_path / "out", holdout="time", holdout_gap=60)
-    assert dataset.split_names(tmp_path / "out") == ["train"]
+    assert dataset_files.split_names(tmp_path / "out") == ["train"]
     assert "nothing is held out for validation: every clip is too short" in capsys.readouterr().out
     source = tfds.builder_from_directory(tmp_path / "out").as_data_source(split="train")
     assert [len(clip["frames"]) for clip in source] == [30, 20, 10, 8]
@@ -296,9 +296,9 @@ def test_an_interrupted_run_goes_on(videos, tmp_path, capsys, landmarker, monkey
 def test_what_a_killed_job_left_is_cleared_up(videos, tmp_path):
     (tmp_path / ".out.incomplete-1").mkdir()
     (tmp_path / ".out.replaced-1").mkdir()
-    (tmp_path / ".out.replaced-1" / dataset.INFO).write_text('{"name": "portrait_clips"}')
+    (tmp_path / ".out.replaced-1" / dataset_files.INFO).write_text('{"name": "portrait_clips"}')
     with files.work_folder(tmp_path / "out"):
-        assert (tmp_path / "out" / dataset.INFO).exists()
+        assert (tmp_path / "out" / dataset_files.INFO).exists()
     (tmp_path / ".out.replaced-1").mkdir()
     _run(videos, tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "videos"]
@@ -378,7 +378,7 @@ def test_a_dataset_is_the_same_where_times_were_not_kept(videos, tmp_path, monke
     for name, found in index.items():  # as its shards have it
         read, motion = dataset.build_index(tmp_path / "out", name)
         assert read == found
-        stored = np.load(tmp_path / "out" / dataset.background_name(name))
+        stored = np.load(tmp_path / "out" / dataset_files.background_name(name))
         np.testing.assert_array_equal(motion, stored)
     split = processing.splits.split
 
@@ -394,7 +394,7 @@ def test_a_dataset_is_the_same_where_times_were_not_kept(videos, tmp_path, monke
 
 
 def _index(out, split):
-    return json.loads((out / dataset.index_name(split)).read_text())
+    return json.loads((out / dataset_files.index_name(split)).read_text())
 
 
 def test_what_fails_half_way_leaves_a_verdict_and_no_clips(videos, tmp_path, monkeypatch):
