@@ -15,7 +15,8 @@ import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 
 from data_pipelines import background, dataset_files, records
-from data_pipelines.prepare import builder, masks
+from data_pipelines.prepare import builder, masks, splits
+from data_pipelines.prepare.clips import Naming
 
 
 def head_pose(yaw=0.0, pitch=0.0, roll=0.0, scale=1.0, shift=(0.0, 0.0)) -> np.ndarray:
@@ -237,3 +238,16 @@ def _without(record: bytes, prefix: bytes, empty: bool) -> bytes:
                 floats = records._field(2, records._field(1, b""))
                 entries.append(records._field(1, bytes(name)) + records._field(2, floats))
     return records._field(1, b"".join(records._field(1, entry) for entry in entries))
+
+
+def video_of(clips, read=None):
+    """A video of these clips, all of one person, session and camera; `read` gets their names as they are read."""
+
+    def reading():
+        for clip in clips:
+            if read is not None:
+                read.append(clip.clip_id)
+            yield clip
+
+    naming = Naming("video", clips[0].identity, clips[0].session, clips[0].camera)
+    return splits.Video(naming, reading, lambda: [splits.Times.of(clip) for clip in clips])

@@ -174,7 +174,7 @@ def test_no_source_is_of_another_shot(tmp_path, holdout):
         ]
         for person, name in enumerate(("anna", "bert", "two-words"))
     }
-    parts = split([lambda clips=clips: iter(clips) for clips in videos.values()], holdout, 0.3, 5)
+    parts = split([fixtures.video_of(clips) for clips in videos.values()], holdout, 0.3, 5)
     data = builder.write_dataset(parts, tmp_path / "data")
     first = FirstFrames(data)
     for name in ("train", "validation"):
@@ -255,14 +255,14 @@ def test_pictures_are_kept_of_what_is_shown_alone(model, tmp_path, monkeypatch, 
 
 def test_clips_of_people_are_read_when_they_are_asked_for(dataset, model, monkeypatch):
     alive = []
-    get = ClipDataset._get
+    get = ClipDataset.__getitem__
 
     def reading(clips, number):
         clip = get(clips, number)
         alive.append(weakref.ref(clip))
         return clip
 
-    monkeypatch.setattr(ClipDataset, "_get", reading)
+    monkeypatch.setattr(ClipDataset, "__getitem__", reading)
     clips = ClipDataset(dataset, "validation", cache_bytes=1)  # keeps the last clip alone
     people = one_clip_each(protocols.Runner(model, Sampling(), 4), clips, 3, "cross")
     assert len(people) == 3 and not alive

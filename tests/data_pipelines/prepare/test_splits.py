@@ -6,7 +6,6 @@ import numpy as np
 
 from data_pipelines import records
 from data_pipelines.prepare import splits
-from data_pipelines.prepare.clips import Naming
 from tests import fixtures
 
 
@@ -16,22 +15,9 @@ def _frames(clip):
     return {(name, number) for number in range(int(first), int(last) + 1)}
 
 
-def _video(clips, read=None):
-    """A video of these clips, all of one person, session and camera; `read` gets their names as they are read."""
-
-    def reading():
-        for clip in clips:
-            if read is not None:
-                read.append(clip.clip_id)
-            yield clip
-
-    naming = Naming("video", clips[0].identity, clips[0].session, clips[0].camera)
-    return splits.Video(naming, reading, lambda: [splits.Times.of(clip) for clip in clips])
-
-
 def _in_time(videos, fraction, gap):
     """The clips of both splits; each video is a list of clips."""
-    made = splits.split([_video(clips) for clips in videos], "time", fraction, gap)
+    made = splits.split([fixtures.video_of(clips) for clips in videos], "time", fraction, gap)
     return [list(made[name]()) if name in made else [] for name in ("train", "validation")]
 
 
@@ -53,7 +39,7 @@ def test_time_split_shares_no_frame_and_keeps_the_gap():
 def test_time_split_of_adjoining_clips_keeps_the_gap_between_them():
     whole = fixtures.make_clip(0, 60, 32)
     video = [splits._part(whole, 0, 30), splits._part(whole, 30, 60)]
-    made = splits.split([_video(video)], "time", 0.2, 4)
+    made = splits.split([fixtures.video_of(video)], "time", 0.2, 4)
     train = set().union(*map(_frames, made["train"]()))
     held = set().union(*map(_frames, made["validation"]()))
     distance = min(abs(a - b) for _, a in train for _, b in held)
@@ -121,7 +107,7 @@ def test_identity_split_is_by_person():
     assert len(splits.held_out({"a", "b"}, 0.99)) == 1
     assert splits.held_out({"a"}, 0.5) == set() == splits.held_out(set(people), 0.0)
     clips = [fixtures.make_clip(n, 4, 32, camera=c) for n in range(4) for c in range(2)]
-    made = splits.split([_video([clip]) for clip in clips], "identity", 0.3, 0)
+    made = splits.split([fixtures.video_of([clip]) for clip in clips], "identity", 0.3, 0)
     train = {clip.identity for clip in made["train"]()}
     validation = {clip.identity for clip in made["validation"]()}
     assert not train & validation and train | validation == {c.identity for c in clips}
@@ -143,7 +129,7 @@ def test_sides_of_people_are_those_of_every_version():
 def test_named_people_are_held_out():
     clips = [fixtures.make_clip(n, 4, 32, camera=c) for n in range(4) for c in range(2)]
     made = splits.split(
-        [_video([clip]) for clip in clips], "identity", 0.3, 0, ["drawn1", "drawn3"]
+        [fixtures.video_of([clip]) for clip in clips], "identity", 0.3, 0, ["drawn1", "drawn3"]
     )
     assert {clip.identity for clip in made["validation"]()} == {"drawn1", "drawn3"}
     assert {clip.identity for clip in made["train"]()} == {"drawn0", "drawn2"}
@@ -154,7 +140,7 @@ def test_clips_are_read_once_by_person_and_once_a_split_by_time():
     videos = [[fixtures.make_clip(n, 40, 16)] for n in range(4)] + [[fixtures.make_clip(4, 3, 16)]]
     for holdout, times in (("identity", 1), ("time", 2)):
         read = []
-        made = splits.split([_video(clips, read) for clips in videos], holdout, 0.25, 2)
+        made = splits.split([fixtures.video_of(clips, read) for clips in videos], holdout, 0.25, 2)
         assert not read and made.keys() == {"train", "validation"}
         for clips in made.values():
             list(clips())
