@@ -143,13 +143,19 @@ def pose_picture(
         result = cv2.transform(result, draw.pose_colour)
     if not knobs["applied"]:
         return result
-    regions = []
-    for matrix in shown_copies(draw.frame, side, size, augment["similarity"]["border"]):
-        moved = {
-            name: transform_points(matrix, polygons[name])
-            for name in ("right_eye", "left_eye", "outer_lips")
-        }
-        regions += hidden_regions(moved, draw.mask_dilation, knobs["minimum_height"])
+    own, *mirrored = shown_copies(draw.frame, side, size, augment["similarity"]["border"])
+    parts = ("right_eye", "left_eye", "outer_lips")
+    moved = {name: transform_points(own, polygons[name]) for name in parts}
+    regions = hidden_regions(moved, draw.mask_dilation, knobs["minimum_height"])
+    if mirrored:  # a copy's regions are the copies of the regions, most of which lie outside
+        matrices = np.stack(mirrored)
+        starts = np.cumsum([0, *map(len, regions)])
+        unmoved = (np.concatenate(regions) - own[:, 2]) @ np.linalg.inv(own[:, :2]).T
+        copies = unmoved @ matrices[:, :, :2].swapaxes(1, 2) + matrices[:, None, :, 2]
+        least = np.minimum.reduceat(copies, starts[:-1], axis=1)
+        most = np.maximum.reduceat(copies, starts[:-1], axis=1)
+        for copy, region in np.argwhere(((least < 1) & (most > -1)).all(-1)):
+            regions.append(copies[copy, starts[region] : starts[region + 1]])
     hidden = fill_polygons(regions, size)
     fill = np.zeros(3)
     if knobs["fill"] == "mean":
